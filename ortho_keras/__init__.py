@@ -1,0 +1,34 @@
+"""Orthonormality and error modulation for very deep networks without shortcuts, on Keras 3 and TensorFlow."""
+
+import keras
+
+if keras.config.backend() != "tensorflow":
+    raise ImportError(
+        "ortho_keras needs Keras's TensorFlow backend: set the environment variable KERAS_BACKEND=tensorflow. "
+        f"Received: backend={keras.config.backend()!r}"
+    )
+
+from ortho_keras.batchnorm import BatchNormalizationEstimator
+from ortho_keras.initializers import DeltaOrthonormalInitializer, OrthonormalInitializer
+from ortho_keras.kernels import orthonormality_error
+from ortho_keras.models import plain_cnn, residual_cnn
+from ortho_keras.modulation import ErrorModulation, modulate, switch_modulation
+from ortho_keras.orthonormalize import OrthonormalizeReport, orthonormalize
+from ortho_keras.regularizers import OrthonormalRegularizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNormalizationEstimator",
+    "DeltaOrthonormalInitializer",
+    "ErrorModulation",
+    "OrthonormalInitializer",
+    "OrthonormalRegularizer",
+    "OrthonormalizeReport",
+    "modulate",
+    "orthonormality_error",
+    "orthonormalize",
+    "plain_cnn",
+    "residual_cnn",
+    "switch_modulation",
+]

@@ -1,0 +1,64 @@
+"""BatchNormalization's averages, re-estimated before an evaluation."""
+
+import keras
+import tensorflow as tf
+
+from ortho_keras.kernels import walk_layers
+
+
+class BatchNormalizationEstimator:
+    """Replaces the moving averages of a model's BatchNormalization layers by those of given batches.
+
+    The moving averages lag behind the weights, and a deep net compounds the error layer by layer. This runs the model
+    in training mode over some batches and sets each moving mean and variance to the plain average of the batches' own
+    (weights, optimizer and everything else stay as they are). Training is not affected by it: it uses each batch's own.
+
+    The first call traces the model once; keep the object to estimate again. Dropout and the like see training mode too.
+
+    Args:
+        model: A built Keras model.
+
+    Example:
+
+    >>> BatchNormalizationEstimator(model)(image_batches)
+    >>> model.evaluate(...)
+
+    Reference:
+        "Precise BN": Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm" ([arXiv:2105.07576](https://arxiv.org/abs/2105.07576)),
+        section 3. Not a part of Xie et al. 2017.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.layers = [layer for layer, _ in walk_layers(model) if isinstance(layer, keras.layers.BatchNormalization)]
+        self._observe = tf.function(lambda images: model(images, training=True), reduce_retracing=True)
+
+    def __call__(self, batches):
+        """Re-estimates the averages.
+
+        Args:
+            batches: Iterable of input batches, at least one, each `(batch, ...)` as the model takes it; a list or a
+                `tf.data.Dataset`.
+
+        Raises:
+            ValueError: If there is no batch.
+        """
+        if not self.layers:
+            return
+        averages = [v for layer in self.layers for v in (layer.moving_mean, layer.moving_variance)]
+        momenta = [layer.momentum for layer in self.layers]
+        sums, count = [tf.zeros_like(v) for v in averages], 0
+        for layer in self.layers:
+            layer.momentum = 0.0  # each moving average then is the batch's own; frozen into the graph at its first trace
+        try:
+            for images in batches:
+                self._observe(images)
+                sums = [total + tf.convert_to_tensor(v) for total, v in zip(sums, averages)]
+                count += 1
+        finally:
+            for layer, momentum in zip(self.layers, momenta):
+                layer.momentum = momentum
+        if not count:
+            raise ValueError("`batches` must hold at least one batch. Received: none")
+        for variable, total in zip(averages, sums):
+            variable.assign(total / count)

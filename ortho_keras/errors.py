@@ -1,0 +1,17 @@
+"""What goes wrong by a user's input or a machine's state, and is told in one line."""
+
+
+class InputError(ValueError):
+    """A flag, an argument or a file is not what was expected. The message names it, what was expected and what came."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became inf or NaN."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has written a checkpoint."""
+
+    def __init__(self, message, signum):
+        super().__init__(message)
+        self.signum = signum

@@ -1,0 +1,237 @@
+"""One experiment: a recipe and a directory in, a trained model and its figures out."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+
+import keras
+import tensorflow as tf
+
+from ortho_keras.data import load_data
+from ortho_keras.errors import InputError
+from ortho_keras.kernels import layer_kernels, model_kernels, orthonormality_error
+from ortho_keras.models import plain_cnn, residual_cnn
+from ortho_keras.modulation import modulate
+from ortho_keras.plots import plot_curves
+from ortho_keras.recipes import Recipe
+from ortho_keras.schedules import LearningRate
+from ortho_keras.regularizers import OrthonormalRegularizer
+from ortho_keras.training import Trainer
+
+PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "scikit-learn")
+
+
+def run(recipe, workdir, data_dir=None, name="", log=print):
+    """Trains, evaluates and reports one recipe; goes on where an earlier call with the same arguments was stopped.
+
+    Writes into `workdir`: `run.json` (the recipe, at the start), `checkpoints/`, `tensorboard/`, and at the end `final.keras`,
+    `curves.png`, `history.json` and `result.json`.
+
+    Args:
+        recipe: `Recipe`.
+        workdir: Path of the run's own folder; made if missing.
+        data_dir: TFDS's folder of prepared data, or `None` for its own.
+        name: The recipe's name, for the report.
+        log: Function that takes a line of progress.
+
+    Returns:
+        The content of `result.json`, a dict.
+
+    Raises:
+        InputError: If a value, the data or the workdir is not what was expected; nothing is written then.
+        NonFiniteLossError: If the loss became inf or NaN.
+        Interrupted: If SIGINT or SIGTERM came; a checkpoint is written.
+    """
+    recipe.check()
+    workdir = pathlib.Path(workdir).expanduser()
+    finished = _check_workdir(workdir, recipe)
+    if finished:
+        log(f"this run is finished already: {workdir / 'result.json'} (another --workdir or --seed starts a new one)")
+        return finished
+    data = load_data(recipe.dataset, data_dir, recipe.image_size)
+    if len(data.train) < recipe.batch_size:
+        raise InputError(
+            f"--batch_size must be at most the number of training images, {len(data.train)}. Received: {recipe.batch_size}"
+        )
+    log(
+        f"{recipe.dataset}: {len(data.train)} training, {len(data.validation)} validation and {len(data.test)} test images "
+        f"{data.image_shape}, {len(data.class_names)} classes"
+    )
+    _write_json(workdir / "run.json", {"recipe": recipe.to_json()})
+    with _precision(recipe.precision):
+        keras.utils.set_random_seed(recipe.seed)
+        model, total_steps = compiled_model(recipe, data)
+        layers = sum(1 for layer in model.layers if layer_kernels(layer))
+        log(f"{model.name}: {layers} layers, {model.count_params():,} parameters, {total_steps} steps of {recipe.batch_size}")
+        trainer = Trainer(model, recipe, data, workdir, total_steps, log)
+        history = trainer.run()
+        log("evaluating on the test split")
+        test = trainer.evaluate(data.test)
+        result = _result(name, recipe, model, history, test, total_steps)
+        _save_model(model, workdir / "final.keras")
+    _write_json(workdir / "history.json", history)
+    plot_curves(history, workdir / "curves.png", f"{name or recipe.network} (depth {recipe.depth}, seed {recipe.seed})")
+    _write_json(workdir / "result.json", result)
+    return result
+
+
+def build_model(recipe, data):
+    """Returns the recipe's network on raw pixels (0 to 255), modulated if the recipe says so; not compiled."""
+    mean, variance = data.channel_statistics()
+    builder = plain_cnn if recipe.network == "plain" else residual_cnn
+    model = builder(
+        recipe.depth,
+        input_shape=data.image_shape,
+        num_classes=len(data.class_names),
+        width=recipe.width,
+        regularizer=_regularizer(recipe),
+        initializer=recipe.initializer,
+        bn_shift=recipe.bn_shift,
+        seed=recipe.seed,
+        preprocessing=keras.layers.Normalization(mean=mean, variance=variance, name="normalization"),
+    )
+    if recipe.modulation == "off":
+        return model
+    # The classifier's error is not commensurable with the convolutions': global pooling lies between (see `modulate`).
+    convolutions = [layer.name for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
+    return modulate(model, recipe.tolerance, recipe.max_scale, recipe.modulation, layers=convolutions)
+
+
+def compiled_model(recipe, data):
+    """Returns the recipe's compiled model and its number of training steps."""
+    total_steps = recipe.epochs * (len(data.train) // recipe.batch_size)
+    if recipe.max_steps:
+        total_steps = min(total_steps, recipe.max_steps)
+    model = build_model(recipe, data)
+    model.compile(
+        optimizer=make_optimizer(recipe, total_steps),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=[
+            keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="crossentropy"),
+            keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
+        ],
+    )
+    return model, total_steps
+
+
+def make_optimizer(recipe, total_steps):
+    """Returns the recipe's optimizer with its learning-rate schedule over `total_steps`."""
+    schedule = LearningRate(recipe.learning_rate, total_steps, recipe.schedule, recipe.warmup_steps)
+    makers = {
+        "sgd": lambda: keras.optimizers.SGD(schedule, recipe.momentum),
+        "nesterov": lambda: keras.optimizers.SGD(schedule, recipe.momentum, nesterov=True),
+        "adagrad": lambda: keras.optimizers.Adagrad(schedule),
+        "adadelta": lambda: keras.optimizers.Adadelta(schedule),
+        "rmsprop": lambda: keras.optimizers.RMSprop(schedule, momentum=recipe.momentum),
+        "adam": lambda: keras.optimizers.Adam(schedule),
+        "adamw": lambda: keras.optimizers.AdamW(schedule, weight_decay=recipe.weight_decay),
+    }
+    return makers[recipe.optimizer]()
+
+
+def _regularizer(recipe):
+    if recipe.regularizer == "orthonormal":
+        return OrthonormalRegularizer(recipe.factor)
+    # Keras's L2(x) is x * ||W||^2; weight decay of strength `factor` is factor / 2 * ||W||^2.
+    return keras.regularizers.L2(recipe.factor / 2) if recipe.regularizer == "l2" else None
+
+
+@contextlib.contextmanager
+def _precision(policy):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _check_workdir(workdir, recipe):
+    """Makes sure that a run may use the workdir; returns its result if it is finished there already."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"--workdir must be a folder that can be written. Received: {str(workdir)!r} ({error.strerror})"
+        ) from error
+    try:
+        held = json.loads((workdir / "run.json").read_text())["recipe"]
+    except FileNotFoundError:
+        if any(workdir.iterdir()):
+            raise InputError(f"--workdir must be empty or hold this very run. Received: {str(workdir)!r}, with other files")
+        return None
+    except (ValueError, KeyError) as error:
+        raise InputError(f"--workdir must hold a run's run.json or nothing. Received: {workdir / 'run.json'}: {error}")
+    mine = recipe.to_json()
+    different = [f"{key}={held.get(key)!r} there, {mine.get(key)!r} here" for key in {**held, **mine} if held.get(key) != mine.get(key)]
+    if different:
+        raise InputError(
+            f"--workdir must be empty or hold this very run. Received: {str(workdir)!r}, which holds another: "
+            f"{'; '.join(different)}"
+        )
+    result = workdir / "result.json"
+    return json.loads(result.read_text()) if result.exists() else None
+
+
+def _result(name, recipe, model, history, test, total_steps):
+    seconds = sum(row["seconds"] for row in history)
+    rates = [row["images/s"] for row in history if "images/s" in row]
+    devices = tf.config.list_physical_devices("GPU") or tf.config.list_physical_devices("CPU")
+    details = [tf.config.experimental.get_device_details(d).get("device_name", d.device_type) for d in devices]
+    last = history[-1]
+    return {
+        "recipe_name": name,
+        "recipe": recipe.to_json(),
+        "seed": recipe.seed,
+        "validation_accuracy": last["validation_accuracy"],
+        "test_accuracy": test["accuracy"],
+        "test_crossentropy": test["crossentropy"],
+        "training_accuracy": last["accuracy"],
+        "penalty": test["loss"] - test["crossentropy"],
+        "steps": total_steps,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(sorted(rates)[len(rates) // 2], 1) if rates else None,
+        "parameters": model.count_params(),
+        "orthonormality_error": {
+            kernel.path: orthonormality_error(kernel.variable, kernel.layout, kernel.groups)
+            for kernel in model_kernels(model)
+        },
+        "device": {"type": details, "cpu_cores": os.cpu_count(), "machine": platform.machine(), "processor": _processor()},
+        "versions": {
+            "python": platform.python_version(),
+            "ortho_keras": _own_version(),
+            **{package: importlib.metadata.version(package) for package in PACKAGES},
+        },
+    }
+
+
+def _own_version():
+    import ortho_keras
+
+    return ortho_keras.__version__
+
+
+def _processor():
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _write_json(path, content):
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def _save_model(model, path):
+    partial = path.with_name(f"partial-{path.name}")
+    model.save(partial, include_optimizer=False)
+    os.replace(partial, path)

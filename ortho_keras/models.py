@@ -1,0 +1,206 @@
+"""Plain and residual networks for small images, from one block function."""
+
+import keras
+import numpy as np
+
+from ortho_keras.initializers import DeltaOrthonormalInitializer, OrthonormalInitializer
+from ortho_keras.regularizers import OrthonormalRegularizer
+
+STAGES = 3
+# He et al. 2016 trained with these in Torch; Keras's own defaults are 0.99 and 1e-3.
+BATCH_NORMALIZATION = {"momentum": 0.9, "epsilon": 1e-5}
+
+NAMED_INITIALIZERS = {
+    "orthonormal": OrthonormalInitializer,
+    "delta_orthonormal": DeltaOrthonormalInitializer,
+}
+
+
+def plain_cnn(
+    depth,
+    input_shape=(32, 32, 3),
+    num_classes=10,
+    width=16,
+    regularizer="orthonormal",
+    initializer="orthonormal",
+    bn_shift=0.0,
+    seed=None,
+    preprocessing=None,
+    name=None,
+):
+    """Builds a plain network: Conv-BN-ReLU repeated, no shortcut of any kind.
+
+    `depth = 6n + 2`: one 3x3 convolution, three stages of 2n 3x3 convolutions with `width`, `2 * width` and `4 * width`
+    filters, each after the first with stride 2 at its start, global average pooling, and one Dense layer. The layers
+    are named `stem_conv`, `stage1_conv01` ... `stage3_conv14`, `classifier`; BN and ReLU carry `_bn` and `_relu` behind.
+
+    Args:
+        depth: int, 6n + 2 with n at least 1: 8, 14, 20, ..., 44, ..., 110. Counts convolutions and the Dense layer.
+        input_shape: Tuple `(height, width, channels)`.
+        num_classes: int, at least 2.
+        width: int, at least 1. Filters of the first stage.
+        regularizer: The penalty of every kernel: `"orthonormal"`, `OrthonormalRegularizer()` with its default factor, or
+            whatever `keras.regularizers.get` takes; `None` for none. One object is shared by all layers.
+        initializer: `"orthonormal"`, `"delta_orthonormal"` (convolutions; the Dense layer is orthonormal), or whatever
+            `keras.initializers.get` takes. Each layer gets a copy with a seed of its own.
+        bn_shift: float. The initial value of every BatchNormalization's beta. The paper's is 0; near 1 the ReLUs are more linear,
+            and the error keeps its magnitude going down (ours).
+        seed: int, at least 0, or `None`. Fixes all kernels.
+        preprocessing: A layer that is applied to the input first, a `Normalization`, say, so that the model takes raw pixels.
+        name: String. Defaults to `plain<depth>`.
+
+    Returns:
+        A Functional model from `(batch, height, width, channels)` to logits `(batch, num_classes)`; the logits are in the
+        variables' type (float32 under a mixed policy).
+
+    Raises:
+        ValueError: If an argument is outside its range. A wrong depth names the nearest right ones.
+
+    Reference:
+        He et al. 2016 ([arXiv:1512.03385](https://arxiv.org/abs/1512.03385)), section 4.2; Xie, Xiong, Pu 2017
+        ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)). `bn_shift` and `"delta_orthonormal"` are ours.
+    """
+    builder = _Builder(regularizer, initializer, bn_shift, seed)
+    return _build(builder, False, depth, input_shape, num_classes, width, preprocessing, name or f"plain{depth}")
+
+
+def residual_cnn(
+    depth,
+    input_shape=(32, 32, 3),
+    num_classes=10,
+    width=16,
+    regularizer="orthonormal",
+    initializer="orthonormal",
+    bn_shift=0.0,
+    seed=None,
+    preprocessing=None,
+    name=None,
+):
+    """Builds the residual twin of `plain_cnn`: the same layers and parameters, with a shortcut around every two convolutions.
+
+    The shortcuts have no parameters: identity, and at the start of a stage every second pixel with zeros for the new
+    channels (option A of He et al.). Convolutions carry the names of the plain twin's; additions are `stage1_add01` ...
+
+    Args:
+        depth: See `plain_cnn`.
+        input_shape: See `plain_cnn`.
+        num_classes: See `plain_cnn`.
+        width: See `plain_cnn`.
+        regularizer: See `plain_cnn`.
+        initializer: See `plain_cnn`.
+        bn_shift: See `plain_cnn`.
+        seed: See `plain_cnn`.
+        preprocessing: See `plain_cnn`.
+        name: String. Defaults to `residual<depth>`.
+
+    Returns:
+        See `plain_cnn`.
+
+    Raises:
+        ValueError: See `plain_cnn`.
+
+    Reference:
+        He et al. 2016 ([arXiv:1512.03385](https://arxiv.org/abs/1512.03385)), section 4.2, option A.
+    """
+    builder = _Builder(regularizer, initializer, bn_shift, seed)
+    return _build(builder, True, depth, input_shape, num_classes, width, preprocessing, name or f"residual{depth}")
+
+
+def check_depth(depth):
+    """Returns n of `depth = 6n + 2`, or raises `ValueError` with the nearest right depths."""
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 8 or (depth - 2) % 6:
+        near = ""
+        if isinstance(depth, int) and depth > 8:
+            below = depth - (depth - 2) % 6
+            near = f"; the nearest are {below} and {below + 6}"
+        raise ValueError(f"`depth` must be 6n + 2, at least 8{near}. Received: depth={depth!r}")
+    return (depth - 2) // 6
+
+
+class _Builder:
+    """Makes one layer after the other, each with its share of the seed."""
+
+    def __init__(self, regularizer, initializer, bn_shift, seed):
+        named = regularizer == "orthonormal"
+        self.regularizer = OrthonormalRegularizer() if named else keras.regularizers.get(regularizer)
+        if isinstance(initializer, str) and initializer in NAMED_INITIALIZERS:
+            initializer = NAMED_INITIALIZERS[initializer]()
+        self.initializer = keras.initializers.get(initializer)
+        if isinstance(bn_shift, bool) or not isinstance(bn_shift, (int, float)) or not np.isfinite(bn_shift):
+            raise ValueError(f"`bn_shift` must be a finite number. Received: bn_shift={bn_shift!r}")
+        self.bn_shift = bn_shift
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+            raise ValueError(f"`seed` must be an integer, at least 0, or None. Received: seed={seed!r}")
+        self.seed = seed
+        self.layers = 0
+
+    def next_initializer(self):
+        """A copy of the initializer for the next layer. Without a seed of its own every layer would draw the same kernel."""
+        self.layers += 1
+        if not isinstance(self.initializer, keras.initializers.Initializer):
+            return self.initializer
+        config = self.initializer.get_config()
+        seed = self.seed if self.seed is not None else config.get("seed")
+        if "seed" in config and isinstance(seed, int):
+            config["seed"] = int(np.random.SeedSequence([seed, self.layers]).generate_state(1)[0] >> 1)
+        return type(self.initializer).from_config(config)
+
+    def convolution(self, x, filters, strides, name):
+        """A 3x3 convolution and its BatchNormalization."""
+        x = keras.layers.Conv2D(
+            filters,
+            3,
+            strides=strides,
+            padding="same",
+            use_bias=False,  # BN's beta takes its place
+            kernel_initializer=self.next_initializer(),
+            kernel_regularizer=self.regularizer,
+            name=name,
+        )(x)
+        beta = keras.initializers.Constant(self.bn_shift)
+        return keras.layers.BatchNormalization(**BATCH_NORMALIZATION, beta_initializer=beta, name=f"{name}_bn")(x)
+
+    def classifier(self, x, num_classes):
+        return keras.layers.Dense(
+            num_classes,
+            kernel_initializer=self.next_initializer(),
+            kernel_regularizer=self.regularizer,
+            dtype=keras.config.dtype_policy().variable_dtype,  # half-precision logits would blur the loss
+            name="classifier",
+        )(x)
+
+
+def _build(builder, residual, depth, input_shape, num_classes, width, preprocessing, name):
+    pairs = check_depth(depth)
+    for argument, value, least in (("num_classes", num_classes, 2), ("width", width, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"`{argument}` must be an integer, at least {least}. Received: {argument}={value!r}")
+    if len(input_shape) != 3 or not input_shape[-1]:
+        raise ValueError(f"`input_shape` must be (height, width, channels). Received: input_shape={input_shape!r}")
+
+    inputs = keras.Input(input_shape, name="image")
+    x = inputs if preprocessing is None else preprocessing(inputs)
+    x = builder.convolution(x, width, 1, "stem_conv")
+    x = keras.layers.ReLU(name="stem_conv_relu")(x)
+    for stage in range(1, STAGES + 1):
+        filters = width * 2 ** (stage - 1)
+        for pair in range(1, pairs + 1):
+            strides = 2 if stage > 1 and pair == 1 else 1
+            first, second = (f"stage{stage}_conv{conv:02d}" for conv in (2 * pair - 1, 2 * pair))
+            shortcut = x
+            x = builder.convolution(x, filters, strides, first)
+            x = keras.layers.ReLU(name=f"{first}_relu")(x)
+            x = builder.convolution(x, filters, 1, second)
+            if residual:
+                x = keras.layers.Add(name=f"stage{stage}_add{pair:02d}")([x, _shortcut(shortcut, filters, strides)])
+            x = keras.layers.ReLU(name=f"{second}_relu")(x)
+    x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
+    return keras.Model(inputs, builder.classifier(x, num_classes), name=name)
+
+
+def _shortcut(x, filters, strides):
+    """Option A: every `strides`-th pixel, and zeros for the channels that are new."""
+    if strides == 1:
+        return x
+    x = keras.layers.AveragePooling2D(1, strides, padding="same")(x)
+    return keras.ops.pad(x, [[0, 0], [0, 0], [0, 0], [0, filters - x.shape[-1]]])

@@ -1,0 +1,265 @@
+"""Modulation of the backpropagated error: the only home of the backward rule."""
+
+import math
+
+import keras
+import tensorflow as tf
+
+from ortho_keras.kernels import layer_kernels, walk_layers
+from ortho_keras.live import LiveScalar
+
+REFERENCES = ("neighbour", "anchor")
+
+
+@keras.saving.register_keras_serializable(package="ortho_keras")
+class ErrorModulation(keras.layers.Layer):
+    """Passes its input on unchanged, and rescales the error that comes back through it where magnitudes mismatch.
+
+    Put behind a parametric layer l (a convolution, a Dense layer), it sees the error at that layer's output, takes its
+    second-order moment `q_own` (the mean of squares over all entries), and compares with `q_upper`, the moment handed
+    down by the `ErrorModulation` above it. With `scale = sqrt(q_upper / q_own)`, the error is multiplied by `scale` where
+    `scale > tolerance` or `scale < 1 / tolerance`, and passes unchanged, to the bit, everywhere else.
+
+    The layers of a chain talk through a scalar token that runs beside the activations: forward it carries nothing,
+    backward its cotangent carries `sqrt(q_upper)` down. The first layer takes no token and makes one. The topmost layer
+    receives 0, which says "nothing above", and changes nothing. There is no state, so it works in eager mode, in graphs,
+    under XLA and under a strategy (the moment is then that of the replica's own batch).
+
+    The moment is summed in float64, so it is right for errors from 1e-30 to 1e+30 and for float16 subnormals. An error that
+    is all zero, or that holds an inf or a NaN, passes unchanged and leaves the reference for the layers below as it is.
+
+    Args:
+        tolerance: float, at least 1. How far the ratio of the magnitudes (roots of the moments) may stray before it counts as a
+            mismatch; 1 modulates at every layer. The paper does not give its threshold: a free choice of ours.
+        max_scale: float, at least 1. `scale` is clipped to `[1 / max_scale, max_scale]`.
+        reference: `"neighbour"`, `q_upper` is the moment of the next parametric layer up, after its own modulation,
+            as in the paper; `"anchor"`, it is that of the topmost parametric layer, carried down unchanged. A drift of
+            1.15 a layer stays below any useful tolerance between neighbours and grows a millionfold over 100 layers; against
+            the anchor it adds up until it leaves the tolerance, and is then set back to it. The anchor is ours.
+        enabled: bool. A switch that can be turned while training, `layer.enabled = False`, without retracing.
+
+    Call arguments:
+        inputs: Float tensor of any shape, a parametric layer's output.
+        token: The second output of the `ErrorModulation` below, or `None` for the first.
+
+    Returns:
+        `(outputs, token)`: the inputs unchanged, and the token for the next `ErrorModulation` up.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+
+    >>> x = keras.Input((8,))
+    >>> y, token = ErrorModulation()(keras.layers.Dense(8)(x))
+    >>> y, token = ErrorModulation()(keras.layers.Dense(8)(y), token)
+
+    Reference:
+        Xie, Xiong, Pu 2017 ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)): the factor sqrt(q^(l+1) / q^l), only where the
+        magnitudes of consecutive layers mismatch. `tolerance`, `max_scale`, `"anchor"` and `enabled` are ours.
+    """
+
+    def __init__(self, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled=True, **kwargs):
+        kwargs.pop("autocast", None)
+        # The token's cotangent spans more than half precision can hold, so Keras must not cast it.
+        super().__init__(autocast=False, **kwargs)
+        for name, value in (("tolerance", tolerance), ("max_scale", max_scale)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < math.inf:
+                raise ValueError(f"`{name}` must be a finite number, at least 1. Received: {name}={value!r}")
+        if reference not in REFERENCES:
+            raise ValueError(f"`reference` must be one of {REFERENCES}. Received: reference={reference!r}")
+        self.tolerance = float(tolerance)
+        self.max_scale = float(max_scale)
+        self.reference = reference
+        self._enabled = LiveScalar(bool(enabled))
+        self.supports_masking = True
+
+    @property
+    def enabled(self):
+        return bool(self._enabled.value)
+
+    @enabled.setter
+    def enabled(self, enabled):
+        self._enabled.value = bool(enabled)
+
+    def call(self, inputs, token=None):
+        token = tf.zeros((), tf.float32) if token is None else token
+
+        @tf.custom_gradient
+        def modulated(inputs, token):
+            return (tf.identity(inputs), tf.identity(token)), self._backward
+
+        return modulated(inputs, token)
+
+    def _backward(self, error, above):
+        """Maps the error above this layer and `sqrt(q_upper)` (0: nothing above) to what goes down."""
+        own = _root_mean_square(error)
+        usable = tf.logical_and(own > 0, tf.math.is_finite(own))
+        scale = above / tf.where(usable, own, 1.0)
+        mismatch = tf.logical_or(scale > self.tolerance, scale < 1 / self.tolerance)
+        fires = tf.reduce_all([usable, above > 0, mismatch, self._enabled.read() > 0])
+        scale = tf.where(fires, tf.clip_by_value(scale, 1 / self.max_scale, self.max_scale), 1.0)
+        wide = error if error.dtype.size > 4 else tf.cast(error, tf.float32)
+        scaled = tf.cast(wide * tf.cast(scale, wide.dtype), error.dtype)
+        if self.reference == "neighbour":
+            down = tf.where(usable, own * scale, above)
+        else:
+            down = tf.where(tf.logical_and(usable, tf.equal(above, 0)), own, above)
+        return scaled, down
+
+    def compute_mask(self, inputs, previous_mask):
+        return previous_mask, None
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "tolerance": self.tolerance,
+            "max_scale": self.max_scale,
+            "reference": self.reference,
+            "enabled": self.enabled,
+        }
+
+
+def _root_mean_square(error):
+    """The root of the second-order moment, float32. Squares of 1e-30 and of 1e+30 both need float64."""
+    size = tf.cast(tf.size(error), tf.float64)
+    return tf.cast(tf.sqrt(2 * tf.nn.l2_loss(tf.cast(error, tf.float64)) / size), tf.float32)
+
+
+def modulate(model, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled=True, layers=None):
+    """Returns a model that shares all layers of a chain, with an `ErrorModulation` after every parametric layer.
+
+    The new model has the same layers, so the same weights: training it trains `model`, which remains the net
+    without modulation, for inference. Outputs are the same to the bit. Nested Functional and Sequential models are unfolded
+    into the chain. A compiled model gives a model compiled with the same settings.
+
+    A pooling layer shrinks the error by arithmetic alone: behind a global average over 64 pixels the classifier's error is
+    a hundred times larger than the last convolution's, and modulation lifts all convolutions to it, which acts as a
+    hundredfold learning rate. Either lower the learning rate, or leave the classifier out by `layers`.
+
+    Args:
+        model: A built Functional or Sequential model that is a chain: each layer takes the one before it.
+        tolerance: See `ErrorModulation`.
+        max_scale: See `ErrorModulation`.
+        reference: See `ErrorModulation`.
+        enabled: See `ErrorModulation`; `switch_modulation` turns all of a model's at once.
+        layers: Names of the parametric layers to modulate. Defaults to `None`, all of them.
+
+    Returns:
+        A Functional model. Its modulation layers are named `<layer>_modulation`.
+
+    Raises:
+        ValueError: If the model is not built, is not a chain (the message names the layer where it branches), is modulated
+            already, has no parametric layer, or `layers` names one that it has not.
+
+    Reference:
+        Xie, Xiong, Pu 2017 ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)); the rule's free choices: `ErrorModulation`.
+    """
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(f"`model` must be a built Keras model (call `model.build(...)`). Received: model={model!r}")
+    rule = {"tolerance": tolerance, "max_scale": max_scale, "reference": reference, "enabled": enabled}
+    ErrorModulation(**rule)  # a wrong rule fails before the model is walked
+    chain = _Chain(rule, layers)
+    first = model.inputs[0]
+    inputs = keras.Input(batch_shape=first.shape, dtype=first.dtype, name=first.name)
+    outputs = chain.run(model, inputs)
+    if chain.missing:
+        raise ValueError(f"`layers` names what is no parametric layer of the model. Received: {sorted(chain.missing)}")
+    if chain.token is None:
+        raise ValueError(f"modulate found no parametric layer (convolution, dense or einsum) in model {model.name!r}")
+    modulated = keras.Model(inputs, outputs, name=model.name)
+    if model.compiled:
+        modulated.compile_from_config(model.get_compile_config())
+    return modulated
+
+
+def switch_modulation(model, enabled):
+    """Turns every `ErrorModulation` of a model on or off; takes effect at the next step, without retracing.
+
+    Args:
+        model: A Keras model.
+        enabled: bool.
+
+    Raises:
+        ValueError: If the model has no `ErrorModulation`.
+    """
+    found = [layer for layer, _ in walk_layers(model) if isinstance(layer, ErrorModulation)]
+    if not found:
+        raise ValueError(f"`model` has no ErrorModulation layer: call modulate first. Received: model={model!r}")
+    for layer in found:
+        layer.enabled = enabled
+
+
+class _Chain:
+    """Calls a model's layers on new symbolic tensors, one after the other, and threads the token through."""
+
+    def __init__(self, rule, layers):
+        self.rule = rule
+        self.missing = None if layers is None else set(layers)  # names still to be met; None: all layers are meant
+        self.wanted = None if layers is None else frozenset(layers)
+        self.token = None
+        self.names = set()
+        self.made = {}  # id of a tensor -> (the tensor, the layer that made it, the layer that took it or None)
+
+    def run(self, model, inputs):
+        self.made.setdefault(id(inputs), (inputs, "the input", None))
+        if isinstance(model, keras.Sequential):
+            for layer in model.layers:
+                inputs = self.call(layer, inputs)
+            return inputs
+        if not isinstance(model, keras.Function):
+            raise ValueError(
+                f"modulate needs Functional or Sequential models, whose layers are known. Received: {model.name!r}, "
+                f"a {type(model).__name__}"
+            )
+        if len(model.inputs) != 1 or len(model.outputs) != 1:
+            raise ValueError(
+                f"modulate needs a chain: model {model.name!r} has {len(model.inputs)} inputs and "
+                f"{len(model.outputs)} outputs"
+            )
+        outputs = inputs
+
+        def call(layer, *args, **kwargs):
+            nonlocal outputs
+            outputs = self.call(layer, *args, **kwargs)
+            return outputs
+
+        # clone_model is Keras's public way through a functional graph: the layers stay the same objects, so the weights
+        # are shared, and only the calls are new. The model that it returns is not needed.
+        inputs = keras.tree.map_structure(lambda _: inputs, model.input)
+        keras.models.clone_model(model, inputs, clone_function=lambda layer: layer, call_function=call)
+        return outputs
+
+    def call(self, layer, *args, **kwargs):
+        tensors = [t for t in keras.tree.flatten((args, kwargs)) if keras.backend.is_keras_tensor(t)]
+        if isinstance(layer, keras.Model) and len(tensors) == 1:
+            return self.run(layer, tensors[0])
+        if isinstance(layer, ErrorModulation):
+            raise ValueError(f"the model is modulated already: it has an ErrorModulation layer {layer.name!r}")
+        for tensor in tensors:
+            _, maker, taker = self.made[id(tensor)]
+            if taker is not None:
+                raise ValueError(
+                    f"modulate needs a chain, where each layer takes the one before it: the model branches at {maker!r}, "
+                    f"whose output goes to both {taker!r} and {layer.name!r}"
+                )
+            self.made[id(tensor)] = (tensor, maker, layer.name)
+        outputs = layer(*args, **kwargs)
+        if not keras.backend.is_keras_tensor(outputs):
+            raise ValueError(f"modulate needs a chain: layer {layer.name!r} has more than one output")
+        if self.is_wanted(layer):
+            name = f"{layer.name}_modulation"
+            while name in self.names:  # a layer that the chain calls more than once
+                name += "_again"
+            self.names.add(name)
+            outputs, self.token = ErrorModulation(**self.rule, name=name)(outputs, self.token)
+        self.made[id(outputs)] = (outputs, layer.name, None)
+        return outputs
+
+    def is_wanted(self, layer):
+        if not isinstance(layer, keras.Layer) or not any(layer_kernels(inner) for inner, _ in walk_layers(layer)):
+            return False
+        if self.wanted is None:
+            return True
+        self.missing.discard(layer.name)
+        return layer.name in self.wanted

@@ -1,0 +1,168 @@
+"""Recipes: frozen sets of values, each a complete description of one training run."""
+
+import dataclasses
+import json
+import math
+
+from ortho_keras.errors import InputError
+
+OPTIMIZERS = ("sgd", "nesterov", "adagrad", "adadelta", "rmsprop", "adam", "adamw")
+
+
+def _field(default, help, choices=None, least=None, most=None, above=None):
+    """A recipe's field: its default, the flag's help, and the range that a value must lie in."""
+    limits = {"help": help, "choices": choices, "least": least, "most": most, "above": above}
+    return dataclasses.field(default=default, metadata=limits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Every value that decides what a run computes. Each field is a flag of `train.py`; `check` says what is allowed."""
+
+    dataset: str = _field("digits", "digits, a TFDS name (cifar10, cifar100, fashion_mnist, ...) or folder:PATH")
+    image_size: int = _field(0, "resizes images to this many pixels a side; 0 keeps their size", least=0, most=4096)
+    augment: str = _field("none", "training images: random crop of a padded image, and flip", ("none", "crop", "crop_flip"))
+    network: str = _field("plain", "network without or with shortcuts", ("plain", "residual"))
+    depth: int = _field(44, "layers, 6n + 2: 8, 14, 20, ..., 44, ..., 110", least=8)
+    width: int = _field(16, "filters of the first stage (doubled at each of the two others)", least=1)
+    initializer: str = _field(
+        "orthonormal", "kernels at the start", ("orthonormal", "delta_orthonormal", "he_normal", "glorot_uniform")
+    )
+    bn_shift: float = _field(0.0, "BatchNormalization's initial beta (the paper: 0; near 1: ours)")
+    regularizer: str = _field("orthonormal", "penalty on every kernel", ("orthonormal", "l2", "none"))
+    factor: float = _field(1e-4, "strength of the penalty: factor / 2 * ||W^T W - I||^2, or factor / 2 * ||W||^2", least=0)
+    modulation: str = _field(
+        "off", "backward error of the convolutions: not touched, or held to the next one up or to the topmost",
+        ("off", "neighbour", "anchor"),
+    )  # fmt: skip
+    tolerance: float = _field(2.0, "modulation: the ratio of magnitudes beyond which a layer is rescaled", least=1)
+    max_scale: float = _field(1000.0, "modulation: the largest rescaling of one layer", least=1)
+    optimizer: str = _field("sgd", "optimizer (sgd and nesterov with --momentum)", OPTIMIZERS)
+    learning_rate: float = _field(0.1, "learning rate at its highest", above=0)
+    momentum: float = _field(0.9, "momentum of sgd, nesterov and rmsprop", least=0, most=1)
+    weight_decay: float = _field(0.0, "decoupled weight decay of adamw", least=0)
+    schedule: str = _field(
+        "step", "learning rate: divided by 10 at 1/2 and 3/4 of the steps, half a cosine to 0, or constant",
+        ("step", "cosine", "constant"),
+    )  # fmt: skip
+    warmup_steps: int = _field(0, "steps over which the learning rate rises from 0", least=0)
+    epochs: int = _field(60, "passes over the training split", least=1)
+    max_steps: int = _field(0, "ends the run after this many steps, the schedule fitted to them; 0: no such limit", least=0)
+    batch_size: int = _field(128, "images a step", least=1)
+    precision: str = _field("float32", "type of the layers' arithmetic", ("float32", "mixed_bfloat16", "mixed_float16"))
+    bn_batches: int = _field(
+        16, "training batches from which BatchNormalization's averages are re-estimated before an evaluation; 0: moving averages",
+        least=0,
+    )  # fmt: skip
+    evaluate_every: int = _field(1, "epochs from one validation to the next (the last epoch always has one)", least=1)
+    seed: int = _field(0, "seed of kernels, order of images and augmentation", least=0, most=2**31 - 1)
+
+    def check(self):
+        """Raises `InputError`, which names the flag, what was expected and what came, at the first value that is wrong."""
+        for field in dataclasses.fields(self):
+            value, limits = getattr(self, field.name), field.metadata
+            wrong = (
+                (limits["choices"] and value not in limits["choices"] and f"one of {', '.join(limits['choices'])}")
+                or (isinstance(value, float) and not math.isfinite(value) and "a finite number")
+                or (limits["least"] is not None and value < limits["least"] and f"at least {limits['least']}")
+                or (limits["most"] is not None and value > limits["most"] and f"at most {limits['most']}")
+                or (limits["above"] is not None and value <= limits["above"] and f"more than {limits['above']}")
+            )
+            if wrong:
+                raise InputError(f"--{field.name} must be {wrong}. Received: {value!r}")
+        if (self.depth - 2) % 6:
+            below = self.depth - (self.depth - 2) % 6
+            raise InputError(
+                f"--depth must be 6n + 2; the nearest are {below} and {below + 6}. Received: {self.depth!r}"
+            )
+        if self.network == "residual" and self.modulation != "off":
+            raise InputError(
+                "--modulation must be off for --network residual: modulation is defined on a chain, and shortcuts branch. "
+                f"Received: {self.modulation!r}"
+            )
+        return self
+
+    def to_json(self):
+        return dataclasses.asdict(self)
+
+    def differences(self, other):
+        """Returns `[(field, own value, other's value)]` where two recipes differ."""
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
+        return [(name, mine, theirs) for name, mine, theirs in pairs if json.dumps(mine) != json.dumps(theirs)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A named recipe: what it is for, and which figure it is to be held against."""
+
+    recipe: Recipe
+    about: str
+    paper: str = ""  # the paper's figure, where it has one
+
+
+# He et al.'s CIFAR schedule as the paper runs it: 64k steps of 128, the learning rate divided by 10 at 32k and at 48k.
+_PAPER = Recipe(
+    dataset="cifar10", augment="crop_flip", factor=1e-4, learning_rate=0.1, schedule="step", epochs=183, max_steps=64000
+)
+# 45,000 training images are 351 steps of 128 an epoch.
+_SHORT = dataclasses.replace(
+    _PAPER, epochs=5, max_steps=0, schedule="cosine", warmup_steps=100, precision="mixed_bfloat16"
+)
+
+
+def _preset(base, about, paper="", **changes):
+    return Preset(dataclasses.replace(base, **changes), about, paper)
+
+
+def _with_control(name, preset, **control):
+    """A preset and its control: the same data, steps, seed and schedule, with He initialization and L2 instead of the method."""
+    l2 = {"initializer": "he_normal", "regularizer": "l2", "factor": 1e-4, "modulation": "off", "bn_shift": 0.0}
+    recipe = dataclasses.replace(preset.recipe, **{**l2, **control})
+    return {name: preset, f"{name}_l2": Preset(recipe, f"control of {name}: He initialization and L2")}
+
+
+RECIPES = {
+    **_with_control(
+        "digits",
+        _preset(
+            Recipe(),
+            "real handwritten digits (8x8, from scikit-learn, no download): 44 layers without shortcuts in a minute",
+            dataset="digits", augment="crop", modulation="anchor", schedule="cosine", learning_rate=0.03, warmup_steps=22,
+            epochs=40, batch_size=64, evaluate_every=4,
+        ),
+    ),
+    **_with_control(
+        "plain44_cifar10",
+        _preset(_PAPER, "the paper's plain net of 44 layers", paper="87.2 (orthonormal, read off a figure), best 88.42 (second-hand)"),
+    ),
+    **_with_control(
+        "plain44_cifar10_short",
+        _preset(_SHORT, "plain44_cifar10 in 5 epochs, for two CPU cores"),
+    ),
+    **_with_control(
+        "plain110_cifar10",
+        _preset(
+            _PAPER, "the paper's plain net of 110 layers, with modulation", depth=110, modulation="anchor", learning_rate=0.01,
+            paper="81.6 (orthonormal and modulation, second-hand)",
+        ),
+    ),
+    **_with_control(
+        "plain110_cifar10_short",
+        _preset(_SHORT, "plain110_cifar10 in 2 epochs, for two CPU cores", depth=110, modulation="anchor", learning_rate=0.01, epochs=2),
+    ),
+    **_with_control(
+        "resnet44_cifar10",
+        _preset(_PAPER, "the residual twin of plain44_cifar10", network="residual"),
+    ),
+    **_with_control(
+        "resnet110_cifar10",
+        _preset(_PAPER, "the residual twin of plain110_cifar10", network="residual", depth=110, paper="90.0 (orthonormal, read off a figure)"),
+    ),
+}  # fmt: skip
+
+
+def find_preset(name):
+    """Returns the `Preset` of this name, or raises `InputError`."""
+    if name not in RECIPES:
+        raise InputError(f"--recipe must be one of {', '.join(RECIPES)}. Received: {name!r}")
+    return RECIPES[name]
