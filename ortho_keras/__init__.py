@@ -16,7 +16,7 @@ from ortho_keras.modulation import ErrorModulation, modulate, switch_modulation
 from ortho_keras.orthonormalize import OrthonormalizeReport, orthonormalize
 from ortho_keras.regularizers import OrthonormalRegularizer
 
-__version__ = "0.1.0"
+from ortho_keras.version import __version__
 
 __all__ = [
     "BatchNormalizationEstimator",

@@ -7,7 +7,7 @@ class LiveScalar:
     """A float that can be set between steps and is read by graphs that were traced before.
 
     A Python float is frozen into a traced graph. A Keras variable held by a layer becomes one of the model's
-    weights. This is neither: a `tf.Variable` that no layer tracks, with the exact Python float beside it for configs.
+    weights. This is neither: a `tf.Variable` that Keras does not count, with the exact Python float beside it for configs.
 
     Args:
         value: float.

@@ -83,21 +83,24 @@ class ErrorModulation(keras.layers.Layer):
         self._enabled.value = bool(enabled)
 
     def call(self, inputs, token=None):
-        token = tf.zeros((), tf.float32) if token is None else token
-
         @tf.custom_gradient
-        def modulated(inputs, token):
-            return (tf.identity(inputs), tf.identity(token)), self._backward
+        def modulated(inputs, token, enabled):
+            def backward(error, above):
+                return *self._backward(error, above, enabled), None
 
-        return modulated(inputs, token)
+            return (tf.identity(inputs), tf.identity(token)), backward
 
-    def _backward(self, error, above):
+        token = tf.zeros((), tf.float32) if token is None else token
+        # The switch is read here and not in the gradient: a graph's gradient must not hold a variable of its own.
+        return modulated(inputs, token, self._enabled.read())
+
+    def _backward(self, error, above, enabled):
         """Maps the error above this layer and `sqrt(q_upper)` (0: nothing above) to what goes down."""
         own = _root_mean_square(error)
         usable = tf.logical_and(own > 0, tf.math.is_finite(own))
         scale = above / tf.where(usable, own, 1.0)
         mismatch = tf.logical_or(scale > self.tolerance, scale < 1 / self.tolerance)
-        fires = tf.reduce_all([usable, above > 0, mismatch, self._enabled.read() > 0])
+        fires = tf.reduce_all([usable, above > 0, mismatch, enabled > 0])
         scale = tf.where(fires, tf.clip_by_value(scale, 1 / self.max_scale, self.max_scale), 1.0)
         wide = error if error.dtype.size > 4 else tf.cast(error, tf.float32)
         scaled = tf.cast(wide * tf.cast(scale, wide.dtype), error.dtype)

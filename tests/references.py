@@ -1,0 +1,94 @@
+"""Independent oracles in float64 NumPy: written from the formulas, sharing no code with the package."""
+
+import itertools
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+def kernel_columns(kernel, layout):
+    """All sets of columns that should be orthonormal, as lists of index arrays into the flat kernel: one (f_in, n) array a set."""
+    index = np.arange(kernel.size).reshape(kernel.shape)
+    if layout == "standard":
+        matrices = [index.reshape(-1, kernel.shape[-1])]
+    elif layout == "transposed":
+        matrices = [np.stack([index[..., out, :].ravel() for out in range(kernel.shape[-2])], axis=1)]
+    elif layout == "depthwise":
+        matrices = [index[..., channel, :].reshape(-1, kernel.shape[-1]) for channel in range(kernel.shape[-2])]
+    else:
+        ranges = [range(kernel.shape[axis]) for axis in layout]
+        columns = []
+        for point in itertools.product(*ranges):
+            place = [slice(None)] * kernel.ndim
+            for axis, at in zip(layout, point):
+                place[axis] = at
+            columns.append(index[tuple(place)].ravel())
+        matrices = [np.stack(columns, axis=1)]
+    sets = []
+    for matrix in matrices:
+        f_in, f_out = matrix.shape
+        sets += [matrix[:, at : at + f_in] for at in range(0, f_out, f_in)] if f_out > f_in else [matrix]
+    return sets
+
+
+def penalty_and_gradient(kernel, layout, factor):
+    """factor / 2 * sum ||W^T W - I||^2 over the sets, and its gradient 2 * factor * W (W^T W - I)."""
+    flat = np.asarray(kernel, np.float64).ravel()
+    penalty, gradient = 0.0, np.zeros_like(flat)
+    for columns in kernel_columns(np.asarray(kernel), layout):
+        w = flat[columns]
+        deviation = w.T @ w - np.eye(w.shape[1])
+        penalty += factor / 2 * np.sum(deviation**2)
+        gradient[columns] = 2 * factor * w @ deviation
+    return penalty, gradient.reshape(np.shape(kernel))
+
+
+def largest_deviation(kernel, layout, gain=1.0):
+    flat = np.asarray(kernel, np.float64).ravel()
+    sets = [flat[columns] for columns in kernel_columns(np.asarray(kernel), layout)]
+    return max(np.abs(w.T @ w - gain**2 * np.eye(w.shape[1])).max() for w in sets)
+
+
+def modulated_gradients(model, x, y, names, tolerance, max_scale, reference):
+    """Kernel gradients under the rule, by hand: one layer's vector-Jacobian product at a time, top to bottom, q in float64.
+
+    `model` is a chain without modulation, `names` its modulated layers. Returns ({kernel path: gradient}, {name: scale}).
+    """
+    chain = [layer for layer in model.layers if not isinstance(layer, keras.layers.InputLayer)]
+    activations = [tf.convert_to_tensor(x)]
+    for layer in chain:
+        activations.append(call(layer, activations[-1]))
+    with tf.GradientTape() as tape:
+        tape.watch(activations[-1])
+        loss = mean_crossentropy(y, activations[-1])
+    error = tape.gradient(loss, activations[-1])
+    above, gradients, scales = None, {}, {}
+    for layer, inputs in zip(reversed(chain), reversed(activations[:-1])):
+        if layer.name in names:
+            own = np.sqrt(np.mean(np.asarray(error, np.float64) ** 2))
+            scale = 1.0
+            if above is not None and own > 0 and np.isfinite(own):
+                ratio = above / own
+                if ratio > tolerance or ratio < 1 / tolerance:
+                    scale = float(np.clip(ratio, 1 / max_scale, max_scale))
+            scales[layer.name] = scale
+            error = tf.cast(np.asarray(error, np.float64) * scale, error.dtype)
+            if above is None or (reference == "neighbour" and own > 0):
+                above = own * scale
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = call(layer, inputs)
+        variables = [v.value for v in layer.trainable_variables]
+        down, own_gradients = tape.gradient(outputs, (inputs, variables), output_gradients=error)
+        gradients |= {v.path: np.asarray(g, np.float64) for v, g in zip(layer.trainable_variables, own_gradients)}
+        error = down
+    return gradients, scales
+
+
+def call(layer, inputs):
+    return layer(inputs, training=True) if isinstance(layer, keras.layers.BatchNormalization) else layer(inputs)
+
+
+def mean_crossentropy(y, logits):
+    return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(y, tf.cast(logits, tf.float32)))

@@ -1,0 +1,124 @@
+import keras
+import numpy as np
+import pytest
+import references
+import tensorflow as tf
+
+from ortho_keras import DeltaOrthonormalInitializer, OrthonormalInitializer
+
+SHAPES = [
+    ((40, 12), "standard"),
+    ((12, 40), "standard"),  # wide: 12 + 12 + 12 + 4
+    ((9, 9), "standard"),
+    ((3, 3, 16, 32), "standard"),
+    ((3, 3, 64, 64), "standard"),
+    ((1, 1, 16, 96), "standard"),
+    ((3, 2, 2, 4, 7), "standard"),
+    ((4, 4, 8, 3), "transposed"),
+    ((3, 3, 5, 2), "depthwise"),
+    ((5, 8, 2), "depthwise"),
+    ((8, 2, 4), (1, 2)),
+]
+
+
+@pytest.mark.parametrize(("shape", "layout"), SHAPES)
+@pytest.mark.parametrize("gain", [1.0, 1.7])
+def test_columns_are_orthonormal_to_1e_5(shape, layout, gain):
+    kernel = OrthonormalInitializer(gain, seed=3, layout=layout)(shape)
+    assert kernel.dtype == tf.float32 and kernel.shape == shape
+    assert references.largest_deviation(kernel, layout, gain) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("initializer", [OrthonormalInitializer, DeltaOrthonormalInitializer])
+def test_every_float_dtype(dtype, initializer):
+    kernel = initializer(seed=1)((3, 3, 8, 8), dtype=dtype)
+    assert kernel.dtype == dtype
+    rounding = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-5, "float64": 1e-12}[dtype]
+    assert references.largest_deviation(tf.cast(kernel, "float64"), "standard") <= rounding
+
+
+def test_same_seed_same_kernel_and_none_draws_anew():
+    seeded = OrthonormalInitializer(seed=7)
+    np.testing.assert_array_equal(seeded((6, 4)), seeded((6, 4)))
+    np.testing.assert_array_equal(seeded((6, 4)), OrthonormalInitializer(seed=7)((6, 4)))
+    assert np.abs(seeded((6, 4)) - OrthonormalInitializer(seed=8)((6, 4))).max() > 0.1
+    unseeded = OrthonormalInitializer()
+    assert np.abs(unseeded((6, 4)) - unseeded((6, 4))).max() > 0.1
+    keras.utils.set_random_seed(5)
+    first = unseeded((6, 4))
+    keras.utils.set_random_seed(5)
+    np.testing.assert_array_equal(first, unseeded((6, 4)))
+
+
+def test_haar_distribution():
+    """For Haar-distributed n x n matrices E[trace] = 0 and E[trace^2] = 1; QR without its sign fix has a biased diagonal."""
+    kernels = np.stack([OrthonormalInitializer(seed=seed)((4, 4)) for seed in range(400)])
+    traces = np.trace(kernels, axis1=1, axis2=2)
+    assert abs(traces.mean()) < 4 / np.sqrt(400)
+    assert abs(np.mean(traces**2) - 1) < 4 * np.sqrt(2 / 400)
+    assert np.abs(kernels.mean(0)).max() < 4 * 0.5 / np.sqrt(400)  # each entry has deviation 1 / sqrt(4)
+    np.testing.assert_allclose((kernels**2).mean(0), 0.25, atol=0.06)
+
+
+def test_groups_are_independent():
+    kernel = OrthonormalInitializer(seed=0)((4, 8)).numpy()
+    assert np.abs(kernel[:, :4] - kernel[:, 4:]).max() > 0.1
+
+
+@pytest.mark.parametrize(("size", "centre"), [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2)])
+def test_delta_is_zero_but_at_the_centre(size, centre):
+    kernel = DeltaOrthonormalInitializer(seed=2)((size, size, 4, 10)).numpy()
+    rest = kernel.copy()
+    rest[centre, centre] = 0
+    assert not rest.any()
+    assert references.largest_deviation(kernel[centre, centre], "standard") <= 1e-5
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_delta_convolution_keeps_the_norm(size):
+    layer = keras.layers.Conv2D(6, size, padding="same", kernel_initializer=DeltaOrthonormalInitializer(seed=4))
+    x = np.random.default_rng(0).normal(size=(2, 7, 7, 6)).astype("float32")
+    np.testing.assert_allclose(np.linalg.norm(layer(x), axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5)
+
+
+def test_delta_layouts():
+    transposed = DeltaOrthonormalInitializer(seed=0, layout="transposed")((3, 3, 4, 8)).numpy()
+    assert references.largest_deviation(transposed, "transposed") <= 1e-5 and np.count_nonzero(transposed) == 32
+    depthwise = DeltaOrthonormalInitializer(seed=0, layout="depthwise")((3, 3, 5, 2)).numpy()
+    np.testing.assert_allclose(np.abs(depthwise[1, 1]), 1)
+    dense = DeltaOrthonormalInitializer(seed=0)((8, 4))
+    np.testing.assert_array_equal(dense, OrthonormalInitializer(seed=0)((8, 4)))
+
+
+@pytest.mark.parametrize(
+    "initializer",
+    [
+        OrthonormalInitializer(0.5, 3, "transposed"),
+        OrthonormalInitializer(seed=keras.random.SeedGenerator(4), layout=(1,)),
+        DeltaOrthonormalInitializer(2.0, 9, groups=2),
+    ],
+)
+def test_serialization(initializer):
+    config = keras.saving.serialize_keras_object(initializer)
+    again = keras.saving.deserialize_keras_object(config, safe_mode=True)
+    assert type(again) is type(initializer)
+    assert (again.gain, again.layout, again.groups) == (initializer.gain, initializer.layout, initializer.groups)
+    np.testing.assert_array_equal(again((4, 4, 4)), initializer((4, 4, 4)))
+
+
+@pytest.mark.parametrize("gain", [0, -1, float("nan"), "big", True])
+def test_wrong_gain(gain):
+    with pytest.raises(ValueError, match="`gain` must be a finite positive number. Received: gain="):
+        OrthonormalInitializer(gain)
+
+
+def test_other_wrong_arguments():
+    with pytest.raises(ValueError, match="`seed` must be an integer"):
+        OrthonormalInitializer(seed=1.5)
+    with pytest.raises(ValueError, match="rank 2 to 5"):
+        OrthonormalInitializer()((3,))
+    with pytest.raises(ValueError, match="centre pixel"):
+        DeltaOrthonormalInitializer(layout=(1,))
+    with pytest.raises(ValueError, match="`groups` must divide"):
+        OrthonormalInitializer(groups=3)((2, 4))
