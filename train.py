@@ -1,20 +1,50 @@
 """Trains a recipe: flags in; result.json, curves.png and final.keras out. `python train.py --help` lists the flags."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import statistics
 import sys
+import tempfile
+
+from absl import app, flags, logging
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's notes on what its build could do
+_NOTES = re.compile(r"before absl::InitializeLog|oneDNN custom operations|Could not find cuda drivers|failed call to cuInit")
 
-from absl import app, flags
 
-from ortho_keras.errors import InputError, Interrupted, NonFiniteLossError
-from ortho_keras.experiment import run
-from ortho_keras.recipes import RECIPES, Recipe, find_preset
+@contextlib.contextmanager
+def _without_start_up_notes():
+    """Drops what TensorFlow's start-up says on a machine without a GPU, which no setting of its own turns off."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            caught.seek(0)
+            for line in caught.read().decode(errors="replace").splitlines():
+                if not _NOTES.search(line):
+                    print(line, file=sys.stderr)
+
+
+with _without_start_up_notes():
+    import tensorflow as tf
+
+    tf.config.list_physical_devices()
+    logging.set_verbosity(logging.WARNING)
+    tf.get_logger().setLevel("WARNING")
+    from ortho_keras import runtime
+    from ortho_keras.errors import InputError, Interrupted, NonFiniteLossError, WorkerLostError
+    from ortho_keras.experiment import run
+    from ortho_keras.recipes import RECIPES, Recipe, find_preset
 
 FLAGS = flags.FLAGS
 RESULTS = pathlib.Path(__file__).resolve().parent / "benchmarks" / "results" / "recipes"
@@ -23,7 +53,21 @@ flags.DEFINE_string("recipe", "digits", "A frozen set of values, see --list_reci
 flags.DEFINE_bool("list_recipes", False, "Print the recipes, with what each reaches and in how long, and end.")
 flags.DEFINE_string("workdir", "", "Folder of the run; by default runs/<recipe>, with the overridden values behind.")
 flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS data; by default TFDS's own.")
-_DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+flags.DEFINE_integer(
+    "keep_checkpoints", 2, "How many checkpoints are kept; the newest is used, or the one before if it is damaged."
+)
+flags.DEFINE_string(
+    "strategy",
+    "auto",
+    "none | mirrored (this machine's devices) | multi_worker (the machines in TF_CONFIG) | auto (what there is).",
+)
+flags.DEFINE_string(
+    "devices", "", "How many of this machine's devices, or which: 2, or GPU:0,GPU:2. By default all GPUs, or the CPU."
+)
+flags.DEFINE_bool("jit_compile", False, "Compile the training step by XLA (one replica only).")
+flags.DEFINE_bool("deterministic", False, "Two runs with one seed are equal to the bit; slower.")
+flags.DEFINE_bool("tf32", False, "Let GPUs round the factors of float32 products to 10 bits, which is faster.")
+_DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string, bool: flags.DEFINE_bool}
 for _field in dataclasses.fields(Recipe):
     _choices = _field.metadata["choices"]
     _among = f" ({' | '.join(_choices)})" if _choices else ""
@@ -45,6 +89,8 @@ def default_workdir(given):
 
 
 def list_recipes():
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--list_recipes | head` ends quietly
     for name, preset in RECIPES.items():
         print(f"{name}\n    {preset.about}")
         if preset.paper:
@@ -69,11 +115,14 @@ def main(_):
     try:
         recipe, given = recipe_from_flags()
         workdir = FLAGS.workdir or default_workdir(given)
-        result = run(recipe, workdir, FLAGS.data_dir, FLAGS.recipe)
+        if FLAGS.keep_checkpoints < 1:
+            raise InputError(f"--keep_checkpoints must be at least 1. Received: {FLAGS.keep_checkpoints}")
+        machine = runtime.start(FLAGS.strategy, FLAGS.devices, FLAGS.jit_compile, FLAGS.deterministic, FLAGS.tf32)
+        result = run(recipe, workdir, FLAGS.data_dir, FLAGS.recipe, machine, keep_checkpoints=FLAGS.keep_checkpoints)
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, WorkerLostError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     except Interrupted as error:
@@ -82,6 +131,8 @@ def main(_):
     except KeyboardInterrupt:
         print("train.py: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 128 + signal.SIGINT
+    if not machine.is_chief:
+        return 0
     print(
         f"test accuracy {result['test_accuracy']:.4f}, validation accuracy {result['validation_accuracy']:.4f}, "
         f"{result['steps']} steps in {result['seconds']:.0f} s: {workdir}/result.json, curves.png, final.keras"

@@ -11,20 +11,24 @@ if keras.config.backend() != "tensorflow":
 from ortho_keras.batchnorm import BatchNormalizationEstimator
 from ortho_keras.initializers import DeltaOrthonormalInitializer, OrthonormalInitializer
 from ortho_keras.kernels import orthonormality_error
+from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
 from ortho_keras.models import plain_cnn, residual_cnn
 from ortho_keras.modulation import ErrorModulation, modulate, switch_modulation
 from ortho_keras.orthonormalize import OrthonormalizeReport, orthonormalize
 from ortho_keras.regularizers import OrthonormalRegularizer
-
+from ortho_keras.schedules import LearningRate
 from ortho_keras.version import __version__
 
 __all__ = [
+    "AllReplicaLossScaleOptimizer",
     "BatchNormalizationEstimator",
     "DeltaOrthonormalInitializer",
     "ErrorModulation",
+    "LearningRate",
     "OrthonormalInitializer",
     "OrthonormalRegularizer",
     "OrthonormalizeReport",
+    "__version__",
     "modulate",
     "orthonormality_error",
     "orthonormalize",

@@ -14,6 +14,7 @@ class BatchNormalizationEstimator:
     (weights, optimizer and everything else stay as they are). Training is not affected by it: it uses each batch's own.
 
     The first call traces the model once; keep the object to estimate again. Dropout and the like see training mode too.
+    A model that was built under a `tf.distribute` strategy gets the mean over replicas.
 
     Args:
         model: A built Keras model.
@@ -29,9 +30,20 @@ class BatchNormalizationEstimator:
     """
 
     def __init__(self, model):
-        self.model = model
         self.layers = [layer for layer, _ in walk_layers(model) if isinstance(layer, keras.layers.BatchNormalization)]
-        self._observe = tf.function(lambda images: model(images, training=True), reduce_retracing=True)
+        self.averages = [v for layer in self.layers for v in (layer.moving_mean, layer.moving_variance)]
+        strategy = model.distribute_strategy
+
+        def observe(images):
+            model(images, training=True)
+            return [tf.identity(v.value) for v in self.averages]
+
+        @tf.function(reduce_retracing=True)
+        def observe_all(images):
+            means = strategy.run(observe, args=(images,))
+            return [strategy.reduce(tf.distribute.ReduceOp.MEAN, mean, axis=None) for mean in means]
+
+        self._observe = observe_all
 
     def __call__(self, batches):
         """Re-estimates the averages.
@@ -45,20 +57,23 @@ class BatchNormalizationEstimator:
         """
         if not self.layers:
             return
-        averages = [v for layer in self.layers for v in (layer.moving_mean, layer.moving_variance)]
         momenta = [layer.momentum for layer in self.layers]
-        sums, count = [tf.zeros_like(v) for v in averages], 0
+        before = [tf.identity(v.value) for v in self.averages]
+        sums, count = [tf.zeros_like(v) for v in before], 0
         for layer in self.layers:
             layer.momentum = 0.0  # each moving average then is the batch's own; frozen into the graph at its first trace
         try:
             for images in batches:
-                self._observe(images)
-                sums = [total + tf.convert_to_tensor(v) for total, v in zip(sums, averages)]
+                sums = [total + mean for total, mean in zip(sums, self._observe(images))]
                 count += 1
+            if not count:
+                raise ValueError("`batches` must hold at least one batch. Received: none")
+        except BaseException:
+            for variable, value in zip(self.averages, before):
+                variable.assign(value)
+            raise
         finally:
             for layer, momentum in zip(self.layers, momenta):
                 layer.momentum = momentum
-        if not count:
-            raise ValueError("`batches` must hold at least one batch. Received: none")
-        for variable, total in zip(averages, sums):
+        for variable, total in zip(self.averages, sums):
             variable.assign(total / count)

@@ -8,17 +8,16 @@ import zipfile
 
 import numpy as np
 
-KEEP = 2
 _NAME = re.compile(r"step-(\d{9})\.npz")
 
 
 def state_variables(model):
-    """Everything that a compiled model changes while it trains: weights, seeds, optimizer, metrics."""
-    return [*model.variables, *model.optimizer.variables, *model.metrics_variables]
+    """Everything that a compiled model changes while it trains: weights, averages, seeds, the optimizer, its loss scale."""
+    return [*model.variables, *model.optimizer.variables]
 
 
-def save_checkpoint(directory, model, step, history):
-    """Writes the state after `step` steps, and keeps the last `KEEP` checkpoints.
+def save_checkpoint(directory, model, step, history, keep=2):
+    """Writes the state after `step` steps, and keeps the last `keep` checkpoints.
 
     The file is a `.npz` (a zip with a checksum for each array, read without pickle). It is written under another name and
     renamed, so a kill at any moment leaves the one before it good.
@@ -28,6 +27,7 @@ def save_checkpoint(directory, model, step, history):
         model: Compiled Keras model whose optimizer is built.
         step: int, steps trained.
         history: JSON-serializable list, what to give back with it.
+        keep: int, at least 1.
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def save_checkpoint(directory, model, step, history):
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    for old in _found(directory)[KEEP:]:
+    for old in _found(directory)[keep:]:
         old.unlink()
 
 

@@ -3,7 +3,10 @@
 import dataclasses
 import os
 import pathlib
+import socket
 import tempfile
+import urllib.parse
+import urllib.request
 
 import numpy as np
 import tensorflow as tf
@@ -82,7 +85,7 @@ def load_data(name, data_dir=None, image_size=0):
     return ImageData(train, validation, test, tuple(class_names))
 
 
-def training_batches(split, batch_size, augment, seed, start=0, stop=None, mean=0.0):
+def training_batches(split, batch_size, augment, seed, start=0, stop=None, mean=0.0, replicas=1, own=(0,)):
     """Returns a `tf.data.Dataset` of training steps `start` to `stop` of the run that `seed` names.
 
     Step s is a function of the seed and s alone: the order is a new permutation in each epoch (of `len(split) // batch_size`
@@ -97,45 +100,76 @@ def training_batches(split, batch_size, augment, seed, start=0, stop=None, mean=
         start: int, the first step.
         stop: int, the step after the last one, or `None` for an endless dataset.
         mean: Pixel value by channel that pads an image. Zero-mean padding is what He et al. 2016 do.
+        replicas: int, how many replicas share each batch; divides `batch_size`.
+        own: The replicas, from 0, whose shares are wanted. Their shares of step `start` come first, in turn, then those
+            of the next step. The shares of all replicas together are the batch that one replica would see.
 
     Returns:
-        Dataset of `(images, labels)`: float32 `(batch, height, width, channels)` of 0 to 255, int64 `(batch,)`.
+        Dataset of `(images, labels)`: float32 `(share, height, width, channels)` of 0 to 255, int64 `(share,)`, where
+        `share = batch_size / replicas`.
     """
     steps = len(split) // batch_size
+    share = batch_size // replicas
+    replica_of = tf.constant(own, tf.int64)
     with tf.device("CPU:0"):
         images, labels = tf.constant(split.images), tf.constant(split.labels)
 
-    def batch(step):
+    def batch(number):
+        step, replica = number // len(own), replica_of[number % len(own)]
         epoch, within = step // steps, step % steps
-        positions = within * batch_size + tf.range(batch_size, dtype=tf.int64)
         key = tf.constant(seed, tf.int64)
+        draws = tf.random.stateless_uniform((batch_size, 3), tf.stack([key, step]))  # the whole batch's, whatever the share
+        mine = replica * share + tf.range(share, dtype=tf.int64)
+        positions = within * batch_size + mine
         indices = tf.random.experimental.index_shuffle(positions, tf.stack([key, epoch]), len(split) - 1)
         x = tf.cast(tf.gather(images, indices), tf.float32)
-        return _augmented(x, augment, tf.stack([key, step]), mean), tf.gather(labels, indices)
+        return _augmented(x, augment, tf.gather(draws, mine), mean), tf.gather(labels, indices)
 
-    order = tf.data.Dataset.range(start, np.iinfo(np.int64).max if stop is None else stop)
+    last = np.iinfo(np.int64).max if stop is None else stop * len(own)
+    order = tf.data.Dataset.range(start * len(own), last)
     return order.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
 
 
-def evaluation_batches(split, batch_size):
-    """Returns a `tf.data.Dataset` of the whole split in order, the last batch as large as what is left."""
+def evaluation_batches(split, batch_size, replicas=1, own=(0,)):
+    """Returns a `tf.data.Dataset` of the whole split in order, in batches of one size.
+
+    Args:
+        split: `Split`.
+        batch_size: int.
+        replicas: See `training_batches`.
+        own: See `training_batches`.
+
+    Returns:
+        Dataset of `(images, labels, weights)`, as in `training_batches`; float32 weights are 1, and 0 for the images that
+        fill up the last batch.
+    """
+    share = batch_size // replicas
+    replica_of = tf.constant(own, tf.int64)
     with tf.device("CPU:0"):
-        data = tf.data.Dataset.from_tensor_slices((split.images, split.labels))
-    data = data.batch(batch_size).map(lambda x, y: (tf.cast(x, tf.float32), y), num_parallel_calls=tf.data.AUTOTUNE)
-    return data.prefetch(tf.data.AUTOTUNE)
+        images, labels = tf.constant(split.images), tf.constant(split.labels)
+
+    def batch(number):
+        start = number // len(own) * batch_size + replica_of[number % len(own)] * share
+        positions = start + tf.range(share, dtype=tf.int64)
+        real = positions < len(split)
+        indices = tf.where(real, positions, 0)
+        return tf.cast(tf.gather(images, indices), tf.float32), tf.gather(labels, indices), tf.cast(real, tf.float32)
+
+    order = tf.data.Dataset.range(-(-len(split) // batch_size) * len(own))
+    return order.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
 
 
-def _augmented(images, augment, seed, mean):
+def _augmented(images, augment, draws, mean):
+    """Crops and mirrors by three uniform draws for each image, `(batch, 3)`."""
     if augment == "none":
         return images
-    count, height, width = tf.shape(images)[0], images.shape[1], images.shape[2]
+    height, width = images.shape[1:3]
     pad_y, pad_x = max(1, height // 8), max(1, width // 8)
     padded = tf.pad(images - mean, [[0, 0], [pad_y, pad_y], [pad_x, pad_x], [0, 0]]) + mean
-    draws = tf.random.stateless_uniform((3, count), seed)
-    top = tf.cast(draws[0] * (2 * pad_y + 1), tf.int32)[:, tf.newaxis] + tf.range(height)
-    left = tf.cast(draws[1] * (2 * pad_x + 1), tf.int32)[:, tf.newaxis] + tf.range(width)
+    top = tf.cast(draws[:, 0] * (2 * pad_y + 1), tf.int32)[:, tf.newaxis] + tf.range(height)
+    left = tf.cast(draws[:, 1] * (2 * pad_x + 1), tf.int32)[:, tf.newaxis] + tf.range(width)
     if augment == "crop_flip":
-        left = tf.where(draws[2][:, tf.newaxis] < 0.5, left, left[:, ::-1])
+        left = tf.where(draws[:, 2:] < 0.5, left, left[:, ::-1])
     rows = tf.gather(padded, top, axis=1, batch_dims=1)
     columns = tf.gather(rows, left, axis=2, batch_dims=1)
     return tf.ensure_shape(columns, images.shape)
@@ -157,9 +191,7 @@ def _digits():
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., np.newaxis]
     whole = Split(images, digits.target.astype(np.int64))
-    train, test = train_test_split(
-        np.arange(len(whole)), test_size=0.2, stratify=whole.labels, random_state=SPLIT_SEED
-    )
+    train, test = train_test_split(np.arange(len(whole)), test_size=0.2, stratify=whole.labels, random_state=SPLIT_SEED)
     return {"train": whole.take(train), "test": whole.take(test)}, [str(name) for name in digits.target_names]
 
 
@@ -170,11 +202,11 @@ def _tfds(name, data_dir, image_size):
         builder = tfds.builder(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise InputError(
-            f"--dataset must be digits, folder:PATH or the name of a TFDS data set. Received: {name!r} "
-            f"({_first_line(error)})"
+            f"--dataset must be digits, folder:PATH or the name of a TFDS data set. Received: {name!r} ({_first_line(error)})"
         ) from error
     if not builder.is_prepared():
         try:
+            _check_hosts(builder)
             builder.download_and_prepare()
         except Exception as error:  # TFDS passes on whatever its downloader meets
             raise InputError(
@@ -197,6 +229,16 @@ def _tfds(name, data_dir, image_size):
     return splits, features["label"].names
 
 
+def _check_hosts(builder):
+    """Tries the hosts of a download for seconds: TFDS itself goes on for minutes where there is no network."""
+    downloads = pathlib.Path(builder.data_path).parents[len(builder.info.full_name.split("/")) - 1] / "downloads"
+    if urllib.request.getproxies() or downloads.is_dir():
+        return  # a proxy resolves names itself, and what is downloaded already needs no network
+    for address in sorted({urllib.parse.urlsplit(url)[:2] for url in builder.url_infos or ()}):
+        host, _, port = address[1].partition(":")
+        socket.create_connection((host, int(port or {"http": 80, "ftp": 21}.get(address[0], 443))), timeout=10).close()
+
+
 def _folder(path, image_size):
     import tensorflow_datasets as tfds
 
@@ -214,8 +256,8 @@ def _folder(path, image_size):
             found = {split: info.num_examples for split, info in builder.info.splits.items()}
             if not found.get("train"):
                 raise InputError(
-                    f"{flag} must hold one folder of JPEG, PNG, BMP or GIF images for each class, or train/ and test/ with such "
-                    f"folders in each. Received: no image in {len(inner)} folders"
+                    f"{flag} must hold one folder of JPEG, PNG, BMP or GIF images for each class, or train/ and test/ with "
+                    f"such folders in each. Received: no image in {len(inner)} folders"
                 )
             names = {"train": "train"}
             if found.get("test"):

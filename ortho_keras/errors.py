@@ -9,6 +9,10 @@ class NonFiniteLossError(ArithmeticError):
     """The loss became inf or NaN."""
 
 
+class WorkerLostError(RuntimeError):
+    """Another worker of a run on several machines went away."""
+
+
 class Interrupted(Exception):
     """The run was asked to stop and has written a checkpoint."""
 

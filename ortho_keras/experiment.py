@@ -8,23 +8,23 @@ import pathlib
 import platform
 
 import keras
-import tensorflow as tf
 
 from ortho_keras.data import load_data
 from ortho_keras.errors import InputError
 from ortho_keras.kernels import layer_kernels, model_kernels, orthonormality_error
+from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
 from ortho_keras.models import plain_cnn, residual_cnn
 from ortho_keras.modulation import modulate
 from ortho_keras.plots import plot_curves
-from ortho_keras.recipes import Recipe
-from ortho_keras.schedules import LearningRate
 from ortho_keras.regularizers import OrthonormalRegularizer
+from ortho_keras.runtime import Runtime, device_names
+from ortho_keras.schedules import LearningRate
 from ortho_keras.training import Trainer
 
 PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "scikit-learn")
 
 
-def run(recipe, workdir, data_dir=None, name="", log=print):
+def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), keep_checkpoints=2, log=print):
     """Trains, evaluates and reports one recipe; goes on where an earlier call with the same arguments was stopped.
 
     Writes into `workdir`: `run.json` (the recipe, at the start), `checkpoints/`, `tensorboard/`, and at the end `final.keras`,
@@ -35,10 +35,13 @@ def run(recipe, workdir, data_dir=None, name="", log=print):
         workdir: Path of the run's own folder; made if missing.
         data_dir: TFDS's folder of prepared data, or `None` for its own.
         name: The recipe's name, for the report.
+        runtime: `Runtime`, or `None` for this process on TensorFlow's default device.
+        callbacks: List of `keras.callbacks.Callback`.
+        keep_checkpoints: int, at least 1.
         log: Function that takes a line of progress.
 
     Returns:
-        The content of `result.json`, a dict.
+        The content of `result.json`, a dict; `None` on a worker other than the chief where the run was finished already.
 
     Raises:
         InputError: If a value, the data or the workdir is not what was expected; nothing is written then.
@@ -46,40 +49,72 @@ def run(recipe, workdir, data_dir=None, name="", log=print):
         Interrupted: If SIGINT or SIGTERM came; a checkpoint is written.
     """
     recipe.check()
+    runtime = runtime or Runtime()
+    log = log if runtime.is_chief else lambda line: None
     workdir = pathlib.Path(workdir).expanduser()
-    finished = _check_workdir(workdir, recipe)
-    if finished:
+    finished = _agreed(runtime, lambda: _check_workdir(workdir, recipe) if runtime.is_chief else None)
+    if runtime.any(finished is not None):
         log(f"this run is finished already: {workdir / 'result.json'} (another --workdir or --seed starts a new one)")
         return finished
+    data = _agreed(runtime, lambda: _load(recipe, data_dir, runtime.replicas))
+    if runtime.is_chief:
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write_json(workdir / "run.json", {"recipe": recipe.to_json()})
+    log(f"computing on {runtime.describe()}")
+    log(
+        f"{recipe.dataset}: {len(data.train)} training, {len(data.validation)} validation and {len(data.test)} test images "
+        f"{data.image_shape}, {len(data.class_names)} classes"
+    )
+    with _precision(recipe.precision), runtime.strategy.scope():
+        keras.utils.set_random_seed(recipe.seed)
+        model, total_steps = compiled_model(recipe, data, runtime.replicas > 1)
+    layers = sum(1 for layer in model.layers if layer_kernels(layer))
+    log(f"{model.name}: {layers} layers, {model.count_params():,} parameters, {total_steps} steps of {recipe.batch_size}")
+    trainer = Trainer(model, recipe, data, workdir, total_steps, runtime, callbacks, keep_checkpoints, log)
+    history = trainer.run()
+    log("evaluating on the test split")
+    test = trainer.evaluate(data.test)
+    result = _result(name, recipe, model, history, test, runtime)
+    if runtime.is_chief:
+        _save_model(model, workdir / "final.keras")
+        _write_json(workdir / "history.json", history)
+        plot_curves(history, workdir / "curves.png", f"{name or recipe.network} (depth {recipe.depth}, seed {recipe.seed})")
+        _write_json(workdir / "result.json", result)
+    return result
+
+
+def _agreed(runtime, prepare):
+    """Returns `prepare()`; where a worker refuses, all of them end instead of waiting for it."""
+    value = error = None
+    try:
+        value = prepare()
+    except InputError as caught:
+        error = caught
+    refused = runtime.any(error is not None)
+    if error is not None:
+        raise error
+    if refused:
+        raise InputError("another worker refused the run; its own message says why")
+    return value
+
+
+def _load(recipe, data_dir, replicas):
+    """Returns the recipe's `ImageData`, of which the replicas can share a batch."""
+    if recipe.batch_size % replicas:
+        raise InputError(f"--batch_size must be divisible by the {replicas} replicas. Received: {recipe.batch_size}")
     data = load_data(recipe.dataset, data_dir, recipe.image_size)
     if len(data.train) < recipe.batch_size:
         raise InputError(
             f"--batch_size must be at most the number of training images, {len(data.train)}. Received: {recipe.batch_size}"
         )
-    log(
-        f"{recipe.dataset}: {len(data.train)} training, {len(data.validation)} validation and {len(data.test)} test images "
-        f"{data.image_shape}, {len(data.class_names)} classes"
-    )
-    _write_json(workdir / "run.json", {"recipe": recipe.to_json()})
-    with _precision(recipe.precision):
-        keras.utils.set_random_seed(recipe.seed)
-        model, total_steps = compiled_model(recipe, data)
-        layers = sum(1 for layer in model.layers if layer_kernels(layer))
-        log(f"{model.name}: {layers} layers, {model.count_params():,} parameters, {total_steps} steps of {recipe.batch_size}")
-        trainer = Trainer(model, recipe, data, workdir, total_steps, log)
-        history = trainer.run()
-        log("evaluating on the test split")
-        test = trainer.evaluate(data.test)
-        result = _result(name, recipe, model, history, test, total_steps)
-        _save_model(model, workdir / "final.keras")
-    _write_json(workdir / "history.json", history)
-    plot_curves(history, workdir / "curves.png", f"{name or recipe.network} (depth {recipe.depth}, seed {recipe.seed})")
-    _write_json(workdir / "result.json", result)
-    return result
+    return data
 
 
-def build_model(recipe, data):
-    """Returns the recipe's network on raw pixels (0 to 255), modulated if the recipe says so; not compiled."""
+def build_model(recipe, data, replicated=False):
+    """Returns the recipe's network on raw pixels (0 to 255), modulated if the recipe says so; not compiled.
+
+    `replicated` says that there is more than one replica, so that there is something to synchronize.
+    """
     mean, variance = data.channel_statistics()
     builder = plain_cnn if recipe.network == "plain" else residual_cnn
     model = builder(
@@ -90,6 +125,7 @@ def build_model(recipe, data):
         regularizer=_regularizer(recipe),
         initializer=recipe.initializer,
         bn_shift=recipe.bn_shift,
+        bn_synchronized=replicated and recipe.bn_sync,
         seed=recipe.seed,
         preprocessing=keras.layers.Normalization(mean=mean, variance=variance, name="normalization"),
     )
@@ -97,15 +133,22 @@ def build_model(recipe, data):
         return model
     # The classifier's error is not commensurable with the convolutions': global pooling lies between (see `modulate`).
     convolutions = [layer.name for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
-    return modulate(model, recipe.tolerance, recipe.max_scale, recipe.modulation, layers=convolutions)
+    return modulate(
+        model,
+        recipe.tolerance,
+        recipe.max_scale,
+        recipe.modulation,
+        synchronized=replicated and recipe.modulation_sync,
+        layers=convolutions,
+    )
 
 
-def compiled_model(recipe, data):
-    """Returns the recipe's compiled model and its number of training steps."""
+def compiled_model(recipe, data, replicated=False):
+    """Returns the recipe's compiled model and its number of training steps; to be called in the strategy's scope."""
     total_steps = recipe.epochs * (len(data.train) // recipe.batch_size)
     if recipe.max_steps:
         total_steps = min(total_steps, recipe.max_steps)
-    model = build_model(recipe, data)
+    model = build_model(recipe, data, replicated)
     model.compile(
         optimizer=make_optimizer(recipe, total_steps),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -129,7 +172,8 @@ def make_optimizer(recipe, total_steps):
         "adam": lambda: keras.optimizers.Adam(schedule),
         "adamw": lambda: keras.optimizers.AdamW(schedule, weight_decay=recipe.weight_decay),
     }
-    return makers[recipe.optimizer]()
+    optimizer = makers[recipe.optimizer]()
+    return AllReplicaLossScaleOptimizer(optimizer) if recipe.precision == "mixed_float16" else optimizer
 
 
 def _regularizer(recipe):
@@ -151,39 +195,33 @@ def _precision(policy):
 
 def _check_workdir(workdir, recipe):
     """Makes sure that a run may use the workdir; returns its result if it is finished there already."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"--workdir must be a folder that can be written. Received: {str(workdir)!r} ({error.strerror})"
-        ) from error
+    shown = str(workdir)
+    nearest = next(path for path in (workdir, *workdir.absolute().parents) if os.path.exists(path))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"--workdir must be a folder that can be written. Received: {shown!r} ({nearest} cannot)")
+    if not workdir.exists() or not any(workdir.iterdir()):
+        return None
     try:
         held = json.loads((workdir / "run.json").read_text())["recipe"]
     except FileNotFoundError:
-        if any(workdir.iterdir()):
-            raise InputError(f"--workdir must be empty or hold this very run. Received: {str(workdir)!r}, with other files")
-        return None
-    except (ValueError, KeyError) as error:
-        raise InputError(f"--workdir must hold a run's run.json or nothing. Received: {workdir / 'run.json'}: {error}")
+        raise InputError(f"--workdir must be empty or hold this very run. Received: {shown!r}, with other files") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--workdir must be empty or hold a run. Received: {shown!r}, whose run.json is damaged") from error
     mine = recipe.to_json()
-    different = [f"{key}={held.get(key)!r} there, {mine.get(key)!r} here" for key in {**held, **mine} if held.get(key) != mine.get(key)]
+    different = [
+        f"{key}={held.get(key)!r} there, {mine.get(key)!r} here" for key in {**held, **mine} if held.get(key) != mine.get(key)
+    ]
     if different:
         raise InputError(
-            f"--workdir must be empty or hold this very run. Received: {str(workdir)!r}, which holds another: "
-            f"{'; '.join(different)}"
+            f"--workdir must be empty or hold this very run. Received: {shown!r}, which holds another: {'; '.join(different)}"
         )
     result = workdir / "result.json"
     return json.loads(result.read_text()) if result.exists() else None
 
 
-def _result(name, recipe, model, history, test, total_steps):
+def _result(name, recipe, model, history, test, runtime):
     seconds = sum(row["seconds"] for row in history)
     rates = [row["images/s"] for row in history if "images/s" in row]
-    devices = tf.config.list_physical_devices("GPU") or tf.config.list_physical_devices("CPU")
-    details = [tf.config.experimental.get_device_details(d).get("device_name", d.device_type) for d in devices]
     last = history[-1]
     return {
         "recipe_name": name,
@@ -193,16 +231,21 @@ def _result(name, recipe, model, history, test, total_steps):
         "test_accuracy": test["accuracy"],
         "test_crossentropy": test["crossentropy"],
         "training_accuracy": last["accuracy"],
-        "penalty": test["loss"] - test["crossentropy"],
-        "steps": total_steps,
+        "penalty": test["penalty"],
+        "steps": last["step"],
         "seconds": round(seconds, 3),
         "images_per_second": round(sorted(rates)[len(rates) // 2], 1) if rates else None,
         "parameters": model.count_params(),
         "orthonormality_error": {
-            kernel.path: orthonormality_error(kernel.variable, kernel.layout, kernel.groups)
-            for kernel in model_kernels(model)
+            kernel.path: orthonormality_error(kernel.variable, kernel.layout, kernel.groups) for kernel in model_kernels(model)
         },
-        "device": {"type": details, "cpu_cores": os.cpu_count(), "machine": platform.machine(), "processor": _processor()},
+        "device": {
+            "type": device_names(),
+            "cpu_cores": os.cpu_count(),
+            "machine": platform.machine(),
+            "processor": _processor(),
+            "runtime": runtime.describe(),
+        },
         "versions": {
             "python": platform.python_version(),
             "ortho_keras": _own_version(),

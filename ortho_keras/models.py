@@ -24,6 +24,7 @@ def plain_cnn(
     regularizer="orthonormal",
     initializer="orthonormal",
     bn_shift=0.0,
+    bn_synchronized=False,
     seed=None,
     preprocessing=None,
     name=None,
@@ -43,8 +44,9 @@ def plain_cnn(
             whatever `keras.regularizers.get` takes; `None` for none. One object is shared by all layers.
         initializer: `"orthonormal"`, `"delta_orthonormal"` (convolutions; the Dense layer is orthonormal), or whatever
             `keras.initializers.get` takes. Each layer gets a copy with a seed of its own.
-        bn_shift: float. The initial value of every BatchNormalization's beta. The paper's is 0; near 1 the ReLUs are more linear,
-            and the error keeps its magnitude going down (ours).
+        bn_shift: float. The initial value of every BatchNormalization's beta. The paper's is 0; near 1 the ReLUs are more
+            linear, and the error keeps its magnitude going down (ours).
+        bn_synchronized: bool. Under a `tf.distribute` strategy, BatchNormalization's statistics are those of all replicas.
         seed: int, at least 0, or `None`. Fixes all kernels.
         preprocessing: A layer that is applied to the input first, a `Normalization`, say, so that the model takes raw pixels.
         name: String. Defaults to `plain<depth>`.
@@ -60,7 +62,7 @@ def plain_cnn(
         He et al. 2016 ([arXiv:1512.03385](https://arxiv.org/abs/1512.03385)), section 4.2; Xie, Xiong, Pu 2017
         ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)). `bn_shift` and `"delta_orthonormal"` are ours.
     """
-    builder = _Builder(regularizer, initializer, bn_shift, seed)
+    builder = _Builder(regularizer, initializer, bn_shift, bn_synchronized, seed)
     return _build(builder, False, depth, input_shape, num_classes, width, preprocessing, name or f"plain{depth}")
 
 
@@ -72,6 +74,7 @@ def residual_cnn(
     regularizer="orthonormal",
     initializer="orthonormal",
     bn_shift=0.0,
+    bn_synchronized=False,
     seed=None,
     preprocessing=None,
     name=None,
@@ -89,6 +92,7 @@ def residual_cnn(
         regularizer: See `plain_cnn`.
         initializer: See `plain_cnn`.
         bn_shift: See `plain_cnn`.
+        bn_synchronized: See `plain_cnn`.
         seed: See `plain_cnn`.
         preprocessing: See `plain_cnn`.
         name: String. Defaults to `residual<depth>`.
@@ -102,7 +106,7 @@ def residual_cnn(
     Reference:
         He et al. 2016 ([arXiv:1512.03385](https://arxiv.org/abs/1512.03385)), section 4.2, option A.
     """
-    builder = _Builder(regularizer, initializer, bn_shift, seed)
+    builder = _Builder(regularizer, initializer, bn_shift, bn_synchronized, seed)
     return _build(builder, True, depth, input_shape, num_classes, width, preprocessing, name or f"residual{depth}")
 
 
@@ -120,7 +124,7 @@ def check_depth(depth):
 class _Builder:
     """Makes one layer after the other, each with its share of the seed."""
 
-    def __init__(self, regularizer, initializer, bn_shift, seed):
+    def __init__(self, regularizer, initializer, bn_shift, bn_synchronized, seed):
         named = regularizer == "orthonormal"
         self.regularizer = OrthonormalRegularizer() if named else keras.regularizers.get(regularizer)
         if isinstance(initializer, str) and initializer in NAMED_INITIALIZERS:
@@ -128,7 +132,11 @@ class _Builder:
         self.initializer = keras.initializers.get(initializer)
         if isinstance(bn_shift, bool) or not isinstance(bn_shift, (int, float)) or not np.isfinite(bn_shift):
             raise ValueError(f"`bn_shift` must be a finite number. Received: bn_shift={bn_shift!r}")
-        self.bn_shift = bn_shift
+        self.normalization = {
+            **BATCH_NORMALIZATION,
+            "beta_initializer": keras.initializers.Constant(bn_shift),
+            "synchronized": bn_synchronized,
+        }
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
             raise ValueError(f"`seed` must be an integer, at least 0, or None. Received: seed={seed!r}")
         self.seed = seed
@@ -157,8 +165,7 @@ class _Builder:
             kernel_regularizer=self.regularizer,
             name=name,
         )(x)
-        beta = keras.initializers.Constant(self.bn_shift)
-        return keras.layers.BatchNormalization(**BATCH_NORMALIZATION, beta_initializer=beta, name=f"{name}_bn")(x)
+        return keras.layers.BatchNormalization(**self.normalization, name=f"{name}_bn")(x)
 
     def classifier(self, x, num_classes):
         return keras.layers.Dense(

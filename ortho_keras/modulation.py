@@ -23,7 +23,7 @@ class ErrorModulation(keras.layers.Layer):
     The layers of a chain talk through a scalar token that runs beside the activations: forward it carries nothing,
     backward its cotangent carries `sqrt(q_upper)` down. The first layer takes no token and makes one. The topmost layer
     receives 0, which says "nothing above", and changes nothing. There is no state, so it works in eager mode, in graphs,
-    under XLA and under a strategy (the moment is then that of the replica's own batch).
+    under XLA and under a strategy.
 
     The moment is summed in float64, so it is right for errors from 1e-30 to 1e+30 and for float16 subnormals. An error that
     is all zero, or that holds an inf or a NaN, passes unchanged and leaves the reference for the layers below as it is.
@@ -37,6 +37,8 @@ class ErrorModulation(keras.layers.Layer):
             1.15 a layer stays below any useful tolerance between neighbours and grows a millionfold over 100 layers; against
             the anchor it adds up until it leaves the tolerance, and is then set back to it. The anchor is ours.
         enabled: bool. A switch that can be turned while training, `layer.enabled = False`, without retracing.
+        synchronized: bool. Under a `tf.distribute` strategy, the moment is that of all replicas' errors together, so that the
+            split of a batch over replicas changes nothing.
 
     Call arguments:
         inputs: Float tensor of any shape, a parametric layer's output.
@@ -55,11 +57,11 @@ class ErrorModulation(keras.layers.Layer):
     >>> y, token = ErrorModulation()(keras.layers.Dense(8)(y), token)
 
     Reference:
-        Xie, Xiong, Pu 2017 ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)): the factor sqrt(q^(l+1) / q^l), only where the
-        magnitudes of consecutive layers mismatch. `tolerance`, `max_scale`, `"anchor"` and `enabled` are ours.
+        Xie, Xiong, Pu 2017 ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)): the factor sqrt(q^(l+1) / q^l), only where
+        the magnitudes of consecutive layers mismatch. `tolerance`, `max_scale`, `"anchor"`, `enabled`, `synchronized`: ours.
     """
 
-    def __init__(self, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled=True, **kwargs):
+    def __init__(self, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled=True, synchronized=False, **kwargs):
         kwargs.pop("autocast", None)
         # The token's cotangent spans more than half precision can hold, so Keras must not cast it.
         super().__init__(autocast=False, **kwargs)
@@ -71,6 +73,7 @@ class ErrorModulation(keras.layers.Layer):
         self.tolerance = float(tolerance)
         self.max_scale = float(max_scale)
         self.reference = reference
+        self.synchronized = bool(synchronized)
         self._enabled = LiveScalar(bool(enabled))
         self.supports_masking = True
 
@@ -96,7 +99,7 @@ class ErrorModulation(keras.layers.Layer):
 
     def _backward(self, error, above, enabled):
         """Maps the error above this layer and `sqrt(q_upper)` (0: nothing above) to what goes down."""
-        own = _root_mean_square(error)
+        own = _root_mean_square(error, self.synchronized)
         usable = tf.logical_and(own > 0, tf.math.is_finite(own))
         scale = above / tf.where(usable, own, 1.0)
         mismatch = tf.logical_or(scale > self.tolerance, scale < 1 / self.tolerance)
@@ -120,16 +123,20 @@ class ErrorModulation(keras.layers.Layer):
             "max_scale": self.max_scale,
             "reference": self.reference,
             "enabled": self.enabled,
+            "synchronized": self.synchronized,
         }
 
 
-def _root_mean_square(error):
+def _root_mean_square(error, synchronized):
     """The root of the second-order moment, float32. Squares of 1e-30 and of 1e+30 both need float64."""
-    size = tf.cast(tf.size(error), tf.float64)
-    return tf.cast(tf.sqrt(2 * tf.nn.l2_loss(tf.cast(error, tf.float64)) / size), tf.float32)
+    moment = 2 * tf.nn.l2_loss(tf.cast(error, tf.float64)) / tf.cast(tf.size(error), tf.float64)
+    replica = tf.distribute.get_replica_context()
+    if synchronized and replica is not None and replica.num_replicas_in_sync > 1:
+        moment = replica.all_reduce(tf.distribute.ReduceOp.MEAN, moment)
+    return tf.cast(tf.sqrt(moment), tf.float32)
 
 
-def modulate(model, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled=True, layers=None):
+def modulate(model, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled=True, synchronized=False, layers=None):
     """Returns a model that shares all layers of a chain, with an `ErrorModulation` after every parametric layer.
 
     The new model has the same layers, so the same weights: training it trains `model`, which remains the net
@@ -146,6 +153,7 @@ def modulate(model, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled
         max_scale: See `ErrorModulation`.
         reference: See `ErrorModulation`.
         enabled: See `ErrorModulation`; `switch_modulation` turns all of a model's at once.
+        synchronized: See `ErrorModulation`.
         layers: Names of the parametric layers to modulate. Defaults to `None`, all of them.
 
     Returns:
@@ -160,7 +168,13 @@ def modulate(model, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled
     """
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(f"`model` must be a built Keras model (call `model.build(...)`). Received: model={model!r}")
-    rule = {"tolerance": tolerance, "max_scale": max_scale, "reference": reference, "enabled": enabled}
+    rule = {
+        "tolerance": tolerance,
+        "max_scale": max_scale,
+        "reference": reference,
+        "enabled": enabled,
+        "synchronized": synchronized,
+    }
     ErrorModulation(**rule)  # a wrong rule fails before the model is walked
     chain = _Chain(rule, layers)
     first = model.inputs[0]
@@ -217,8 +231,7 @@ class _Chain:
             )
         if len(model.inputs) != 1 or len(model.outputs) != 1:
             raise ValueError(
-                f"modulate needs a chain: model {model.name!r} has {len(model.inputs)} inputs and "
-                f"{len(model.outputs)} outputs"
+                f"modulate needs a chain: model {model.name!r} has {len(model.inputs)} inputs and {len(model.outputs)} outputs"
             )
         outputs = inputs
 

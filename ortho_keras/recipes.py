@@ -1,7 +1,6 @@
 """Recipes: frozen sets of values, each a complete description of one training run."""
 
 import dataclasses
-import json
 import math
 
 from ortho_keras.errors import InputError
@@ -21,7 +20,7 @@ class Recipe:
 
     dataset: str = _field("digits", "digits, a TFDS name (cifar10, cifar100, fashion_mnist, ...) or folder:PATH")
     image_size: int = _field(0, "resizes images to this many pixels a side; 0 keeps their size", least=0, most=4096)
-    augment: str = _field("none", "training images: random crop of a padded image, and flip", ("none", "crop", "crop_flip"))
+    augment: str = _field("none", "training images: random crop of a padded image; flip", ("none", "crop", "crop_flip"))
     network: str = _field("plain", "network without or with shortcuts", ("plain", "residual"))
     depth: int = _field(44, "layers, 6n + 2: 8, 14, 20, ..., 44, ..., 110", least=8)
     width: int = _field(16, "filters of the first stage (doubled at each of the two others)", least=1)
@@ -37,6 +36,7 @@ class Recipe:
     )  # fmt: skip
     tolerance: float = _field(2.0, "modulation: the ratio of magnitudes beyond which a layer is rescaled", least=1)
     max_scale: float = _field(1000.0, "modulation: the largest rescaling of one layer", least=1)
+    modulation_sync: bool = _field(True, "moments of the modulation over all replicas, or each replica's own")
     optimizer: str = _field("sgd", "optimizer (sgd and nesterov with --momentum)", OPTIMIZERS)
     learning_rate: float = _field(0.1, "learning rate at its highest", above=0)
     momentum: float = _field(0.9, "momentum of sgd, nesterov and rmsprop", least=0, most=1)
@@ -47,13 +47,14 @@ class Recipe:
     )  # fmt: skip
     warmup_steps: int = _field(0, "steps over which the learning rate rises from 0", least=0)
     epochs: int = _field(60, "passes over the training split", least=1)
-    max_steps: int = _field(0, "ends the run after this many steps, the schedule fitted to them; 0: no such limit", least=0)
+    max_steps: int = _field(0, "ends the run after this many steps, to which the schedule is fitted; 0: no such limit", least=0)
     batch_size: int = _field(128, "images a step", least=1)
     precision: str = _field("float32", "type of the layers' arithmetic", ("float32", "mixed_bfloat16", "mixed_float16"))
     bn_batches: int = _field(
-        16, "training batches from which BatchNormalization's averages are re-estimated before an evaluation; 0: moving averages",
+        16, "training batches that re-estimate BatchNormalization's averages before an evaluation; 0: the moving averages",
         least=0,
     )  # fmt: skip
+    bn_sync: bool = _field(True, "BatchNormalization's statistics over all replicas, or each replica's own")
     evaluate_every: int = _field(1, "epochs from one validation to the next (the last epoch always has one)", least=1)
     seed: int = _field(0, "seed of kernels, order of images and augmentation", least=0, most=2**31 - 1)
 
@@ -72,9 +73,7 @@ class Recipe:
                 raise InputError(f"--{field.name} must be {wrong}. Received: {value!r}")
         if (self.depth - 2) % 6:
             below = self.depth - (self.depth - 2) % 6
-            raise InputError(
-                f"--depth must be 6n + 2; the nearest are {below} and {below + 6}. Received: {self.depth!r}"
-            )
+            raise InputError(f"--depth must be 6n + 2; the nearest are {below} and {below + 6}. Received: {self.depth!r}")
         if self.network == "residual" and self.modulation != "off":
             raise InputError(
                 "--modulation must be off for --network residual: modulation is defined on a chain, and shortcuts branch. "
@@ -84,11 +83,6 @@ class Recipe:
 
     def to_json(self):
         return dataclasses.asdict(self)
-
-    def differences(self, other):
-        """Returns `[(field, own value, other's value)]` where two recipes differ."""
-        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
-        return [(name, mine, theirs) for name, mine, theirs in pairs if json.dumps(mine) != json.dumps(theirs)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +99,7 @@ _PAPER = Recipe(
     dataset="cifar10", augment="crop_flip", factor=1e-4, learning_rate=0.1, schedule="step", epochs=183, max_steps=64000
 )
 # 45,000 training images are 351 steps of 128 an epoch.
-_SHORT = dataclasses.replace(
-    _PAPER, epochs=5, max_steps=0, schedule="cosine", warmup_steps=100, precision="mixed_bfloat16"
-)
+_SHORT = dataclasses.replace(_PAPER, epochs=5, max_steps=0, schedule="cosine", warmup_steps=100, precision="mixed_bfloat16")
 
 
 def _preset(base, about, paper="", **changes):
@@ -115,7 +107,7 @@ def _preset(base, about, paper="", **changes):
 
 
 def _with_control(name, preset, **control):
-    """A preset and its control: the same data, steps, seed and schedule, with He initialization and L2 instead of the method."""
+    """A preset and its control: the same data, steps, seed and schedule; He initialization and L2 instead of the method."""
     l2 = {"initializer": "he_normal", "regularizer": "l2", "factor": 1e-4, "modulation": "off", "bn_shift": 0.0}
     recipe = dataclasses.replace(preset.recipe, **{**l2, **control})
     return {name: preset, f"{name}_l2": Preset(recipe, f"control of {name}: He initialization and L2")}
@@ -127,13 +119,24 @@ RECIPES = {
         _preset(
             Recipe(),
             "real handwritten digits (8x8, from scikit-learn, no download): 44 layers without shortcuts in a minute",
-            dataset="digits", augment="crop", modulation="anchor", schedule="cosine", learning_rate=0.03, warmup_steps=22,
-            epochs=40, batch_size=64, evaluate_every=4,
+            dataset="digits",
+            augment="crop",
+            modulation="anchor",
+            schedule="cosine",
+            learning_rate=0.03,
+            warmup_steps=22,
+            epochs=40,
+            batch_size=64,
+            evaluate_every=4,
         ),
     ),
     **_with_control(
         "plain44_cifar10",
-        _preset(_PAPER, "the paper's plain net of 44 layers", paper="87.2 (orthonormal, read off a figure), best 88.42 (second-hand)"),
+        _preset(
+            _PAPER,
+            "the paper's plain net of 44 layers",
+            paper="87.2 (orthonormal, read off a figure), best 88.42 (second-hand)",
+        ),
     ),
     **_with_control(
         "plain44_cifar10_short",
@@ -142,13 +145,24 @@ RECIPES = {
     **_with_control(
         "plain110_cifar10",
         _preset(
-            _PAPER, "the paper's plain net of 110 layers, with modulation", depth=110, modulation="anchor", learning_rate=0.01,
+            _PAPER,
+            "the paper's plain net of 110 layers, with modulation",
+            depth=110,
+            modulation="anchor",
+            learning_rate=0.01,
             paper="81.6 (orthonormal and modulation, second-hand)",
         ),
     ),
     **_with_control(
         "plain110_cifar10_short",
-        _preset(_SHORT, "plain110_cifar10 in 2 epochs, for two CPU cores", depth=110, modulation="anchor", learning_rate=0.01, epochs=2),
+        _preset(
+            _SHORT,
+            "plain110_cifar10 in 2 epochs, for two CPU cores",
+            depth=110,
+            modulation="anchor",
+            learning_rate=0.01,
+            epochs=2,
+        ),
     ),
     **_with_control(
         "resnet44_cifar10",
@@ -156,9 +170,15 @@ RECIPES = {
     ),
     **_with_control(
         "resnet110_cifar10",
-        _preset(_PAPER, "the residual twin of plain110_cifar10", network="residual", depth=110, paper="90.0 (orthonormal, read off a figure)"),
+        _preset(
+            _PAPER,
+            "the residual twin of plain110_cifar10",
+            network="residual",
+            depth=110,
+            paper="90.0 (orthonormal, read off a figure)",
+        ),
     ),
-}  # fmt: skip
+}
 
 
 def find_preset(name):

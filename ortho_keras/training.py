@@ -1,4 +1,4 @@
-"""The training loop: Keras's own train step, run from any step on, with what a long run needs around it."""
+"""The training loop: one step under any strategy, from any step on, with what a long run needs around it."""
 
 import contextlib
 import signal
@@ -11,120 +11,182 @@ import numpy as np
 import tensorflow as tf
 
 from ortho_keras.batchnorm import BatchNormalizationEstimator
-from ortho_keras.checkpoints import restore_checkpoint, save_checkpoint
+from ortho_keras.checkpoints import restore_checkpoint, save_checkpoint, state_variables
 from ortho_keras.data import evaluation_batches, training_batches
-from ortho_keras.errors import Interrupted, NonFiniteLossError
+from ortho_keras.errors import Interrupted, NonFiniteLossError, WorkerLostError
+from ortho_keras.runtime import Runtime
+
+SUM = tf.distribute.ReduceOp.SUM
 
 
 class Trainer:
-    """Trains a compiled model by a recipe, so that a run which was stopped anywhere goes on as if it had not been.
+    """Trains a model by a recipe, so that a run which was stopped anywhere goes on as if it had not been.
 
     `model.fit` is not used: it cannot start within an epoch, and it fails under `MultiWorkerMirroredStrategy` (Keras 3.15).
+    The loop is the same for one device, several and several machines: each replica takes its share of the global batch, the
+    cross-entropy is the mean over the global batch, and the penalty counts once.
 
     Args:
-        model: Model compiled with the loss and the metrics `crossentropy` and `accuracy`.
+        model: Compiled classifier that returns logits, built under the runtime's strategy.
         recipe: `Recipe`.
         data: `ImageData`.
         directory: Path of the run, for checkpoints and TensorBoard's logs.
         total_steps: int.
-        log: Function that takes a line.
+        runtime: `Runtime`.
+        callbacks: List of `keras.callbacks.Callback`, called as `fit` does on every worker. `model.stop_training` ends the run.
+        keep_checkpoints: int, how many are kept.
+        log: Function that takes a line; the chief's only.
     """
 
-    def __init__(self, model, recipe, data, directory, total_steps, log=print):
+    def __init__(self, model, recipe, data, directory, total_steps, runtime=None, callbacks=(), keep_checkpoints=2, log=print):
         self.model = model
         self.recipe = recipe
         self.data = data
         self.directory = directory
         self.total_steps = total_steps
-        self.log = log
+        self.runtime = runtime or Runtime()
+        self.keep_checkpoints = keep_checkpoints
+        self.log = log if self.runtime.is_chief else lambda line: None
         self.steps_per_epoch = len(data.train) // recipe.batch_size
+        self.epochs = -(-total_steps // self.steps_per_epoch)
         self.mean = np.asarray(data.channel_statistics()[0], np.float32)
         self.estimator = BatchNormalizationEstimator(model)
-        self._train = tf.function(model.train_step)
-        self._test = tf.function(model.test_step, reduce_retracing=True)
+        self.callbacks = keras.callbacks.CallbackList(list(callbacks), model=model, epochs=self.epochs)
+        self._train = _train_function(model, recipe.batch_size, self.runtime)
+        self._score = _score_function(model, self.runtime)
 
     def run(self):
         """Trains to the last step and returns the history: a list of one dict of figures for each epoch.
 
         Raises:
             NonFiniteLossError: At the first step whose loss is inf or NaN.
-            Interrupted: After SIGINT or SIGTERM, when the checkpoint is written.
+            Interrupted: After SIGINT or SIGTERM on any worker, when the checkpoint is written.
+            WorkerLostError: If another worker went away.
         """
-        self.model.optimizer.build(self.model.trainable_variables)
-        step, history, seconds = 0, [], 0.0
-        restored = restore_checkpoint(self.directory / "checkpoints", self.model, self.log)
-        if restored:
-            step, (history, seconds) = restored
-            self.log(f"resuming after step {step} of {self.total_steps}")
-        batches = iter(self._training_batches(step, self.total_steps))
-        writer = tf.summary.create_file_writer(str(self.directory / "tensorboard"))
-        with writer.as_default(), _stop_requests() as stop:
-            while step < self.total_steps:
-                step, seconds = self._epoch(step, batches, history, seconds, stop)
-                history.append(self._epoch_figures(step, seconds))
-                seconds = 0.0
-                self._write_summary(history[-1])
-                save_checkpoint(self.directory / "checkpoints", self.model, step, [history, seconds])
+        with self.runtime.strategy.scope():
+            self.model.optimizer.build(self.model.trainable_variables)
+        step, history, epoch = self._restore()
+        make_writer = tf.summary.create_file_writer if self.runtime.is_chief else lambda _: tf.summary.create_noop_writer()
+        writer = make_writer(str(self.directory / "tensorboard"))
+        try:
+            with writer.as_default(), _stop_requests() as stop:
+                batches = iter(self._training_batches(step, self.total_steps))
+                self.callbacks.on_train_begin()
+                while step < self.total_steps and not self.model.stop_training:
+                    step = self._epoch(step, batches, history, epoch, stop)
+                    history.append(self._epoch_figures(step, epoch))
+                    epoch = _new_epoch()
+                    self._write_summary(history[-1])
+                    self._save(step, history, epoch)
+                    self.callbacks.on_epoch_end(history[-1]["epoch"] - 1, history[-1])
+                self.callbacks.on_train_end(history[-1] if history else None)
+        except tf.errors.OpError as error:
+            raise self._worker_lost(error) from error
         return history
 
     def evaluate(self, split):
-        """Returns `loss` (with the penalty), `crossentropy` and `accuracy` on a split, as floats.
+        """Returns `crossentropy` and `accuracy` on a split, and the `penalty`, as floats.
 
         BatchNormalization's averages are re-estimated first, from the same training batches each time.
         """
         if self.recipe.bn_batches:
             self.estimator(images for images, _ in self._training_batches(0, self.recipe.bn_batches))
-        self.model.reset_metrics()
-        for batch in evaluation_batches(split, self.recipe.batch_size):
-            logs = self._test(batch)
-        return {name: float(value) for name, value in logs.items()}
+        batch_size = min(self.recipe.batch_size, -(-len(split) // self.runtime.replicas) * self.runtime.replicas)
+        totals = np.zeros(3)
+        for batch in self._distributed(lambda own: evaluation_batches(split, batch_size, self.runtime.replicas, own)):
+            totals += self._score(*batch).numpy()
+        crossentropy, correct, count = totals
+        return {"crossentropy": crossentropy / count, "accuracy": correct / count, "penalty": float(sum(self.model.losses))}
 
     def _training_batches(self, start, stop):
-        recipe = self.recipe
-        return training_batches(self.data.train, recipe.batch_size, recipe.augment, recipe.seed, start, stop, self.mean)
+        r = self.recipe
+        return self._distributed(
+            lambda own: training_batches(
+                self.data.train, r.batch_size, r.augment, r.seed, start, stop, self.mean, self.runtime.replicas, own
+            )
+        )
 
-    def _epoch(self, step, batches, history, seconds, stop):
-        """Runs to the end of the epoch that `step` lies in, and returns the step reached and the seconds spent."""
-        end = min((step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.total_steps)
-        begin = end - self.steps_per_epoch if end % self.steps_per_epoch == 0 else end - end % self.steps_per_epoch
-        if step == begin:
-            self.model.reset_metrics()
-        verbose = 1 if sys.stdout.isatty() else 0
-        names = ["loss", "crossentropy", "accuracy", "penalty", "images/s"]
-        bar = keras.utils.Progbar(end - begin, stateful_metrics=names, verbose=verbose)
-        if verbose:
-            self.log(f"epoch {len(history) + 1}/{-(-self.total_steps // self.steps_per_epoch)}")
-        started, first, traced = time.perf_counter() - seconds, None, 0.0
-        while step < end:
-            logs = {name: float(value) for name, value in self._train(next(batches)).items()}
+    def _distributed(self, make):
+        """The dataset that `make` makes of a list of replicas' numbers, each replica's share handed to it."""
+        if self.runtime.replicas == 1:
+            return make([0])
+        count = self.runtime.local_replicas
+        own = [self.runtime.worker * count + index for index in range(count)]
+        return self.runtime.strategy.distribute_datasets_from_function(lambda _: make(own))
+
+    def _restore(self):
+        """Sets the model to the chief's newest checkpoint on all workers; returns step, history and the epoch begun."""
+        step, history, epoch = 0, [], _new_epoch()
+        runtime, directory = self.runtime, self.directory / "checkpoints"
+        if runtime.is_chief:
+            restored = restore_checkpoint(directory, self.model, self.log)
+            if restored:
+                step, (history, epoch) = restored
+                self.log(f"resuming after step {step} of {self.total_steps}")
+        if runtime.workers > 1:
+            variables = state_variables(self.model)
+            own = [np.asarray(v, np.float64).ravel() * runtime.is_chief for v in variables]  # exact: no type is wider
+            state = runtime.sum(np.concatenate([[step * runtime.is_chief], *own]))
+            step, at = int(state[0]), 1
+            for variable, size in zip(variables, map(np.size, own)):
+                variable.assign(state[at : at + size].reshape(variable.shape))
+                at += size
+        return step, history, epoch
+
+    def _save(self, step, history, epoch):
+        if self.runtime.replicas > 1 and not self.recipe.bn_sync:
+            _average_over_replicas(self.estimator.averages, self.runtime.strategy)
+        if self.runtime.is_chief:
+            directory = self.directory / "checkpoints"
+            save_checkpoint(directory, self.model, step, [history, epoch], self.keep_checkpoints)
+
+    def _epoch(self, step, batches, history, epoch, stop):
+        """Runs to the end of the epoch that `step` lies in, and returns the step reached; sums up in `epoch`."""
+        number = step // self.steps_per_epoch
+        begin = number * self.steps_per_epoch
+        end = min(begin + self.steps_per_epoch, self.total_steps)
+        batch_size, names = self.recipe.batch_size, ["loss", "crossentropy", "accuracy", "penalty", "images/s"]
+        show = self.runtime.is_chief and sys.stdout.isatty()
+        bar = keras.utils.Progbar(end - begin, stateful_metrics=names, verbose=1 if show else 0)
+        if show:
+            self.log(f"epoch {number + 1}/{self.epochs}")
+        self.callbacks.on_epoch_begin(number)
+        started, first, traced = time.perf_counter() - epoch["seconds"], None, 0.0
+        while step < end and not self.model.stop_training:
+            self.callbacks.on_train_batch_begin(step)
+            crossentropy, correct, penalty, stopped = self._train(*next(batches), float(stop.signum > 0)).numpy()
             step += 1
-            if not np.isfinite(logs["loss"]):
+            if not np.isfinite(crossentropy + penalty):
                 raise NonFiniteLossError(
-                    f"the loss became {logs['loss']} at step {step} of {self.total_steps}: try a lower --learning_rate "
-                    f"({self.recipe.learning_rate} now), --warmup_steps, or --modulation anchor"
+                    f"the loss became {crossentropy / batch_size + penalty} at step {step} of {self.total_steps}: try a lower "
+                    f"--learning_rate ({self.recipe.learning_rate} now), --warmup_steps, or --modulation anchor"
                 )
+            epoch["steps"] += 1
+            epoch["crossentropy"] += float(crossentropy) / batch_size
+            epoch["accuracy"] += float(correct) / batch_size
+            logs = {name: epoch[name] / epoch["steps"] for name in ("crossentropy", "accuracy")}
+            logs |= {"penalty": float(penalty), "loss": logs["crossentropy"] + float(penalty)}
             now = time.perf_counter()
             if first is None:
                 first, traced = step, now  # the first step traces the graph: its time is not a step's
             else:
-                logs["images/s"] = (step - first) * self.recipe.batch_size / (now - traced)
-            logs["penalty"] = logs["loss"] - logs["crossentropy"]
+                logs["images/s"] = (step - first) * batch_size / (now - traced)
             bar.update(step - begin, [(name, logs[name]) for name in names if name in logs])
-            self.logs = logs
-            if stop.signum:
-                seconds = time.perf_counter() - started
-                save_checkpoint(self.directory / "checkpoints", self.model, step, [history, seconds])
-                raise Interrupted(f"stopped after step {step} of {self.total_steps}", stop.signum)
-        return step, time.perf_counter() - started
+            self.callbacks.on_train_batch_end(step - 1, logs)
+            epoch |= {"seconds": now - started, "logs": logs}
+            if stopped:
+                self._save(step, history, epoch)
+                raise Interrupted(f"stopped after step {step} of {self.total_steps}", stop.signum or signal.SIGTERM)
+        return step
 
-    def _epoch_figures(self, step, seconds):
-        epoch = -(-step // self.steps_per_epoch)
-        figures = {"epoch": epoch, "step": step, "seconds": seconds, **self.logs}
+    def _epoch_figures(self, step, epoch):
+        number = -(-step // self.steps_per_epoch)
+        figures = {"epoch": number, "step": step, "seconds": epoch["seconds"], **epoch["logs"]}
         figures["learning_rate"] = float(self.model.optimizer.learning_rate)
-        if step == self.total_steps or epoch % self.recipe.evaluate_every == 0:
+        if step == self.total_steps or number % self.recipe.evaluate_every == 0:
             validation = self.evaluate(self.data.validation)
             figures |= {f"validation_{name}": validation[name] for name in ("crossentropy", "accuracy")}
-        parts = [f"epoch {epoch}", f"step {step}", f"{seconds:.1f}s"]
+        parts = [f"epoch {number}/{self.epochs}", f"step {step}", f"{figures['seconds']:.1f}s"]
         shown = ("images/s", "loss", "penalty", "accuracy", "validation_accuracy", "learning_rate")
         parts += [f"{name} {figures[name]:.4g}" for name in shown if name in figures]
         self.log(" - ".join(parts))
@@ -134,6 +196,75 @@ class Trainer:
         for name, value in figures.items():
             if name not in ("epoch", "step"):
                 tf.summary.scalar(name.replace("validation_", "validation/"), value, step=figures["step"])
+
+    def _worker_lost(self, error):
+        if self.runtime.workers == 1:
+            return error
+        reason = str(error).strip().splitlines()[0][:200]
+        return WorkerLostError(
+            f"another worker was lost ({reason}); start all workers again: the run goes on from the last checkpoint"
+        )
+
+
+def _new_epoch():
+    """What an epoch sums up: steps, seconds, and over steps the batch means of cross-entropy and accuracy."""
+    return {"steps": 0, "seconds": 0.0, "crossentropy": 0.0, "accuracy": 0.0, "logs": {}}
+
+
+def _train_function(model, batch_size, runtime):
+    """One training step: `(images, labels, stop)` to the sums over replicas `[cross-entropy, correct, penalty, stop]`."""
+    optimizer, replicas, strategy = model.optimizer, runtime.replicas, runtime.strategy
+
+    def step(images, labels, stop):
+        with tf.GradientTape() as tape:
+            crossentropy, correct = _scores(labels, model(images, training=True))
+            total = tf.reduce_sum(crossentropy)
+            penalty = tf.cast(sum(model.losses), tf.float32) / replicas  # each replica has the whole penalty
+            loss = optimizer.scale_loss(total / batch_size + penalty)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)  # sums the gradients over replicas
+        return tf.stack([total, tf.reduce_sum(correct), penalty, stop])
+
+    if runtime.jit_compile:
+        step = tf.function(step, jit_compile=True)
+
+    @tf.function
+    def train(images, labels, stop):
+        return strategy.reduce(SUM, strategy.run(step, args=(images, labels, stop)), axis=None)
+
+    return lambda images, labels, stop: train(images, labels, tf.constant(stop, tf.float32))
+
+
+def _score_function(model, runtime):
+    """One evaluation step: `(images, labels, weights)` to the sums over replicas `[cross-entropy, correct, weight]`."""
+
+    def step(images, labels, weights):
+        scores = _scores(labels, model(images, training=False))
+        return tf.stack([tf.reduce_sum(weights * score) for score in (*scores, tf.ones_like(weights))])
+
+    @tf.function(reduce_retracing=True)
+    def score(images, labels, weights):
+        return runtime.strategy.reduce(SUM, runtime.strategy.run(step, args=(images, labels, weights)), axis=None)
+
+    return score
+
+
+def _scores(labels, logits):
+    """Cross-entropy and correctness of each image, two float32 tensors `(batch,)`."""
+    crossentropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, tf.cast(logits, tf.float32))
+    return crossentropy, tf.cast(tf.equal(tf.argmax(logits, -1), labels), tf.float32)
+
+
+def _average_over_replicas(variables, strategy):
+    """Sets each replica's copy to the mean over replicas: without synchronized statistics they drift apart."""
+
+    @tf.function
+    def means():
+        copies = strategy.run(lambda: [tf.identity(v.value) for v in variables])
+        return [strategy.reduce(tf.distribute.ReduceOp.MEAN, copy, axis=None) for copy in copies]
+
+    for variable, mean in zip(variables, means()):
+        variable.assign(mean)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 
 def kernel_columns(kernel, layout):
-    """All sets of columns that should be orthonormal, as lists of index arrays into the flat kernel: one (f_in, n) array a set."""
+    """All sets of columns that should be orthonormal: for each an array (f_in, n) of indices into the flat kernel."""
     index = np.arange(kernel.size).reshape(kernel.shape)
     if layout == "standard":
         matrices = [index.reshape(-1, kernel.shape[-1])]
@@ -67,15 +67,9 @@ def modulated_gradients(model, x, y, names, tolerance, max_scale, reference):
     for layer, inputs in zip(reversed(chain), reversed(activations[:-1])):
         if layer.name in names:
             own = np.sqrt(np.mean(np.asarray(error, np.float64) ** 2))
-            scale = 1.0
-            if above is not None and own > 0 and np.isfinite(own):
-                ratio = above / own
-                if ratio > tolerance or ratio < 1 / tolerance:
-                    scale = float(np.clip(ratio, 1 / max_scale, max_scale))
+            scale, above = scale_and_reference(own, above, tolerance, max_scale, reference)
             scales[layer.name] = scale
             error = tf.cast(np.asarray(error, np.float64) * scale, error.dtype)
-            if above is None or (reference == "neighbour" and own > 0):
-                above = own * scale
         with tf.GradientTape() as tape:
             tape.watch(inputs)
             outputs = call(layer, inputs)
@@ -84,6 +78,17 @@ def modulated_gradients(model, x, y, names, tolerance, max_scale, reference):
         gradients |= {v.path: np.asarray(g, np.float64) for v, g in zip(layer.trainable_variables, own_gradients)}
         error = down
     return gradients, scales
+
+
+def scale_and_reference(own, above, tolerance, max_scale, reference):
+    """One layer's scale, and the magnitude handed down, from its own magnitude and the one from above (None: none)."""
+    if own == 0 or not np.isfinite(own):
+        return 1.0, above
+    if above is None:
+        return 1.0, own
+    scale = above / own
+    scale = float(np.clip(scale, 1 / max_scale, max_scale)) if not 1 / tolerance <= scale <= tolerance else 1.0
+    return scale, own * scale if reference == "neighbour" else above
 
 
 def call(layer, inputs):

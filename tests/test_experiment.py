@@ -1,0 +1,166 @@
+"""A whole run in this process: what it leaves behind, and that the loop computes what a plain Keras loop computes."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from ortho_keras import orthonormality_error
+from ortho_keras.data import load_data, training_batches
+from ortho_keras.experiment import build_model, compiled_model, make_optimizer, run
+from ortho_keras.recipes import OPTIMIZERS, find_preset
+from ortho_keras.training import Trainer
+
+RECIPE = dataclasses.replace(
+    find_preset("digits").recipe, depth=8, epochs=8, batch_size=64, learning_rate=0.05, warmup_steps=0, evaluate_every=3
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "digits"
+    lines = []
+    result = run(RECIPE, workdir, name="digits", log=lines.append)
+    return workdir, result, lines
+
+
+def test_result_says_what_was_run_and_what_came_out(finished):
+    workdir, result, _ = finished
+    assert result == json.loads((workdir / "result.json").read_text())
+    assert result["recipe"] == RECIPE.to_json() and result["recipe_name"] == "digits" and result["seed"] == 0
+    assert result["steps"] == 8 * (1293 // 64)
+    assert result["test_accuracy"] > 0.9 and result["validation_accuracy"] > 0.9
+    assert result["versions"]["tensorflow"] == tf.__version__ and result["device"]["cpu_cores"] >= 1
+    assert result["seconds"] > 0 and result["images_per_second"] > 0
+    assert list(result["orthonormality_error"]) == [
+        "stem_conv/kernel",
+        *[f"stage{stage}_conv{conv:02d}/kernel" for stage in (1, 2, 3) for conv in (1, 2)],
+        "classifier/kernel",
+    ]
+
+
+def test_final_model_reproduces_the_reported_figures(finished):
+    workdir, result, _ = finished
+    test = load_data("digits").test
+    model = keras.models.load_model(workdir / "final.keras", safe_mode=True)
+    logits = model.predict(test.images.astype("float32"), verbose=0)
+    assert np.mean(logits.argmax(-1) == test.labels) == pytest.approx(result["test_accuracy"], abs=1e-9)
+    shifted = logits.astype("float64") - logits.max(-1, keepdims=True)
+    log_likelihood = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    crossentropy = -np.mean(log_likelihood[np.arange(len(test)), test.labels])
+    assert crossentropy == pytest.approx(result["test_crossentropy"], rel=1e-4)
+    assert float(sum(model.losses)) == pytest.approx(result["penalty"], rel=1e-5)
+    for path, error in result["orthonormality_error"].items():
+        assert orthonormality_error(model.get_layer(path.split("/")[0]).kernel) == pytest.approx(error, rel=1e-5)
+
+
+def test_final_model_needs_nothing_but_the_import(finished):
+    workdir, _, _ = finished
+    script = (
+        "import keras, ortho_keras, sys\n"
+        "model = keras.models.load_model(sys.argv[1])\n"
+        "print(len([layer for layer in model.layers if isinstance(layer, ortho_keras.ErrorModulation)]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, workdir / "final.keras"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "7", done.stderr
+
+
+def test_history_and_log(finished):
+    workdir, _, lines = finished
+    history = json.loads((workdir / "history.json").read_text())
+    assert [row["epoch"] for row in history] == list(range(1, 9))
+    assert [row["epoch"] for row in history if "validation_accuracy" in row] == [3, 6, 8]
+    for row in history:
+        assert row["loss"] == pytest.approx(row["crossentropy"] + row["penalty"])
+    shown = [line for line in lines if line.startswith("epoch ")]
+    assert len(shown) == 8 and all("images/s" in line and "penalty" in line for line in shown)
+
+
+def test_curves_are_a_picture(finished):
+    workdir, _, _ = finished
+    with Image.open(workdir / "curves.png") as picture:
+        colors = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+        assert picture.size[0] > 1000 and len(np.unique(colors, axis=0)) > 50
+
+
+def test_tensorboard_has_loss_and_penalty_apart(finished):
+    workdir, _, _ = finished
+    (log,) = (workdir / "tensorboard").glob("events.*")
+    tags = set()
+    for record in tf.data.TFRecordDataset(str(log)):
+        event = tf.compat.v1.Event.FromString(record.numpy())
+        tags |= {value.tag for value in event.summary.value}
+    assert {"crossentropy", "penalty", "accuracy", "validation/accuracy", "learning_rate"} <= tags
+
+
+@pytest.mark.parametrize("regularizer", ["orthonormal", "l2", "none"])
+def test_training_step_equals_a_plain_loop(tmp_path, regularizer):
+    recipe = dataclasses.replace(RECIPE, regularizer=regularizer, factor=0.1, max_steps=3, bn_batches=0, schedule="constant")
+    data = load_data("digits")
+    model, total_steps = compiled_model(recipe, data)
+    by_hand, _ = compiled_model(recipe, data)
+    by_hand.set_weights(model.get_weights())
+    Trainer(model, recipe, data, tmp_path, total_steps, log=lambda line: None).run()
+    mean = np.float32(data.channel_statistics()[0])
+    for images, labels in training_batches(data.train, 64, recipe.augment, recipe.seed, 0, 3, mean):
+        with tf.GradientTape() as tape:
+            logits = by_hand(images, training=True)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            penalty = sum(by_hand.losses) if by_hand.losses else 0.0
+            loss = tf.reduce_mean(losses) + penalty
+        gradients = tape.gradient(loss, by_hand.trainable_variables)
+        by_hand.optimizer.apply(gradients, by_hand.trainable_variables)
+    for mine, expected in zip(model.get_weights(), by_hand.get_weights()):
+        np.testing.assert_allclose(mine, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_l2_factor_is_that_of_weight_decay():
+    data = load_data("digits")
+    model = build_model(dataclasses.replace(RECIPE, regularizer="l2", factor=0.3, modulation="off"), data)
+    kernels = [layer.kernel for layer in model.layers if hasattr(layer, "kernel")]
+    expected = 0.3 / 2 * sum(np.sum(np.square(kernel, dtype=np.float64)) for kernel in kernels)
+    assert float(sum(model.losses)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_lowers_the_loss(name):
+    rate = {"adadelta": 20.0, "adagrad": 0.05, "sgd": 0.1, "nesterov": 0.1}.get(name, 0.01)
+    optimizer = make_optimizer(dataclasses.replace(RECIPE, optimizer=name, learning_rate=rate, schedule="cosine"), 30)
+    variable = keras.Variable(np.ones(3, "float32"))
+    before = float(tf.reduce_sum(tf.square(variable.value)))
+    for _ in range(30):
+        optimizer.apply([2 * variable.value], [variable])
+    assert float(tf.reduce_sum(tf.square(variable.value))) < 0.9 * before
+
+
+def test_callbacks_are_called_as_fit_does(tmp_path):
+    calls = []
+
+    class Recorder(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            calls.append(("begin", self.model.name))
+
+        def on_epoch_begin(self, epoch, logs=None):
+            calls.append(("epoch", epoch))
+
+        def on_train_batch_end(self, batch, logs=None):
+            calls.append(("batch", batch, np.isfinite(logs["loss"])))
+
+        def on_epoch_end(self, epoch, logs=None):
+            calls.append(("end", epoch, "validation_accuracy" in logs))
+            self.model.stop_training = epoch == 1
+
+    recipe = dataclasses.replace(RECIPE, batch_size=640, evaluate_every=1)
+    result = run(recipe, tmp_path / "run", callbacks=[Recorder()], log=lambda line: None)
+    assert calls == [
+        ("begin", "plain8"),
+        *[("epoch", 0), ("batch", 0, True), ("batch", 1, True), ("end", 0, True)],
+        *[("epoch", 1), ("batch", 2, True), ("batch", 3, True), ("end", 1, True)],
+    ]
+    assert result["steps"] == 4

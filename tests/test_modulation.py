@@ -1,0 +1,754 @@
+import copy
+import functools
+
+import keras
+import numpy as np
+import pytest
+import references
+import tensorflow as tf
+from keras import layers
+
+from ortho_keras import ErrorModulation, modulate, plain_cnn, residual_cnn, switch_modulation
+
+RUNS = {"eager": lambda step: step, "graph": tf.function, "xla": functools.partial(tf.function, jit_compile=True)}
+every_run = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+every_policy = pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
+every_reference = pytest.mark.parametrize("reference", ["neighbour", "anchor"])
+
+NAMES = ["dense1", "dense2", "dense3", "dense4", "dense5", "top"]
+
+
+def mismatched_chain():
+    """Errors that grow and shrink on the way down: dense3's far above the others, dense2's far below."""
+    model = keras.Sequential(
+        [
+            keras.Input((12,)),
+            layers.Dense(16, activation="relu", name="dense1"),
+            layers.Dense(12, activation="relu", name="dense2"),
+            layers.Dense(16, activation="tanh", name="dense3"),
+            layers.Dense(16, name="dense4"),
+            layers.Dense(16, name="dense5"),
+            layers.Dense(3, name="top"),
+        ]
+    )
+    for name, gain in {"dense2": 6.0, "dense3": 0.02, "dense4": 8.0, "dense5": 1.2, "top": 1.5}.items():
+        kernel = model.get_layer(name).kernel
+        kernel.assign(gain * kernel)
+    return model
+
+
+def dense_chain(**kwargs):
+    """a, b, c with tanh between; the errors of a and b are far above c's."""
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(5, activation="tanh", name="a"),
+            layers.Dense(5, activation="tanh", name="b"),
+            layers.Dense(3, name="c", kernel_initializer=keras.initializers.RandomNormal(stddev=9.0, seed=1)),
+        ],
+        **kwargs,
+    )
+    return model
+
+
+def batch(*shape):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=shape).astype("float32"), rng.integers(0, 3, shape[0])
+
+
+def modulations(model):
+    return [layer for layer in model.layers if isinstance(layer, ErrorModulation)]
+
+
+def bits(tensor):
+    array = np.asarray(tensor)
+    return array.view(f"uint{8 * array.itemsize}")
+
+
+def assert_same_bits(actual, expected):
+    for one, other in zip(keras.tree.flatten(actual), keras.tree.flatten(expected), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(bits(one), bits(other))
+
+
+def gradients(model, x, y, run=RUNS["eager"]):
+    return backward(model, x, y, run)[0]
+
+
+def backward(model, x, y, run):
+    """Returns {path: gradient} and, for each `ErrorModulation` of the model's graph, {name: (error above, error below)}."""
+    variables = [variable.value for variable in model.trainable_variables]
+    ends = [(layer.output[0], keras.tree.flatten(layer.input)[0]) for layer in modulations(model)]
+    probe = keras.Model(model.input, [model.output, ends]) if ends else lambda x, training: (model(x, training=training), [])
+
+    @run
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            logits, ends = probe(x, training=True)
+            loss = references.mean_crossentropy(y, logits)
+        return tape.gradient(loss, [variables, ends])
+
+    found, errors = step(tf.constant(x), tf.constant(y))
+    paths, names = (variable.path for variable in model.trainable_variables), (layer.name for layer in modulations(model))
+    return dict(zip(paths, found)), dict(zip(names, errors))
+
+
+def descend(rules, errors, run=RUNS["eager"]):
+    """Gives each of a ladder of `ErrorModulation`s an error of its own, topmost first, and returns what comes out below."""
+    rules, errors = rules[::-1], [tf.convert_to_tensor(error) for error in errors[::-1]]
+
+    @run
+    def step(errors):
+        inputs = [tf.zeros_like(error) for error in errors]
+        outputs, token = [], None
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            for rule, x in zip(rules, inputs):
+                y, token = rule(x, token)
+                outputs.append(y)
+        return tape.gradient(outputs, inputs, output_gradients=errors)
+
+    return step(errors)[::-1]
+
+
+def root_mean_square(tensor):
+    return np.sqrt(np.mean(np.asarray(tensor).astype(np.float64) ** 2))
+
+
+# The forward pass
+
+
+def functional_chain():
+    x = inputs = keras.Input((8, 8, 3), name="image")
+    x = layers.Rescaling(0.5)(x)
+    x = layers.SeparableConv2D(4, 3, padding="same", activation="relu")(x)
+    x = layers.DepthwiseConv2D(3)(x)
+    x = layers.MaxPooling2D()(x)
+    x = layers.Conv2DTranspose(5, 3)(x)
+    x = layers.Dropout(0.3)(keras.ops.relu(x) * 1.5)
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, layers.Dense(3, activation="softmax")(x))
+
+
+def sequential_chain():
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(4, 3, activation="relu"),
+            layers.BatchNormalization(),
+            layers.AveragePooling2D(2),
+            layers.Flatten(),
+            layers.Dropout(0.5),
+            layers.Dense(7, activation="tanh"),
+            layers.Dense(3),
+        ]
+    )
+
+
+def nested_sequential_chain():
+    inner = keras.Sequential([layers.Conv2D(4, 3), layers.BatchNormalization(), layers.ReLU()])
+    return keras.Sequential(
+        [keras.Input((8, 8, 3)), layers.Conv2D(4, 3), inner, layers.Dropout(0.5), layers.Flatten(), layers.Dense(3)]
+    )
+
+
+def nested_functional_chain(training=None):
+    inner_inputs = keras.Input((6, 6, 4))
+    x = layers.Conv2D(4, 3)(inner_inputs)
+    inner = keras.Model(inner_inputs, layers.Conv2D(5, 3)(layers.BatchNormalization()(x)))
+    inputs = keras.Input((8, 8, 3))
+    x = inner(layers.Conv2D(4, 3)(inputs), training=training)
+    return keras.Model(inputs, layers.Dense(3)(layers.Flatten()(x)))
+
+
+def small_plain_cnn():
+    return plain_cnn(8, (8, 8, 3), width=4)
+
+
+CHAINS = [functional_chain, sequential_chain, nested_sequential_chain, nested_functional_chain, small_plain_cnn]
+
+
+@every_policy
+@pytest.mark.parametrize("chain", CHAINS)
+def test_outputs_and_weights_are_the_models_own(chain, policy):
+    keras.config.set_dtype_policy(policy)
+    model = chain()
+    modulated = modulate(model)
+    x, _ = batch(4, 8, 8, 3)
+    assert_same_bits(modulated(x), model(x))
+    assert_same_bits(modulated.predict(x, verbose=0), model.predict(x, verbose=0))
+    state = [variable.numpy() for variable in model.variables]  # the averages of BatchNormalization, the seeds of Dropout
+    expected = model(x, training=True)
+    for variable, value in zip(model.variables, state, strict=True):
+        variable.assign(value)
+    assert_same_bits(modulated(x, training=True), expected)
+    assert len(modulated.weights) == len(model.weights)
+    assert {id(variable) for variable in modulated.weights} == {id(variable) for variable in model.weights}
+
+
+def test_masks_pass_through():
+    model = keras.Sequential(
+        [keras.Input((5,), dtype="int32"), layers.Embedding(7, 4, mask_zero=True), layers.Dense(4), layers.LSTM(3)]
+    )
+    tokens = np.random.default_rng(0).integers(0, 3, (6, 5))
+    assert_same_bits(modulate(model)(tokens), model(tokens))
+    model.pop()
+    assert_same_bits(modulate(model)(tokens)._keras_mask, tokens != 0)
+
+
+def test_a_nested_models_own_training_argument_stays():
+    model = nested_functional_chain(training=True)
+    x, _ = batch(4, 8, 8, 3)
+    assert_same_bits(modulate(model)(x), model(x))
+
+
+@pytest.mark.filterwarnings("error")
+def test_named_inputs_and_outputs_stay():
+    inputs = keras.Input((6,), name="image")
+    model = keras.Model({"image": inputs}, {"logits": layers.Dense(3)(inputs)})
+    x, _ = batch(4, 6)
+    outputs = modulate(model)({"image": x})
+    assert list(outputs) == ["logits"]
+    assert_same_bits(outputs, model({"image": x}))
+
+
+# The backward pass
+
+
+@every_run
+@every_policy
+@every_reference
+@pytest.mark.parametrize("tolerance", [1.0, 2.0])
+def test_gradients_and_scales_equal_the_oracle(run, policy, reference, tolerance):
+    keras.config.set_dtype_policy(policy)
+    rule = {"tolerance": tolerance, "max_scale": 10.0, "reference": reference}
+    model = mismatched_chain()
+    modulated = modulate(model, **rule)
+    x, y = batch(8, 12)
+    expected, scales = references.modulated_gradients(model, x, y, NAMES, **rule)
+    fired = {1.0: set(NAMES) - {"top"}, 2.0: {"dense2", "dense3"} | ({"dense1"} if reference == "neighbour" else set())}
+    assert {name for name, scale in scales.items() if scale != 1} == fired[tolerance]
+
+    found, errors = backward(modulated, x, y, run)
+    assert list(errors) == [f"{name}_modulation" for name in NAMES]
+    # Half-precision errors of independent roundings, each of at most 2^-11 (float16) or 2^-8 of an entry.
+    rtol = {"float32": 1e-5, "mixed_float16": 2e-3, "mixed_bfloat16": 2e-2}[policy]
+    for name, scale in scales.items():
+        above, below = errors[f"{name}_modulation"]
+        if name in fired[tolerance]:
+            np.testing.assert_allclose(root_mean_square(below) / root_mean_square(above), scale, rtol)
+        else:
+            assert_same_bits(below, above)
+    for path, gradient in found.items():
+        distance = np.linalg.norm(np.asarray(gradient, np.float64) - expected[path])
+        assert distance < 5 * rtol * np.linalg.norm(expected[path]), path
+
+
+@every_run
+@every_policy
+def test_gradients_are_the_unmodulated_to_the_bit_where_nothing_fires(run, policy):
+    keras.config.set_dtype_policy(policy)
+    model = mismatched_chain()
+    x, y = batch(8, 12)
+    expected = gradients(model, x, y, run)
+    for rule in ({"tolerance": 1e4}, {"tolerance": 1.0, "enabled": False}):
+        assert_same_bits(gradients(modulate(model, **rule), x, y, run), expected)
+
+
+@every_run
+def test_plain_cnn_equals_the_oracle(run):
+    model = plain_cnn(8, (8, 8, 3), num_classes=3, width=4, seed=0)
+    names = [layer.name for layer in model.layers if isinstance(layer, (layers.Conv2D, layers.Dense))]
+    x, y = batch(8, 8, 8, 3)
+    expected, scales = references.modulated_gradients(model, x, y, names, 2.0, 1000.0, "anchor")
+    assert len(names) == 8 and 0 < sum(scale != 1 for scale in scales.values()) < 7
+    for path, gradient in gradients(modulate(model), x, y, run).items():
+        np.testing.assert_allclose(gradient, expected[path], 1e-4, 1e-5 * np.abs(expected[path]).max(), err_msg=path)
+
+
+@every_run
+def test_a_case_done_by_hand(run):
+    unit = np.array([0.2, 1.4], "float32")  # root of the moment: 1
+    errors = [8 * unit, 5 * unit, 3 * unit, 100 * unit, 0.05 * unit]
+    by_hand = {
+        "neighbour": [8, 5, 3, 10, 0.5],  # 8/5 and 5/3 are in tolerance; 3/100 is clipped to 1/10, 10/0.05 to 10
+        "anchor": [8, 5, 8, 10, 0.5],  # 8/3 is out of tolerance; 8/100 and 8/0.05 are clipped
+    }
+    for reference, magnitudes in by_hand.items():
+        rules = [ErrorModulation(2.0, 10.0, reference) for _ in errors]
+        found = descend(rules, errors, run)
+        np.testing.assert_allclose(found, [magnitude * unit for magnitude in magnitudes], rtol=1e-6)
+        assert_same_bits(found[:2], errors[:2])
+
+
+@every_run
+@every_reference
+@pytest.mark.parametrize(("magnitude", "tolerance"), [(2, 2), (0.5, 2), (3, 3), (1 / 3, 3), (1, 1)])
+def test_exactly_at_the_tolerance_does_not_fire(run, reference, magnitude, tolerance):
+    above = np.full(4, magnitude, "float32")
+    error = np.array([1, -1, 1, -1], "float32")
+    rules = [ErrorModulation(tolerance, reference=reference) for _ in range(2)]
+    assert_same_bits(descend(rules, [above, error], run)[1], error)
+    beyond = np.nextafter(above, np.float32(9 if magnitude >= 1 else 0))
+    found = descend(rules, [beyond, error], run)[1]
+    np.testing.assert_array_equal(found, beyond * error)
+
+
+def test_anchor_holds_a_drift_that_neighbours_do_not_see():
+    unit = tf.constant([0.2, 1.4])
+    for reference in ("neighbour", "anchor"):
+        rules = [ErrorModulation(2.0, reference=reference) for _ in range(30)]
+        x = tf.zeros(2)
+        below, token = [], None
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            h = x
+            for rule in rules:
+                below.append(h := 1.15 * h)
+                h, token = rule(h, token)
+        found = tape.gradient(h, below, output_gradients=unit)
+        magnitudes = np.array([root_mean_square(error) for error in found[::-1]])
+        if reference == "neighbour":
+            np.testing.assert_allclose(magnitudes, 1.15 ** np.arange(30), rtol=1e-5)  # up to 57
+        else:
+            # 1.15^4 is 1.75 and 1.15^5 is 2.01: every fifth layer is set back.
+            np.testing.assert_allclose(magnitudes, 1.15 ** (np.arange(30) % 5), rtol=1e-5)
+
+
+MAGNITUDES = [
+    ("float32", 1e-30),
+    ("float32", 1e-20),
+    ("float32", 1.0),
+    ("float32", 1e20),
+    ("float32", 1e30),
+    ("bfloat16", 1e-30),
+    ("bfloat16", 1e30),
+    ("float16", 6e-8),  # the least subnormal
+    ("float16", 4e-6),
+    ("float16", 3e4),
+]
+
+
+@every_run
+@every_reference
+@pytest.mark.parametrize(("dtype", "magnitude"), MAGNITUDES)
+def test_moments_of_any_magnitude(run, reference, dtype, magnitude):
+    values = magnitude * np.random.default_rng(0).uniform(1, 2, size=(7, 9, 11)) * np.resize([1, -1], (7, 9, 11))
+    error = tf.cast(tf.constant(values), dtype)
+    exact = np.asarray(error).astype(np.float64)
+    assert np.all(exact != 0) and np.all(np.isfinite(exact))
+    rules = [ErrorModulation(1.0, 1e38, reference) for _ in range(2)]
+    one = tf.constant([0.2, 1.4])
+    # As the upper moment it becomes the scale of an error of 1; as the own moment it is divided out.
+    upper, scaled = descend(rules, [error, one], run)
+    assert_same_bits(upper, error)
+    np.testing.assert_allclose(scaled, root_mean_square(exact) * np.array([0.2, 1.4]), rtol=1e-6)
+    _, normalized = descend(rules, [one, error], run)
+    rounding = {"float32": 1e-6, "float16": 2.0**-11 + 1e-6, "bfloat16": 2.0**-8 + 1e-6}[dtype]
+    np.testing.assert_allclose(np.asarray(normalized).astype(np.float64), exact / root_mean_square(exact), rtol=rounding)
+
+
+@every_run
+def test_moment_of_a_large_tensor(run):
+    error = np.random.default_rng(0).uniform(0.5, 1.5, (64, 64, 64, 32)).astype("float32")  # float32 sums of ones end at 2^24
+    rules = [ErrorModulation(1.0), ErrorModulation(1.0)]
+    _, scaled = descend(rules, [error, np.ones(1, "float32")], run)
+    np.testing.assert_allclose(scaled, [root_mean_square(error)], rtol=1e-6)
+
+
+@every_run
+@every_reference
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_unusable_errors_pass_and_leave_the_reference(run, reference, dtype):
+    values = [[0.0, -0.0], [np.inf, 1.0], [-np.inf, -0.0], [np.nan, 0.0], [np.nan, np.inf]]
+    unusable = [tf.constant(pair, dtype) for pair in values]
+    one = tf.ones(5)
+    errors = [8 * one, *unusable, one, *unusable]
+    rules = [ErrorModulation(2.0, reference=reference) for _ in errors]
+    assert_same_bits(descend(rules, errors, run), [8 * one, *unusable, 8 * one, *unusable])
+    # With nothing usable above it, a layer is the topmost.
+    assert_same_bits(descend(rules[:7], [*unusable, one, 8 * one], run), [*unusable, one, one])
+
+
+@every_run
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_subnormal_entries_pass_unchanged_where_nothing_fires(run, dtype, enabled):
+    least = np.array([1, 2, 3, 0x8005], "uint16")  # subnormals of the half types
+    error = least.view("float16") if dtype == "float16" else (least.astype("uint32") << 16).view("float32")
+    if dtype == "bfloat16":
+        error = tf.bitcast(tf.constant(least), tf.bfloat16)
+    error = tf.concat([error, tf.ones(4, dtype)], 0)
+    assert np.count_nonzero(bits(error) & 0x7FFF if error.dtype.size == 2 else bits(error)) == 8
+    rules = [ErrorModulation(2.0, enabled=enabled), ErrorModulation(2.0, enabled=enabled)]
+    assert_same_bits(descend(rules, [error, error], run), [error, error])
+
+
+# The switch
+
+
+@every_run
+@every_reference
+def test_a_disabled_layer_passes_errors_and_still_hands_its_reference_down(run, reference):
+    one = tf.ones(5)
+    rules = [ErrorModulation(2.0, reference=reference, enabled=enabled) for enabled in (True, False, True)]
+    expected = 32 * one if reference == "neighbour" else 8 * one
+    assert_same_bits(descend(rules, [8 * one, 32 * one, one], run), [8 * one, 32 * one, expected])
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_switch_takes_effect_without_retracing(jit_compile):
+    model = dense_chain()
+    modulated = modulate(model, tolerance=1.0)
+    x, y = batch(8, 6)
+    variables = [variable.value for variable in model.trainable_variables]
+    traces = []
+
+    @tf.function(jit_compile=jit_compile)
+    def step(net):
+        traces.append(net)
+        with tf.GradientTape() as tape:
+            loss = references.mean_crossentropy(y, net(x))
+        return tape.gradient(loss, variables)
+
+    off, on = step(model), step(modulated)
+    assert max(np.abs(a - b).max() for a, b in zip(on, off)) > 0.1
+    switch_modulation(modulated, False)
+    assert_same_bits(step(modulated), off)
+    switch_modulation(modulated, True)
+    assert_same_bits(step(modulated), on)
+    for layer in modulations(modulated):
+        assert layer.enabled
+        layer.enabled = False
+    assert_same_bits(step(modulated), off)
+    assert traces == [model, modulated]
+
+
+class SwitchOff(keras.callbacks.Callback):
+    """Turns modulation off after the first step, and keeps the weights as they were before and after every step."""
+
+    def __init__(self, traces):
+        super().__init__()
+        self.weights, self.traces, self.seen = [], traces, []
+
+    def on_train_batch_begin(self, step, logs=None):
+        if step == 0:
+            self.weights.append(self.model.get_weights())
+
+    def on_train_batch_end(self, step, logs=None):
+        self.weights.append(self.model.get_weights())
+        self.seen.append(len(self.traces))
+        switch_modulation(self.model, False)
+
+
+def assert_steps_follow(steps, model, batches, tolerances):
+    """Each SGD step of rate 1 is the mean of the oracle's gradients over that step's per-replica batches."""
+    for before, after, tolerance in zip(steps, steps[1:], tolerances):
+        model.set_weights(before)
+        found = [references.modulated_gradients(model, x, y, "abc", tolerance, 1000.0, "anchor")[0] for x, y in batches]
+        for variable, old, new in zip(model.trainable_variables, before, after, strict=True):
+            expected = np.mean([gradient[variable.path] for gradient in found], axis=0)
+            np.testing.assert_allclose(old - new, expected, 1e-4, 1e-6, err_msg=variable.path)
+
+
+@pytest.mark.parametrize("settings", [{}, {"run_eagerly": True}, {"jit_compile": True}], ids=str)
+def test_switch_during_fit(settings):
+    model = dense_chain()
+    modulated = modulate(model, tolerance=1.0)
+    traces = []
+
+    def loss(y, logits):
+        traces.append(1)
+        return references.mean_crossentropy(tf.cast(y, tf.int64), logits)
+
+    modulated.compile(keras.optimizers.SGD(1.0), loss, **settings)
+    x, y = batch(8, 6)
+    switch = SwitchOff(traces)
+    modulated.fit(np.tile(x, (3, 1)), np.tile(y, 3), batch_size=8, shuffle=False, verbose=0, callbacks=[switch])
+    assert_steps_follow(switch.weights, model, [(x, y)], [1.0, 1e9, 1e9])
+    if not settings.get("run_eagerly"):
+        assert len(set(switch.seen)) == 1
+
+
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_a_mirrored_strategy(synchronized):
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        modulated = modulate(dense_chain(), tolerance=1.0, synchronized=synchronized)
+        modulated.compile(keras.optimizers.SGD(1.0), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    x, y = batch(8, 6)
+    x[4:] *= 5  # so that the replicas' moments differ
+    switch = SwitchOff([])
+    modulated.fit(np.tile(x, (2, 1)), np.tile(y, 2), batch_size=8, shuffle=False, verbose=0, callbacks=[switch])
+    model = dense_chain()
+    whole, replicas = [(x, y)], [(x[:4], y[:4]), (x[4:], y[4:])]
+    right, wrong = (whole, replicas) if synchronized else (replicas, whole)
+    assert_steps_follow(switch.weights, model, right, [1.0, 1e9])
+    with pytest.raises(AssertionError, match="a/kernel"):
+        assert_steps_follow(switch.weights, model, wrong, [1.0])
+
+
+def test_switch_needs_something_to_switch():
+    with pytest.raises(ValueError, match="has no ErrorModulation layer: call modulate first"):
+        switch_modulation(dense_chain(), True)
+
+
+# Copies
+
+
+RULE = {"tolerance": 3.0, "max_scale": 7.0, "reference": "neighbour", "enabled": False, "synchronized": True}
+
+
+def test_config_makes_the_same_layer():
+    layer = ErrorModulation(**RULE, name="rule")
+    config = ErrorModulation.from_config(layer.get_config()).get_config()
+    assert config == layer.get_config() and RULE.items() <= config.items() and config["name"] == "rule"
+    layer.enabled = True
+    assert layer.get_config()["enabled"] is True
+
+
+def test_deepcopies_have_switches_of_their_own():
+    layer = ErrorModulation(**RULE)
+    twin = copy.deepcopy(layer)
+    twin.enabled = True
+    assert twin.get_config() == {**layer.get_config(), "enabled": True} and not layer.enabled
+    model = modulate(dense_chain(), tolerance=1.0)
+    twin = copy.deepcopy(model)
+    x, y = batch(8, 6)
+    assert_same_bits(list(gradients(twin, x, y).values()), list(gradients(model, x, y).values()))
+    switch_modulation(twin, False)
+    assert all(layer.enabled for layer in modulations(model)) and not any(layer.enabled for layer in modulations(twin))
+
+
+@every_policy
+@pytest.mark.parametrize("enabled", [True, False])
+def test_survives_a_saved_model(tmp_path, policy, enabled):
+    keras.config.set_dtype_policy(policy)
+    model = mismatched_chain()
+    modulated = modulate(model, **RULE)
+    switch_modulation(modulated, enabled)
+    modulated.save(tmp_path / "model.keras")
+    keras.config.set_dtype_policy("float32")
+    loaded = keras.models.load_model(tmp_path / "model.keras", safe_mode=True)
+    x, y = batch(8, 12)
+    assert_same_bits(loaded(x), modulated(x))
+    assert [layer.name for layer in modulations(loaded)] == [f"{name}_modulation" for name in NAMES]
+    for layer in modulations(loaded):
+        assert {key: getattr(layer, key) for key in RULE} == {**RULE, "enabled": enabled}
+    on, off = ([*gradients(net, x, y).values()] for net in (modulate(model, **{**RULE, "enabled": True}), model))
+    assert any(np.any(one != other) for one, other in zip(on, off))
+    assert_same_bits([*gradients(loaded, x, y).values()], on if enabled else off)
+    switch_modulation(loaded, not enabled)
+    assert_same_bits([*gradients(loaded, x, y).values()], off if enabled else on)
+
+
+def test_survives_an_export(tmp_path):
+    modulated = modulate(dense_chain())
+    x, _ = batch(8, 6)
+    modulated.export(tmp_path / "exported", verbose=False)
+    exported = tf.saved_model.load(tmp_path / "exported")
+    np.testing.assert_allclose(exported.serve(x), modulated(x), rtol=1e-6, atol=1e-6)
+
+
+# Which models
+
+
+def test_only_the_named_layers():
+    model = mismatched_chain()
+    names = ["dense1", "dense3", "dense5"]
+    modulated = modulate(model, tolerance=1.0, layers=names)
+    assert [layer.name for layer in modulations(modulated)] == [f"{name}_modulation" for name in names]
+    x, y = batch(8, 12)
+    expected, scales = references.modulated_gradients(model, x, y, names, 1.0, 1000.0, "anchor")
+    assert scales["dense5"] == 1 and scales["dense3"] != 1 and scales["dense1"] != 1
+    for path, gradient in gradients(modulated, x, y).items():
+        np.testing.assert_allclose(gradient, expected[path], 1e-4, 1e-5 * np.abs(expected[path]).max(), err_msg=path)
+
+
+def test_a_layer_that_the_chain_calls_twice(tmp_path):
+    shared = layers.Dense(6, activation="tanh", name="shared")
+    model = keras.Sequential([keras.Input((6,)), shared, layers.ReLU(), layers.Dense(3, name="top")])
+    inputs = keras.Input((6,))
+    twice = keras.Model(inputs, model.get_layer("top")(shared(layers.ReLU()(shared(inputs)))))
+    apart = [layers.Dense(6, activation="tanh", name=name) for name in ("first", "second")]
+    unrolled = keras.Sequential([keras.Input((6,)), apart[0], layers.ReLU(), apart[1], layers.Dense(3, name="top")])
+    for layer in apart:
+        layer.set_weights(shared.get_weights())
+    unrolled.layers[-1].set_weights(model.get_layer("top").get_weights())
+
+    modulated = modulate(twice, tolerance=1.0)
+    modulated.save(tmp_path / "model.keras")
+    x, y = batch(8, 6)
+    expected, _ = references.modulated_gradients(unrolled, x, y, ["first", "second", "top"], 1.0, 1000.0, "anchor")
+    for net in (modulated, keras.models.load_model(tmp_path / "model.keras")):
+        assert_same_bits(net(x), twice(x))
+        assert len(modulations(net)) == 3
+        found = gradients(net, x, y)["shared/kernel"]
+        np.testing.assert_allclose(found, expected["first/kernel"] + expected["second/kernel"], 1e-4, 1e-6)
+
+
+@every_policy
+def test_a_compiled_model_stays_compiled_and_trains(policy):
+    keras.config.set_dtype_policy(policy)
+    model = dense_chain()
+    model.compile(
+        keras.optimizers.SGD(0.3, momentum=0.5, nesterov=True),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=False,
+        steps_per_execution=2,
+    )
+    model.optimizer.learning_rate = 0.01
+    modulated = modulate(model)
+    assert modulated.get_compile_config() == model.get_compile_config()
+    assert modulated.optimizer is not model.optimizer and type(modulated.optimizer) is type(model.optimizer)
+    assert float(modulated.optimizer.learning_rate) == np.float32(0.01)
+    x, _ = batch(96, 6)
+    y = np.argmax(x[:, :3], axis=1)
+    before = model.get_weights()
+    losses = modulated.fit(x, y, epochs=8, verbose=0).history["loss"]
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(np.any(old != new) for old, new in zip(before, model.get_weights()))  # it trains the model
+
+
+def test_a_model_compiled_with_a_function_of_ones_own_stays_compiled():
+    def loss(y, logits):
+        return tf.reduce_mean(tf.square(y - logits))
+
+    model = dense_chain()
+    model.compile("sgd", loss)
+    assert modulate(model).loss is loss
+
+
+def test_a_functional_model_of_ones_own_class_keeps_its_train_step():
+    class Model(keras.Model):
+        def train_step(self, data):
+            return {"loss": 7.0}
+
+    inputs = keras.Input((6,))
+    model = Model(inputs, layers.Dense(3)(inputs))
+    assert type(modulate(model)) is type(model)
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__(name="subclassed")
+        self.dense = layers.Dense(3)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+def subclassed():
+    model = Subclassed()
+    model(np.zeros((1, 6), "float32"))
+    return model
+
+
+def two_inputs():
+    inputs = [keras.Input((6,)), keras.Input((6,))]
+    return keras.Model(inputs, layers.Dense(3)(layers.Add()(inputs)), name="pair")
+
+
+def two_outputs():
+    inputs = keras.Input((6,))
+    hidden = layers.Dense(4)(inputs)
+    return keras.Model(inputs, [hidden, layers.Dense(3)(hidden)], name="pair")
+
+
+def layer_with_two_outputs():
+    inputs = keras.Input((5, 6))
+    outputs, _ = layers.GRU(4, return_state=True, name="gru")(inputs)
+    return keras.Model(inputs, layers.Dense(3)(outputs))
+
+
+def branch_inside_a_nested_model():
+    inner_inputs = keras.Input((6,))
+    hidden = layers.Dense(6, name="fork")(inner_inputs)
+    inner = keras.Model(inner_inputs, layers.Add(name="join")([hidden, layers.ReLU()(hidden)]))
+    return keras.Sequential([keras.Input((6,)), inner, layers.Dense(3)])
+
+
+def branch_around_a_nested_model():
+    inner_inputs = keras.Input((6,))
+    inner = keras.Model(inner_inputs, layers.Dense(6, name="inside")(inner_inputs), name="inner")
+    inputs = keras.Input((6,))
+    hidden = layers.Dense(6, name="fork")(inputs)
+    return keras.Model(inputs, layers.Add(name="join")([inner(hidden), hidden]))
+
+
+def branch_at_the_input():
+    inputs = keras.Input((6,))
+    return keras.Model(inputs, layers.Add()([layers.Dense(6)(inputs), inputs]))
+
+
+def same_names_in_two_nested_models():
+    inner = [keras.Sequential([keras.Input((6,)), layers.Dense(6, name="twin")]) for _ in range(2)]
+    return keras.Sequential([keras.Input((6,)), *inner])
+
+
+NO_CHAINS = [
+    (lambda: residual_cnn(8), "branches at 'stem_conv_relu', .* both 'stage1_conv01' and 'stage1_add01'"),
+    (branch_inside_a_nested_model, "branches at 'fork'"),
+    (branch_around_a_nested_model, "branches at 'fork', .* both 'inside' and 'join'"),
+    (branch_at_the_input, "branches at 'the input'"),
+    (two_inputs, "needs a chain: model 'pair' has 2 inputs and 1 outputs"),
+    (two_outputs, "needs a chain: model 'pair' has 1 inputs and 2 outputs"),
+    (layer_with_two_outputs, "needs a chain: layer 'gru' has more than one output"),
+    (lambda: modulate(dense_chain()), "is modulated already: it has an ErrorModulation layer 'a_modulation'"),
+    (lambda: keras.Sequential([keras.Input((6,)), modulate(dense_chain())]), "is modulated already"),
+    (lambda: keras.Sequential([keras.Input((6,)), layers.ReLU()], name="bare"), "no parametric layer .* in model 'bare'"),
+    (lambda: keras.Sequential([layers.Dense(3)]), "`model` must be a built Keras model"),
+    (lambda: layers.Dense(3), "`model` must be a built Keras model"),
+    (subclassed, "needs Functional or Sequential models, .* Received: 'subclassed', a Subclassed"),
+    (lambda: keras.Sequential([keras.Input((6,)), subclassed()]), "Received: 'subclassed', a Subclassed"),
+    (same_names_in_two_nested_models, "twin"),
+]
+
+
+@pytest.mark.parametrize(("build", "message"), NO_CHAINS)
+def test_model_that_is_no_chain(build, message):
+    model = build()
+    with pytest.raises(ValueError, match=message):
+        modulate(model)
+
+
+def test_wrong_layer_names():
+    for names in (["a", "d", "e"], ["c", "e", "d"]):
+        with pytest.raises(
+            ValueError, match=r"`layers` names what is no parametric layer of the model. Received: .*'d', 'e'\]"
+        ):
+            modulate(dense_chain(), layers=names)
+    with pytest.raises(ValueError, match=r"Received: \['flatten'\]"):
+        modulate(keras.Sequential([keras.Input((6,)), layers.Flatten(name="flatten"), layers.Dense(3)]), layers=["flatten"])
+
+
+@pytest.mark.parametrize("name", ["tolerance", "max_scale"])
+@pytest.mark.parametrize("value", [0.999, 0, -2.0, float("nan"), float("inf"), "2", None, True])
+def test_wrong_tolerance_and_max_scale(name, value):
+    for make in (ErrorModulation, functools.partial(modulate, dense_chain())):
+        with pytest.raises(ValueError, match=f"`{name}` must be a finite number, at least 1. Received: {name}="):
+            make(**{name: value})
+
+
+@pytest.mark.parametrize("reference", ["neighbor", "Anchor", None, 1])
+def test_wrong_reference(reference):
+    for make in (ErrorModulation, functools.partial(modulate, dense_chain())):
+        with pytest.raises(ValueError, match=r"`reference` must be one of .* Received: reference="):
+            make(reference=reference)
+
+
+# What it is for
+
+
+def test_kernel_gradients_of_plain_110_are_of_one_magnitude_at_initialization():
+    model = plain_cnn(110, seed=0)
+    images = np.random.default_rng(0).normal(size=(16, 32, 32, 3)).astype("float32")
+    labels = np.arange(16) % 10
+    ratios = []
+    for net in (model, modulate(model)):
+        found = gradients(net, images, labels, tf.function)
+        norms = [np.linalg.norm(found[layer.kernel.path]) for layer in model.layers if isinstance(layer, layers.Conv2D)]
+        assert len(norms) == 109
+        ratios.append(max(norms[1:]) / min(norms[1:]))
+    assert ratios[0] > 1e6 and ratios[1] < 10

@@ -1,0 +1,216 @@
+"""The command line, as a user meets it: what it refuses and how, and that no run is lost."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from PIL import Image
+
+import train
+
+ROOT = pathlib.Path(train.__file__).parent
+SMALL = ("--depth=8", "--width=4", "--epochs=3", "--batch_size=128", "--warmup_steps=0")
+
+
+def invoke(capsys, *arguments):
+    """Runs `train.py` in this process; returns exit status, stdout and stderr."""
+    with flagsaver.flagsaver():
+        capsys.readouterr()
+        try:
+            status = train.main(train.parse_flags(["train.py", *map(str, arguments)]))
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+    return status, out, err
+
+
+def start(*arguments):
+    """Starts `train.py` as a process of its own."""
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_line(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    pytest.fail(f"no line with {text!r}; stderr: {process.stderr.read()}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--recipe=plain45"], ["--recipe must be one of digits, ", "'plain45'"]),
+        (
+            ["--dataset=no_such_data"],
+            ["--dataset must be digits, folder:PATH or the name of a TFDS data set", "'no_such_data'"],
+        ),
+        (["--optimizer=newton"], ["--optimizer must be one of sgd, ", "'newton'"]),
+        (["--factor=-1"], ["--factor must be at least 0", "-1.0"]),
+        (["--factor=nan"], ["--factor must be a finite number", "nan"]),
+        (["--factor=much"], ["flag --factor=much", "float"]),
+        (["--depth=45"], ["--depth must be 6n + 2; the nearest are 44 and 50", "45"]),
+        (["--batch_size=0"], ["--batch_size must be at least 1", "0"]),
+        (["--batch_size=5000"], ["--batch_size must be at most the number of training images, 1293", "5000"]),
+        (["--network=residual"], ["--modulation must be off for --network residual", "'anchor'"]),
+        (["--learning_rat=0.1"], ["Unknown command line flag 'learning_rat'"]),
+        (["0.1"], ["every argument must be a flag", "0.1"]),
+        (["--keep_checkpoints=0"], ["--keep_checkpoints must be at least 1", "0"]),
+        (["--strategy=many"], ["--strategy must be one of auto, none, mirrored, multi_worker", "'many'"]),
+        (["--strategy=multi_worker"], ["--strategy multi_worker needs the environment variable TF_CONFIG", "not set"]),
+        (["--devices=GPU:7"], ["--devices must be a number of devices or names of one kind", "'GPU:7'"]),
+        (["--dataset=folder:nowhere"], ["--dataset folder:nowhere must name a folder that exists", "'nowhere'"]),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, arguments, expected):
+    status, out, err = invoke(capsys, f"--workdir={tmp_path}/run", *arguments)
+    assert status in (1, 2)
+    assert len(err.strip().splitlines()) == 1 and err.startswith("train.py: ") and out == ""
+    assert all(part in err for part in expected), err
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not left
+
+
+def test_folders_that_hold_no_images(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "corrupt" / "cat").mkdir(parents=True)
+    (tmp_path / "corrupt" / "cat" / "1.png").write_bytes(b"no image")
+    for name, expected in (("empty", "Received: no image"), ("corrupt", "cat/1.png, which does not decode")):
+        status, out, err = invoke(capsys, f"--dataset=folder:{tmp_path / name}", f"--workdir={tmp_path / 'run'}")
+        assert status == 2 and out == "" and len(err.strip().splitlines()) == 1
+        assert f"--dataset folder:{tmp_path / name} must hold" in err and expected in err
+        assert not list((tmp_path / "run").glob("*"))
+
+
+def test_tfds_without_data_and_network(tmp_path, capsys):
+    status, out, err = invoke(
+        capsys, "--recipe=plain44_cifar10", f"--data_dir={tmp_path / 'tfds'}", f"--workdir={tmp_path}/run"
+    )
+    assert status == 2 and out == "" and len(err.strip().splitlines()) == 1
+    assert "--dataset cifar10 must be prepared in --data_dir or downloadable" in err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_workdir_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    status, out, err = invoke(capsys, f"--workdir={tmp_path / 'file' / 'run'}")
+    assert status == 2 and out == "" and len(err.strip().splitlines()) == 1
+    assert "--workdir must be a folder that can be written" in err
+
+
+def test_workdir_with_other_files_or_another_run(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    status, _, err = invoke(capsys, f"--workdir={tmp_path}")
+    assert status == 2 and "--workdir must be empty or hold this very run" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    run = tmp_path / "run"
+    assert invoke(capsys, f"--workdir={run}", *SMALL, "--max_steps=1")[0] == 0
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    status, _, err = invoke(capsys, f"--workdir={run}", *SMALL, "--max_steps=1", "--factor=0.5")
+    assert status == 2 and len(err.strip().splitlines()) == 1 and "factor=" in err and "0.5 here" in err
+    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
+
+
+def test_list_recipes_and_help(capsys):
+    status, out, _ = invoke(capsys, "--list_recipes")
+    assert status == 0
+    for name in ("digits", "plain44_cifar10", "plain110_cifar10_short_l2", "resnet110_cifar10"):
+        assert f"\n{name}\n" in f"\n{out}"
+    assert "paper: 81.6" in out
+    out = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True).stdout
+    for flag in ("--factor", "--modulation", "--recipe", "--workdir", "--strategy"):
+        assert flag in out
+
+
+def test_non_finite_loss_stops_with_a_message(tmp_path, capsys):
+    status, _, err = invoke(capsys, f"--workdir={tmp_path}", *SMALL, "--learning_rate=1e30", "--schedule=constant")
+    assert status == 1 and len(err.strip().splitlines()) == 1
+    assert "the loss became" in err and "at step" in err and "--learning_rate" in err
+    assert not (tmp_path / "result.json").exists()
+
+
+def folder_of_images(root):
+    """Two classes of 8x8 images: dark and light."""
+    rng = np.random.default_rng(0)
+    for label, base in (("dark", 40), ("light", 200)):
+        (root / label).mkdir(parents=True)
+        for index in range(30):
+            pixels = np.clip(rng.normal(base, 20, (8, 8, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / label / f"{index}.png")
+
+
+def test_a_folder_of_images_is_learned(tmp_path, capsys):
+    folder_of_images(tmp_path / "images")
+    status, out, err = invoke(
+        capsys, f"--dataset=folder:{tmp_path / 'images'}", f"--workdir={tmp_path}/run", "--recipe=digits", "--depth=8",
+        "--batch_size=16", "--epochs=12", "--learning_rate=0.03", "--warmup_steps=0", "--augment=crop_flip",
+    )  # fmt: skip
+    assert status == 0 and err == "", err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["test_accuracy"] == 1 and "images (8, 8, 3), 2 classes" in out
+
+
+KILLED = ("--depth=14", "--width=8", "--epochs=6", "--batch_size=64", "--learning_rate=0.01", "--deterministic")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    process = start(f"--workdir={workdir}", *KILLED)
+    assert process.communicate()[1] == "" and process.returncode == 0
+    return workdir
+
+
+def assert_same_figures(mine, expected):
+    if isinstance(expected, dict):
+        assert mine.keys() == expected.keys()
+        for key in expected.keys() - {"seconds", "images/s", "images_per_second"}:
+            assert_same_figures(mine[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(mine) == len(expected)
+        for pair in zip(mine, expected):
+            assert_same_figures(*pair)
+    else:
+        assert mine == (pytest.approx(expected, rel=1e-5, abs=1e-6) if isinstance(expected, float) else expected)
+
+
+def assert_same_run(workdir, whole):
+    """Two runs ended with the same figures and weights; how long each took may differ."""
+    for name in ("result.json", "history.json"):
+        assert_same_figures(*(json.loads((folder / name).read_text()) for folder in (workdir, whole)))
+    weights = (keras.models.load_model(folder / "final.keras").get_weights() for folder in (workdir, whole))
+    for mine, expected in zip(*weights):
+        np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("signum", "line"), [(signal.SIGKILL, "epoch 3/6"), (signal.SIGTERM, "epoch 2/6")])
+def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path, uninterrupted, signum, line):
+    workdir = tmp_path / "run"
+    process = start(f"--workdir={workdir}", *KILLED)
+    wait_for_line(process, line)
+    time.sleep(0.05)
+    os.kill(process.pid, signum)
+    _, err = process.communicate()
+    assert process.returncode == (-signum if signum == signal.SIGKILL else 128 + signum)
+    if signum == signal.SIGTERM:
+        assert "stopped after step" in err and len(err.strip().splitlines()) == 1
+    assert not (workdir / "result.json").exists()
+    process = start(f"--workdir={workdir}", *KILLED)
+    out, err = process.communicate()
+    assert process.returncode == 0 and err == "" and "resuming after step" in out
+    assert_same_run(workdir, uninterrupted)
+
+
+def test_a_finished_run_is_not_done_again(uninterrupted, capsys):
+    before = (uninterrupted / "result.json").stat().st_mtime_ns
+    status, out, _ = invoke(capsys, f"--workdir={uninterrupted}", *KILLED)
+    assert status == 0 and "finished already" in out
+    assert (uninterrupted / "result.json").stat().st_mtime_ns == before
