@@ -14,7 +14,7 @@ class BatchNormalizationEstimator:
     (weights, optimizer and everything else stay as they are). Training is not affected by it: it uses each batch's own.
 
     The first call traces the model once; keep the object to estimate again. Dropout and the like see training mode too.
-    A model that was built under a `tf.distribute` strategy gets the mean over replicas.
+    A frozen layer keeps its averages. A model that was built under a `tf.distribute` strategy gets the mean over replicas.
 
     Args:
         model: A built Keras model.
@@ -30,13 +30,14 @@ class BatchNormalizationEstimator:
     """
 
     def __init__(self, model):
-        self.layers = [layer for layer, _ in walk_layers(model) if isinstance(layer, keras.layers.BatchNormalization)]
+        found = [layer for layer, _ in walk_layers(model) if isinstance(layer, keras.layers.BatchNormalization)]
+        self.layers = [layer for layer in found if layer.built and layer.trainable]
         self.averages = [v for layer in self.layers for v in (layer.moving_mean, layer.moving_variance)]
         strategy = model.distribute_strategy
 
         def observe(images):
             model(images, training=True)
-            return [tf.identity(v.value) for v in self.averages]
+            return [tf.cast(v.value, tf.float64) for v in self.averages]
 
         @tf.function(reduce_retracing=True)
         def observe_all(images):
@@ -59,9 +60,11 @@ class BatchNormalizationEstimator:
             return
         momenta = [layer.momentum for layer in self.layers]
         before = [tf.identity(v.value) for v in self.averages]
-        sums, count = [tf.zeros_like(v) for v in before], 0
+        sums, count = [0.0] * len(before), 0
         for layer in self.layers:
             layer.momentum = 0.0  # each moving average then is the batch's own; frozen into the graph at its first trace
+        for variable in self.averages:
+            variable.assign(tf.zeros_like(variable.value))  # 0 times a NaN would remain one
         try:
             for images in batches:
                 sums = [total + mean for total, mean in zip(sums, self._observe(images))]

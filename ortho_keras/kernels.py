@@ -144,7 +144,8 @@ def gram_deviations(kernel, layout="standard", groups=1):
 
 def orthonormality_error(kernel, layout="standard", groups=1):
     """Returns the largest `|W^T W - I|` entry of a kernel, a float: 0 where all its columns are orthonormal."""
-    return max(float(tf.reduce_max(tf.abs(deviation))) for deviation in gram_deviations(kernel, layout, groups))
+    largest = [tf.reduce_max(tf.abs(deviation)) for deviation in gram_deviations(kernel, layout, groups)]
+    return float(tf.reduce_max(tf.stack(largest)))  # Python's max would lose a NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +173,14 @@ def einsum_layout(equation, rank):
 
 
 def layer_kernels(layer):
-    """Returns the `LayerKernel`s of one built convolution, dense or einsum layer; an empty list for any other."""
+    """Returns the `LayerKernel`s of one built convolution, dense or einsum layer; an empty list for any other.
+
+    An `EinsumDense` kernel that is no linear map between axes of its own (no output axis, no input axis) or whose rank is
+    above 5 is none.
+    """
     layers = keras.layers
+    if not layer.built:
+        return []
     if isinstance(layer, (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)):
         found = [("kernel", "kernel_regularizer", "transposed", 1)]
     elif isinstance(layer, (layers.SeparableConv1D, layers.SeparableConv2D)):
@@ -188,7 +195,12 @@ def layer_kernels(layer):
     elif isinstance(layer, layers.Dense):
         found = [("kernel", "kernel_regularizer", "standard", 1)]
     elif isinstance(layer, layers.EinsumDense):
-        found = [("kernel", "kernel_regularizer", einsum_layout(layer.equation, len(layer.kernel.shape)), 1)]
+        layout = einsum_layout(layer.equation, len(layer.kernel.shape))
+        try:
+            matrix_shape(layer.kernel.shape, layout)
+        except ValueError:
+            return []
+        found = [("kernel", "kernel_regularizer", layout, 1)]
     else:
         return []
     kernels = [(getattr(layer, name), attribute, layout, groups) for name, attribute, layout, groups in found]

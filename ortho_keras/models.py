@@ -43,7 +43,7 @@ def plain_cnn(
         regularizer: The penalty of every kernel: `"orthonormal"`, `OrthonormalRegularizer()` with its default factor, or
             whatever `keras.regularizers.get` takes; `None` for none. One object is shared by all layers.
         initializer: `"orthonormal"`, `"delta_orthonormal"` (convolutions; the Dense layer is orthonormal), or whatever
-            `keras.initializers.get` takes. Each layer gets a copy with a seed of its own.
+            `keras.initializers.get` takes; `None` is Keras's default. Each layer gets a copy with a seed of its own.
         bn_shift: float. The initial value of every BatchNormalization's beta. The paper's is 0; near 1 the ReLUs are more
             linear, and the error keeps its magnitude going down (ours).
         bn_synchronized: bool. Under a `tf.distribute` strategy, BatchNormalization's statistics are those of all replicas.
@@ -129,7 +129,7 @@ class _Builder:
         self.regularizer = OrthonormalRegularizer() if named else keras.regularizers.get(regularizer)
         if isinstance(initializer, str) and initializer in NAMED_INITIALIZERS:
             initializer = NAMED_INITIALIZERS[initializer]()
-        self.initializer = keras.initializers.get(initializer)
+        self.initializer = keras.initializers.get("glorot_uniform" if initializer is None else initializer)
         if isinstance(bn_shift, bool) or not isinstance(bn_shift, (int, float)) or not np.isfinite(bn_shift):
             raise ValueError(f"`bn_shift` must be a finite number. Received: bn_shift={bn_shift!r}")
         self.normalization = {
@@ -149,8 +149,9 @@ class _Builder:
             return self.initializer
         config = self.initializer.get_config()
         seed = self.seed if self.seed is not None else config.get("seed")
-        if "seed" in config and isinstance(seed, int):
-            config["seed"] = int(np.random.SeedSequence([seed, self.layers]).generate_state(1)[0] >> 1)
+        if "seed" not in config or not isinstance(seed, int):
+            return self.initializer  # a SeedGenerator moves on with each draw
+        config["seed"] = int(np.random.SeedSequence([seed, self.layers]).generate_state(1)[0] >> 1)
         return type(self.initializer).from_config(config)
 
     def convolution(self, x, filters, strides, name):
@@ -182,7 +183,7 @@ def _build(builder, residual, depth, input_shape, num_classes, width, preprocess
     for argument, value, least in (("num_classes", num_classes, 2), ("width", width, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"`{argument}` must be an integer, at least {least}. Received: {argument}={value!r}")
-    if len(input_shape) != 3 or not input_shape[-1]:
+    if not isinstance(input_shape, (list, tuple)) or len(input_shape) != 3 or not input_shape[-1]:
         raise ValueError(f"`input_shape` must be (height, width, channels). Received: input_shape={input_shape!r}")
 
     inputs = keras.Input(input_shape, name="image")

@@ -141,7 +141,7 @@ def _own_variables(layer):
 def _note(kernel, owners):
     if not kernel.variable.trainable:
         return "frozen: no penalty until it is trainable"
-    composite = [o for o in owners if not isinstance(o, (keras.Model, keras.layers.Wrapper))]
+    composite = [o for o in owners if not isinstance(o, (keras.Function, keras.Sequential, keras.layers.Wrapper))]
     if composite:
         return f"inside {type(composite[0]).__name__}, whose config does not hold it: call again after loading"
     return ""
@@ -154,4 +154,10 @@ def _reason(layer, variable):
         return "an embedding is a table, not a linear map"
     if "bias" in variable.name:
         return "a bias"
+    if getattr(layer, "lora_enabled", False):
+        return f"{type(layer).__name__} with LoRA: its kernel is a sum, which no penalty on one part makes orthonormal"
+    if isinstance(layer, keras.layers.EinsumDense):
+        return f"the equation {layer.equation} makes it no matrix from input axes to output axes, or its rank is above 5"
+    if getattr(layer, "quantization_mode", None):
+        return f"a part of a quantized ({layer.quantization_mode}) kernel"
     return f"{type(layer).__name__} is no convolution, dense or einsum layer: its layout is not known"

@@ -68,7 +68,7 @@ class Runtime:
 
     def describe(self):
         """Returns what the run computes on, one line for the log."""
-        name = type(self.strategy).__name__.removeprefix("_").removesuffix("V1")
+        name = "MultiWorkerMirroredStrategy" if self.workers > 1 else "MirroredStrategy"
         name = "one device" if self.replicas == 1 else f"{name}, {self.replicas} replicas on {self.workers} machine(s)"
         parts = [name, ", ".join(device_names())]
         if tf.config.list_physical_devices("GPU"):

@@ -13,6 +13,12 @@ tf.config.set_logical_device_configuration(
 )
 
 
+@pytest.fixture(scope="session")
+def two_replicas():
+    """One strategy for all tests: a second one in a process would use the first one's numbers for its collective operations."""
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
 @pytest.fixture(autouse=True)
 def fresh_state():
     keras.utils.set_random_seed(0)

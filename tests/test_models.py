@@ -136,16 +136,14 @@ def test_the_twins_have_the_same_layers_and_weights():
     assert np.abs(plain(x) - residual(x)).max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("depth", "nearest"),
-    [(45, (44, 50)), (9, (8, 14)), (13, (8, 14)), (43, (38, 44)), (109, (104, 110)), (111, (110, 116))],
-)
-def test_a_wrong_depth_names_the_nearest_right_ones(depth, nearest):
-    for build in BUILDERS:
-        with pytest.raises(ValueError) as error:
-            build(depth)
-        assert f"6n + 2, at least 8; the nearest are {nearest[0]} and {nearest[1]}." in str(error.value)
-        assert f"depth={depth}" in str(error.value)
+def test_a_wrong_depth_names_the_nearest_right_ones():
+    nearest = {45: (44, 50), 9: (8, 14), 13: (8, 14), 43: (38, 44), 109: (104, 110), 111: (110, 116)}
+    for depth, (below, above) in nearest.items():
+        for build in BUILDERS:
+            with pytest.raises(ValueError) as error:
+                build(depth)
+            assert f"6n + 2, at least 8; the nearest are {below} and {above}." in str(error.value)
+            assert f"depth={depth}" in str(error.value)
 
 
 def test_a_depth_that_is_no_number_or_too_small():
@@ -227,9 +225,8 @@ def test_a_seed_does_not_touch_the_global_one():
     np.testing.assert_array_equal(keras.random.normal((3,)), expected)
 
 
-@pytest.mark.parametrize("build", BUILDERS)
-def test_bn_shift(build):
-    for shift in (0.0, 0.75, -1):
+def test_bn_shift():
+    for build, shift in itertools.product(BUILDERS, (0.0, 0.75, -1)):
         for layer in of_type(build(8, **SMALL, bn_shift=shift), layers.BatchNormalization):
             np.testing.assert_array_equal(layer.beta, np.full(layer.beta.shape, shift))
             np.testing.assert_array_equal(layer.gamma, np.ones(layer.gamma.shape))
@@ -265,9 +262,9 @@ def test_other_penalties():
     assert plain_cnn(8, **SMALL, regularizer=None).losses == []
 
 
-@pytest.mark.parametrize("build", BUILDERS)
-def test_orthonormal_kernels(build):
-    for initializer, gain in (("orthonormal", 1.0), (OrthonormalInitializer(gain=1.5), 1.5)):
+def test_orthonormal_kernels():
+    cases = (("orthonormal", 1.0), (OrthonormalInitializer(gain=1.5), 1.5))
+    for build, (initializer, gain) in itertools.product(BUILDERS, cases):
         for kernel in kernels(build(8, **SMALL, initializer=initializer)).values():
             assert references.largest_deviation(kernel.numpy(), "standard", gain) <= 1e-5
 

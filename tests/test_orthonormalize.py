@@ -226,27 +226,29 @@ def test_report():
     y = layers.Embedding(11, 4, name="words")(x)
     y = layers.LayerNormalization(name="norm")(y)
     y = layers.Dense(9, name="wide")(y)
+    y = layers.Dense(9, name="square")(y)
     y = layers.EinsumDense("abc,cde->abde", (None, 2, 3), bias_axes="de", name="heads")(y)
     y = Table(name="unknown")(y)
     model = keras.Model(x, layers.DepthwiseConv2D((2, 1), name="channels")(y))
     report = orthonormalize(model, verbose=False)
-    assert [kernel.path for kernel in report.covered] == ["wide/kernel", "heads/kernel", "channels/kernel"]
+    assert [kernel.path for kernel in report.covered] == ["wide/kernel", "square/kernel", "heads/kernel", "channels/kernel"]
     reasons = {weight.path: weight.reason for weight in report.skipped}
     assert list(reasons) == ["words/embeddings", "heads/bias", "unknown/table"]
     assert "embedding" in reasons["words/embeddings"]
     assert reasons["heads/bias"] == "a bias"
     assert "Table" in reasons["unknown/table"] and "layout is not known" in reasons["unknown/table"]
     title, *lines = str(report).split("\n")
-    assert title == "orthonormalize: 3 kernels covered, 3 weights skipped"
-    assert len(lines) == 6
+    assert title == "orthonormalize: 4 kernels covered, 3 weights skipped"
+    assert len(lines) == 7
     for line, kernel in zip(lines, report.covered):
         assert line.startswith("  covered  ") and f"{kernel.path} ({kernel.layer_type}) {kernel.shape}: " in line
         assert f"layout {kernel.regularizer.layout}, " in line
-    for line, weight in zip(lines[3:], report.skipped):
+    for line, weight in zip(lines[4:], report.skipped):
         assert line == f"  skipped  {weight.path} ({weight.layer_type}) {weight.shape}: {weight.reason}"
     assert lines[0].endswith("4 x 9, in groups of 4 columns")
-    assert lines[1].endswith("9 x 6")
-    assert lines[2].endswith("3 of 2 x 1")
+    assert lines[1].endswith(", 9 x 9")
+    assert lines[2].endswith(", 9 x 6")
+    assert lines[3].endswith(", 3 of 2 x 1")
 
 
 def test_verbose_prints_the_report(capsys):
@@ -359,3 +361,5 @@ def test_wrong_factor_changes_nothing(factor):
         orthonormalize(model, factor)
     assert type(layer.kernel.regularizer) is type(layer.kernel_regularizer) is keras.regularizers.L2
     assert model.test_function is test_function
+    with pytest.raises(ValueError, match="`factor` must be"):
+        orthonormalize(keras.Sequential([keras.Input((4,)), layers.ReLU()]), factor)  # also where there is no kernel

@@ -1,0 +1,191 @@
+import dataclasses
+import json
+import math
+
+import pytest
+
+from ortho_keras.errors import InputError
+from ortho_keras.recipes import OPTIMIZERS, RECIPES, Preset, Recipe, find_preset
+from ortho_keras.schedules import LearningRate
+
+METHODS = [name for name in RECIPES if not name.endswith("_l2")]
+PAPER = ["plain44_cifar10", "plain110_cifar10", "resnet44_cifar10", "resnet110_cifar10"]
+CIFAR10_STEPS = 45_000 // 128  # an epoch: a tenth of 50,000 is held out
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """Nothing: no test here makes a layer, and clearing Keras takes longer than most of them."""
+
+
+def differences(recipe, other):
+    mine, theirs = dataclasses.asdict(recipe), dataclasses.asdict(other)
+    return {name for name in mine if mine[name] != theirs[name]}
+
+
+def refusal(**values):
+    """The message with which `check` refuses: one line."""
+    with pytest.raises(InputError) as caught:
+        Recipe(**values).check()
+    message = str(caught.value)
+    assert "\n" not in message and " must be " in message and "Received: " in message
+    return message
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_sound(name):
+    preset = find_preset(name)
+    assert preset is RECIPES[name] and type(preset) is Preset and preset.about
+    assert preset.recipe.check() is preset.recipe
+    for field in dataclasses.fields(Recipe):
+        assert type(getattr(preset.recipe, field.name)) is field.type  # as a flag would give it
+    assert Recipe(**json.loads(json.dumps(preset.recipe.to_json()))) == preset.recipe
+    assert preset.recipe.seed == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_recipe_has_a_control(name):
+    method, control = RECIPES[name].recipe, RECIPES[f"{name}_l2"].recipe
+    allowed = {"initializer", "regularizer", "factor", "modulation", "bn_shift", "learning_rate"}
+    assert {"initializer", "regularizer"} <= differences(method, control) <= allowed
+    assert method.initializer in ("orthonormal", "delta_orthonormal") and method.regularizer == "orthonormal"
+    assert (control.initializer, control.regularizer) == ("he_normal", "l2")
+    assert (control.modulation, control.bn_shift) == ("off", 0)
+    assert method.factor > 0 and control.factor > 0
+
+
+def test_there_is_no_control_without_its_recipe():
+    assert sorted(RECIPES) == sorted([*METHODS, *(f"{name}_l2" for name in METHODS)])
+    assert {"digits", *PAPER} <= set(METHODS)
+
+
+@pytest.mark.parametrize("name", [*PAPER, *(f"{name}_l2" for name in PAPER)])
+def test_paper_recipes_run_64k_steps_with_drops_at_32k_and_48k(name):
+    recipe = RECIPES[name].recipe
+    assert (recipe.batch_size, recipe.max_steps, recipe.schedule, recipe.warmup_steps) == (128, 64_000, "step", 0)
+    assert recipe.epochs * CIFAR10_STEPS >= 64_000  # so that the limit ends the run, not the epochs
+    assert (recipe.epochs - 1) * CIFAR10_STEPS < 64_000
+    assert (recipe.optimizer, recipe.momentum, recipe.augment, recipe.precision) == ("sgd", 0.9, "crop_flip", "float32")
+    rate = LearningRate(recipe.learning_rate, recipe.max_steps, recipe.schedule, recipe.warmup_steps)
+    shares = [float(rate(step)) / recipe.learning_rate for step in (0, 31_999, 32_000, 47_999, 48_000, 63_999)]
+    assert shares == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_names_tell_network_depth_and_data(name):
+    recipe = RECIPES[name].recipe
+    if name.startswith("digits"):
+        assert (recipe.dataset, recipe.network, recipe.depth) == ("digits", "plain", 44)
+        return
+    network, data = name.split("_")[:2]
+    assert f"{'plain' if recipe.network == 'plain' else 'resnet'}{recipe.depth}" == network
+    assert recipe.dataset == data
+
+
+@pytest.mark.parametrize("depth", [44, 110])
+def test_residual_twins_differ_in_the_shortcuts(depth):
+    plain, twin = RECIPES[f"plain{depth}_cifar10"].recipe, RECIPES[f"resnet{depth}_cifar10"].recipe
+    assert {"network"} <= differences(plain, twin) <= {"network", "modulation", "learning_rate"}
+    assert twin.modulation == "off"
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "_short" in name])
+def test_short_recipes_differ_in_length_and_schedule_only(name):
+    changes = differences(RECIPES[name].recipe, RECIPES[name.replace("_short", "")].recipe)
+    assert {"epochs", "max_steps"} <= changes <= {"epochs", "max_steps", "schedule", "warmup_steps", "precision"}
+    assert RECIPES[name].recipe.max_steps == 0 and RECIPES[name].recipe.epochs <= 10
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"factor": -1e-9}, "--factor must be at least 0. Received: -1e-09"),
+        ({"factor": math.nan}, "--factor must be a finite number. Received: nan"),
+        ({"factor": math.inf}, "--factor must be a finite number. Received: inf"),
+        ({"bn_shift": -math.inf}, "--bn_shift must be a finite number. Received: -inf"),
+        ({"batch_size": 0}, "--batch_size must be at least 1. Received: 0"),
+        ({"depth": 2}, "--depth must be at least 8. Received: 2"),
+        ({"width": 0}, "--width must be at least 1. Received: 0"),
+        ({"epochs": 0}, "--epochs must be at least 1. Received: 0"),
+        ({"max_steps": -1}, "--max_steps must be at least 0. Received: -1"),
+        ({"warmup_steps": -1}, "--warmup_steps must be at least 0. Received: -1"),
+        ({"learning_rate": 0.0}, "--learning_rate must be more than 0. Received: 0.0"),
+        ({"learning_rate": math.nan}, "--learning_rate must be a finite number. Received: nan"),
+        ({"momentum": 1.5}, "--momentum must be at most 1. Received: 1.5"),
+        ({"weight_decay": -0.1}, "--weight_decay must be at least 0. Received: -0.1"),
+        ({"tolerance": 0.5}, "--tolerance must be at least 1. Received: 0.5"),
+        ({"max_scale": 0.0}, "--max_scale must be at least 1. Received: 0.0"),
+        ({"bn_batches": -1}, "--bn_batches must be at least 0. Received: -1"),
+        ({"evaluate_every": 0}, "--evaluate_every must be at least 1. Received: 0"),
+        ({"image_size": -8}, "--image_size must be at least 0. Received: -8"),
+        ({"image_size": 5000}, "--image_size must be at most 4096. Received: 5000"),
+        ({"seed": -1}, "--seed must be at least 0. Received: -1"),
+        ({"seed": 2**31}, "--seed must be at most 2147483647. Received: 2147483648"),
+        ({"augment": "flip"}, "--augment must be one of none, crop, crop_flip. Received: 'flip'"),
+        ({"network": "dense"}, "--network must be one of plain, residual. Received: 'dense'"),
+        ({"regularizer": "L2"}, "--regularizer must be one of orthonormal, l2, none. Received: 'L2'"),
+        ({"modulation": "on"}, "--modulation must be one of off, neighbour, anchor. Received: 'on'"),
+        ({"schedule": ""}, "--schedule must be one of step, cosine, constant. Received: ''"),
+        ({"precision": "float16"}, "--precision must be one of float32, mixed_bfloat16, mixed_float16. Received: 'float16'"),
+    ],
+)  # fmt: skip
+def test_wrong_value(values, expected):
+    assert refusal(**values) == expected
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Recipe) if field.metadata["choices"]])
+def test_unknown_choice_is_told_with_all_of_them(field):
+    choices = next(f.metadata["choices"] for f in dataclasses.fields(Recipe) if f.name == field)
+    assert refusal(**{field: "adamant"}) == f"--{field} must be one of {', '.join(choices)}. Received: 'adamant'"
+    for choice in choices:
+        Recipe(**{field: choice}).check()
+
+
+def test_unknown_optimizer():
+    assert refusal(optimizer="lion").startswith("--optimizer must be one of sgd, nesterov, ")
+    assert set(OPTIMIZERS) >= {"sgd", "nesterov", "adagrad", "adadelta", "rmsprop", "adam", "adamw"}
+
+
+@pytest.mark.parametrize(("depth", "below", "above"), [(45, 44, 50), (49, 44, 50), (9, 8, 14), (111, 110, 116)])
+def test_depth_that_is_not_6n_plus_2(depth, below, above):
+    assert refusal(depth=depth) == f"--depth must be 6n + 2; the nearest are {below} and {above}. Received: {depth}"
+    for near in (below, above):
+        assert Recipe(depth=near).check().depth == near
+
+
+@pytest.mark.parametrize("modulation", ["neighbour", "anchor"])
+def test_shortcuts_are_not_modulated(modulation):
+    message = refusal(network="residual", modulation=modulation)
+    assert "--modulation must be off for --network residual" in message and message.endswith(f"Received: {modulation!r}")
+    Recipe(network="residual", modulation="off").check()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"factor": 0.0, "momentum": 0.0, "weight_decay": 0.0, "bn_shift": -1.0},
+        {"max_steps": 0, "warmup_steps": 0, "bn_batches": 0, "image_size": 0, "seed": 0},
+        {"tolerance": 1.0, "max_scale": 1.0, "batch_size": 1, "depth": 8, "width": 1, "epochs": 1, "evaluate_every": 1},
+        {"momentum": 1.0, "image_size": 4096, "seed": 2**31 - 1, "learning_rate": 1e-30, "depth": 1202},
+    ],
+)
+def test_values_on_the_border_are_allowed(values):
+    Recipe(**values).check()
+
+
+def test_recipes_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Recipe().depth = 50
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RECIPES["digits"].recipe = Recipe()
+    assert hash(Recipe()) == hash(Recipe()) and Recipe() == Recipe() != Recipe(seed=1)
+
+
+def test_every_field_has_a_help():
+    assert all(field.metadata["help"] for field in dataclasses.fields(Recipe))
+
+
+def test_unknown_recipe():
+    with pytest.raises(InputError, match="--recipe must be one of digits, digits_l2, ") as caught:
+        find_preset("plain20")
+    assert str(caught.value).endswith("Received: 'plain20'") and all(name in str(caught.value) for name in RECIPES)
