@@ -57,7 +57,7 @@ def restore_checkpoint(directory, model, log=print):
                 arrays = [file[name] for name in names]
             if [array.shape for array in arrays] != [tuple(v.shape) for v in variables]:
                 raise ValueError("it belongs to another model")
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
             log(f"checkpoint {path.name} cannot be used ({error}); trying the one before it")
             continue
         for variable, array in zip(variables, arrays):

@@ -1,6 +1,8 @@
 """Modulation of the backpropagated error: the only home of the backward rule."""
 
+import inspect
 import math
+import warnings
 
 import keras
 import tensorflow as tf
@@ -106,7 +108,7 @@ class ErrorModulation(keras.layers.Layer):
         fires = tf.reduce_all([usable, above > 0, mismatch, enabled > 0])
         scale = tf.where(fires, tf.clip_by_value(scale, 1 / self.max_scale, self.max_scale), 1.0)
         wide = error if error.dtype.size > 4 else tf.cast(error, tf.float32)
-        scaled = tf.cast(wide * tf.cast(scale, wide.dtype), error.dtype)
+        scaled = tf.where(fires, tf.cast(wide * tf.cast(scale, wide.dtype), error.dtype), error)  # 1 * x flushes subnormals
         if self.reference == "neighbour":
             down = tf.where(usable, own * scale, above)
         else:
@@ -168,6 +170,9 @@ def modulate(model, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled
     """
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(f"`model` must be a built Keras model (call `model.build(...)`). Received: model={model!r}")
+    _check_kind(model)
+    if layers is not None and (isinstance(layers, str) or not list(layers)):
+        raise ValueError(f"`layers` must be a list of at least one layer's name, or None for all. Received: layers={layers!r}")
     rule = {
         "tolerance": tolerance,
         "max_scale": max_scale,
@@ -175,19 +180,41 @@ def modulate(model, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled
         "enabled": enabled,
         "synchronized": synchronized,
     }
-    ErrorModulation(**rule)  # a wrong rule fails before the model is walked
-    chain = _Chain(rule, layers)
-    first = model.inputs[0]
-    inputs = keras.Input(batch_shape=first.shape, dtype=first.dtype, name=first.name)
-    outputs = chain.run(model, inputs)
-    if chain.missing:
-        raise ValueError(f"`layers` names what is no parametric layer of the model. Received: {sorted(chain.missing)}")
-    if chain.token is None:
-        raise ValueError(f"modulate found no parametric layer (convolution, dense or einsum) in model {model.name!r}")
-    modulated = keras.Model(inputs, outputs, name=model.name)
-    if model.compiled:
-        modulated.compile_from_config(model.get_compile_config())
+    with model.distribute_strategy.scope():
+        ErrorModulation(**rule)  # a wrong rule fails before the model is walked
+        chain = _Chain(rule, layers)
+        first = model.inputs[0]
+        inputs = keras.Input(batch_shape=first.shape, dtype=first.dtype, name=first.name)
+        outputs = chain.run(model, inputs)
+        if chain.missing:
+            raise ValueError(f"`layers` names what is no parametric layer of the model. Received: {sorted(chain.missing)}")
+        if chain.token is None:
+            raise ValueError(f"modulate found no parametric layer (convolution, dense or einsum) in model {model.name!r}")
+        if isinstance(model, keras.Sequential):
+            modulated = keras.Model(inputs, outputs, name=model.name)
+        else:  # a class of one's own keeps its train_step, a dict of inputs or outputs its keys
+            structures = (model.input, [inputs]), (model.output, [outputs])
+            modulated = type(model)(*(keras.tree.pack_sequence_as(*pair) for pair in structures), name=model.name)
+        if model.compiled:
+            try:
+                modulated.compile_from_config(model.get_compile_config())
+            except (TypeError, ValueError) as error:
+                warnings.warn(
+                    f"modulate: call compile on the new model; the old one's settings cannot be copied ({error})", stacklevel=2
+                )
     return modulated
+
+
+def _check_kind(model):
+    if not isinstance(model, (keras.Function, keras.Sequential)):
+        raise ValueError(
+            f"modulate needs Functional or Sequential models, whose layers are known. Received: {model.name!r}, "
+            f"a {type(model).__name__}"
+        )
+    if len(model.inputs) != 1 or len(model.outputs) != 1:
+        raise ValueError(
+            f"modulate needs a chain: model {model.name!r} has {len(model.inputs)} inputs and {len(model.outputs)} outputs"
+        )
 
 
 def switch_modulation(model, enabled):
@@ -218,38 +245,37 @@ class _Chain:
         self.names = set()
         self.made = {}  # id of a tensor -> (the tensor, the layer that made it, the layer that took it or None)
 
-    def run(self, model, inputs):
+    def run(self, model, inputs, training=None):
+        """Calls the layers of a model, in their order; `training` is what the model's own call fixed."""
         self.made.setdefault(id(inputs), (inputs, "the input", None))
+        _check_kind(model)
+        fixed = {} if training is None else {"training": training}
         if isinstance(model, keras.Sequential):
             for layer in model.layers:
-                inputs = self.call(layer, inputs)
+                inputs = self.call(layer, inputs, **_accepted(layer, fixed))
             return inputs
-        if not isinstance(model, keras.Function):
-            raise ValueError(
-                f"modulate needs Functional or Sequential models, whose layers are known. Received: {model.name!r}, "
-                f"a {type(model).__name__}"
-            )
-        if len(model.inputs) != 1 or len(model.outputs) != 1:
-            raise ValueError(
-                f"modulate needs a chain: model {model.name!r} has {len(model.inputs)} inputs and {len(model.outputs)} outputs"
-            )
-        outputs = inputs
+        calls = []
 
-        def call(layer, *args, **kwargs):
-            nonlocal outputs
-            outputs = self.call(layer, *args, **kwargs)
+        def record(layer, *args, **kwargs):
+            outputs = layer(*args, **kwargs)
+            calls.append((layer, args, kwargs, outputs))
             return outputs
 
-        # clone_model is Keras's public way through a functional graph: the layers stay the same objects, so the weights
-        # are shared, and only the calls are new. The model that it returns is not needed.
-        inputs = keras.tree.map_structure(lambda _: inputs, model.input)
-        keras.models.clone_model(model, inputs, clone_function=lambda layer: layer, call_function=call)
-        return outputs
+        # clone_model is Keras's public way through a functional graph. Here it only records the calls: the layers stay the
+        # same objects, so the weights are shared, and the model that it makes is thrown away.
+        graph = keras.Model(model.inputs, model.outputs)  # without compile settings, which may not be copyable
+        first = keras.Input(batch_shape=inputs.shape, dtype=inputs.dtype)
+        clone = keras.models.clone_model(graph, [first], clone_function=lambda layer: layer, call_function=record)
+        new = {id(first): inputs}
+        for layer, args, kwargs, outputs in calls:
+            args, kwargs = keras.tree.map_structure(lambda value: new.get(id(value), value), (args, kwargs))
+            new[id(outputs)] = self.call(layer, *args, **{**_accepted(layer, fixed), **kwargs})
+        return new[id(clone.outputs[0])]
 
     def call(self, layer, *args, **kwargs):
         tensors = [t for t in keras.tree.flatten((args, kwargs)) if keras.backend.is_keras_tensor(t)]
         if isinstance(layer, keras.Model) and len(tensors) == 1:
-            return self.run(layer, tensors[0])
+            return self.run(layer, tensors[0], kwargs.get("training"))
         if isinstance(layer, ErrorModulation):
             raise ValueError(f"the model is modulated already: it has an ErrorModulation layer {layer.name!r}")
         for tensor in tensors:
@@ -279,3 +305,8 @@ class _Chain:
             return True
         self.missing.discard(layer.name)
         return layer.name in self.wanted
+
+
+def _accepted(layer, arguments):
+    """Those of some call arguments that a layer's `call` takes."""
+    return {name: value for name, value in arguments.items() if name in inspect.signature(layer.call).parameters}

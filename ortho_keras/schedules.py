@@ -5,6 +5,8 @@ import math
 import keras
 import tensorflow as tf
 
+SHAPES = ("constant", "step", "cosine")
+
 
 @keras.saving.register_keras_serializable(package="ortho_keras")
 class LearningRate(keras.optimizers.schedules.LearningRateSchedule):
@@ -16,9 +18,14 @@ class LearningRate(keras.optimizers.schedules.LearningRateSchedule):
         shape: `"constant"`; `"step"`, divided by 10 at 1/2 and again at 3/4 of the steps, as He et al. 2016 and, by its
             figures, Xie et al. 2017 do over 64k steps; `"cosine"`, down to 0 at the last step.
         warmup_steps: int. Over these first steps the rate rises from 0, and is multiplied with the shape.
+
+    Raises:
+        ValueError: If `shape` is none of these.
     """
 
     def __init__(self, peak, total_steps, shape="step", warmup_steps=0):
+        if shape not in SHAPES:
+            raise ValueError(f"`shape` must be one of {SHAPES}. Received: shape={shape!r}")
         self.peak = peak
         self.total_steps = total_steps
         self.shape = shape

@@ -49,7 +49,8 @@ class Trainer:
         self.log = log if self.runtime.is_chief else lambda line: None
         self.steps_per_epoch = len(data.train) // recipe.batch_size
         self.epochs = -(-total_steps // self.steps_per_epoch)
-        self.mean = np.asarray(data.channel_statistics()[0], np.float32)
+        mean = np.asarray(data.channel_statistics()[0], np.float32)
+        self.pad = recipe.padding if recipe.padding != "mean" else mean
         self.estimator = BatchNormalizationEstimator(model)
         self.callbacks = keras.callbacks.CallbackList(list(callbacks), model=model, epochs=self.epochs)
         self._train = _train_function(model, recipe.batch_size, self.runtime)
@@ -102,7 +103,7 @@ class Trainer:
         r = self.recipe
         return self._distributed(
             lambda own: training_batches(
-                self.data.train, r.batch_size, r.augment, r.seed, start, stop, self.mean, self.runtime.replicas, own
+                self.data.train, r.batch_size, r.augment, r.seed, start, stop, self.pad, self.runtime.replicas, own
             )
         )
 

@@ -1,5 +1,6 @@
 """Two logical CPUs for the strategy tests, before anything touches a device; the same seeds for every test."""
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -11,6 +12,7 @@ import tensorflow as tf
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
+gc.freeze()  # what the imports made lives on: clear_session need not look through it after every test
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import train
 
+import train
 from ortho_keras import AllReplicaLossScaleOptimizer, ErrorModulation
 from ortho_keras.checkpoints import state_variables
 from ortho_keras.data import evaluation_batches, load_data, training_batches
