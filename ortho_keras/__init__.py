@@ -11,6 +11,7 @@ if keras.config.backend() != "tensorflow":
 from ortho_keras.batchnorm import BatchNormalizationEstimator
 from ortho_keras.initializers import DeltaOrthonormalInitializer, OrthonormalInitializer
 from ortho_keras.kernels import orthonormality_error
+from ortho_keras.loading import load_model
 from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
 from ortho_keras.models import plain_cnn, residual_cnn
 from ortho_keras.modulation import ErrorModulation, modulate, switch_modulation
@@ -29,6 +30,7 @@ __all__ = [
     "OrthonormalRegularizer",
     "OrthonormalizeReport",
     "__version__",
+    "load_model",
     "modulate",
     "orthonormality_error",
     "orthonormalize",

@@ -48,8 +48,9 @@ def read_tfds(name, data_dir, image_size):
         raise InputError(
             f"--dataset must have an image and a class label for each example. Received: {name!r} with {list(features)}"
         )
-    if features["image"].np_dtype != np.uint8:
-        raise InputError(f"--dataset must have images of 8 bits. Received: {name!r} with {np.dtype(features['image'].np_dtype).name}")
+    dtype = np.dtype(features["image"].np_dtype)
+    if dtype != np.uint8:
+        raise InputError(f"--dataset must have images of 8 bits. Received: {name!r} with {dtype.name}")
     if not builder.is_prepared():
         _prepare(builder, flag)
     names = list(builder.info.splits)

@@ -29,7 +29,10 @@ ROOT = pathlib.Path(train.__file__).parent
 # A deep ReLU net amplifies the last bit of a sum from step to step: at this learning rate 20 steps stay comparable.
 RECIPE = dataclasses.replace(
     find_preset("digits").recipe,
+    image_size=0,
     depth=20,
+    bn_shift=0.0,
+    tolerance=2.0,
     factor=0.1,
     learning_rate=1e-4,
     augment="none",
@@ -209,8 +212,9 @@ def start_workers(folder, *arguments):
 
 
 MACHINES = (
+    "--image_size=0",
     "--depth=8", "--width=4", "--epochs=4", "--batch_size=64", "--learning_rate=1e-3", "--modulation=anchor",
-    "--factor=0.1", "--warmup_steps=0",
+    "--factor=0.1", "--warmup_steps=0", "--augment=none",
 )  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -13,12 +15,20 @@ from PIL import Image
 
 from ortho_keras import orthonormality_error
 from ortho_keras.data import load_data, training_batches
+from ortho_keras.errors import Interrupted
 from ortho_keras.experiment import build_model, compiled_model, make_optimizer, run
 from ortho_keras.recipes import OPTIMIZERS, find_preset
 from ortho_keras.training import Trainer
 
 RECIPE = dataclasses.replace(
-    find_preset("digits").recipe, depth=8, epochs=8, batch_size=64, learning_rate=0.05, warmup_steps=0, evaluate_every=3
+    find_preset("digits").recipe,
+    image_size=0,
+    depth=8,
+    epochs=8,
+    batch_size=64,
+    learning_rate=0.05,
+    warmup_steps=0,
+    evaluate_every=3,
 )
 
 
@@ -164,3 +174,41 @@ def test_callbacks_are_called_as_fit_does(tmp_path):
         *[("epoch", 1), ("batch", 2, True), ("batch", 3, True), ("end", 1, True)],
     ]
     assert result["steps"] == 4
+
+
+class StopAt(keras.callbacks.Callback):
+    """Ends the run within a step's end: by a signal, which leaves a checkpoint at the next step, or hard, which leaves none."""
+
+    def __init__(self, step, hard):
+        super().__init__()
+        self.step, self.hard = step, hard
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == self.step:
+            if self.hard:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("optimizer", "precision"), [("sgd", "float32"), ("adamw", "mixed_float16")])
+def test_a_run_stopped_at_any_points_equals_one_that_was_not(tmp_path, optimizer, precision):
+    recipe = dataclasses.replace(
+        RECIPE, width=4, optimizer=optimizer, precision=precision, learning_rate=0.002, batch_size=128, epochs=4, image_size=0
+    )
+    weights, states = [], []
+    for name, stops in (("whole", []), ("stopped", sorted(np.random.default_rng(len(precision)).integers(1, 38, 3)))):
+        workdir = tmp_path / name
+        for index, step in enumerate(stops):
+            with pytest.raises((KeyboardInterrupt, Interrupted)):
+                run(recipe, workdir, callbacks=[StopAt(step, index == 1)], log=lambda line: None)
+        run(recipe, workdir, keep_checkpoints=3, log=lambda line: None)
+        weights.append(keras.models.load_model(workdir / "final.keras").get_weights())
+        newest = sorted((workdir / "checkpoints").glob("*.npz"))
+        assert len(newest) == 3
+        with np.load(newest[-1]) as file:
+            states.append({key: file[key] for key in file.files if key != "history"})
+    for mine, expected in zip(*weights):
+        np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-6)
+    assert states[0].keys() == states[1].keys()
+    for key, expected in states[0].items():  # the optimizer's slots and the loss scale too
+        np.testing.assert_allclose(states[1][key], expected, rtol=1e-3, atol=1e-5, err_msg=key)

@@ -17,7 +17,7 @@ from PIL import Image
 import train
 
 ROOT = pathlib.Path(train.__file__).parent
-SMALL = ("--depth=8", "--width=4", "--epochs=3", "--batch_size=128", "--warmup_steps=0")
+SMALL = ("--image_size=0", "--depth=8", "--width=4", "--epochs=3", "--batch_size=128", "--warmup_steps=0")
 
 
 def invoke(capsys, *arguments):
@@ -150,7 +150,7 @@ def folder_of_images(root):
 def test_a_folder_of_images_is_learned(tmp_path, capsys):
     folder_of_images(tmp_path / "images")
     status, out, err = invoke(
-        capsys, f"--dataset=folder:{tmp_path / 'images'}", f"--workdir={tmp_path}/run", "--recipe=digits", "--depth=8",
+        capsys, f"--dataset=folder:{tmp_path / 'images'}", f"--workdir={tmp_path}/run", "--image_size=0", "--depth=8",
         "--batch_size=16", "--epochs=12", "--learning_rate=0.03", "--warmup_steps=0", "--augment=crop_flip",
     )  # fmt: skip
     assert status == 0 and err == "", err
@@ -158,7 +158,15 @@ def test_a_folder_of_images_is_learned(tmp_path, capsys):
     assert result["test_accuracy"] == 1 and "images (8, 8, 3), 2 classes" in out
 
 
-KILLED = ("--depth=14", "--width=8", "--epochs=6", "--batch_size=64", "--learning_rate=0.01", "--deterministic")
+KILLED = (
+    "--image_size=0",
+    "--depth=14",
+    "--width=8",
+    "--epochs=6",
+    "--batch_size=64",
+    "--learning_rate=0.01",
+    "--deterministic",
+)
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +222,11 @@ def test_a_finished_run_is_not_done_again(uninterrupted, capsys):
     status, out, _ = invoke(capsys, f"--workdir={uninterrupted}", *KILLED)
     assert status == 0 and "finished already" in out
     assert (uninterrupted / "result.json").stat().st_mtime_ns == before
+
+
+def test_deterministic_runs_are_equal_to_the_bit(tmp_path, uninterrupted):
+    process = start(f"--workdir={tmp_path / 'run'}", *KILLED)
+    assert process.communicate()[1] == "" and process.returncode == 0
+    weights = (keras.models.load_model(folder / "final.keras").get_weights() for folder in (tmp_path / "run", uninterrupted))
+    for mine, expected in zip(*weights):
+        np.testing.assert_array_equal(mine, expected)
