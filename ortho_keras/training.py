@@ -17,6 +17,7 @@ from ortho_keras.errors import Interrupted, NonFiniteLossError, WorkerLostError
 from ortho_keras.runtime import Runtime
 
 SUM = tf.distribute.ReduceOp.SUM
+LEAST_LOSS_SCALE = 2.0**-10  # float16's own range is used up long before
 
 
 class Trainer:
@@ -60,7 +61,7 @@ class Trainer:
         """Trains to the last step and returns the history: a list of one dict of figures for each epoch.
 
         Raises:
-            NonFiniteLossError: At the first step whose loss is inf or NaN.
+            NonFiniteLossError: At the first step whose loss is inf or NaN, or where float16 finds no scale for the gradients.
             Interrupted: After SIGINT or SIGTERM on any worker, when the checkpoint is written.
             WorkerLostError: If another worker went away.
         """
@@ -184,11 +185,18 @@ class Trainer:
         number = -(-step // self.steps_per_epoch)
         figures = {"epoch": number, "step": step, "seconds": epoch["seconds"], **epoch["logs"]}
         figures["learning_rate"] = float(self.model.optimizer.learning_rate)
+        if isinstance(self.model.optimizer, keras.optimizers.LossScaleOptimizer):
+            figures["loss_scale"] = float(tf.convert_to_tensor(self.model.optimizer.dynamic_scale.value))
+            if figures["loss_scale"] < LEAST_LOSS_SCALE:
+                raise NonFiniteLossError(
+                    f"the loss scale fell to {figures['loss_scale']} by step {step}: gradients are not finite at any scale; "
+                    "try --precision mixed_bfloat16 or float32"
+                )
         if step == self.total_steps or number % self.recipe.evaluate_every == 0:
             validation = self.evaluate(self.data.validation)
             figures |= {f"validation_{name}": validation[name] for name in ("crossentropy", "accuracy")}
         parts = [f"epoch {number}/{self.epochs}", f"step {step}", f"{figures['seconds']:.1f}s"]
-        shown = ("images/s", "loss", "penalty", "accuracy", "validation_accuracy", "learning_rate")
+        shown = ("images/s", "loss", "penalty", "accuracy", "validation_accuracy", "learning_rate", "loss_scale")
         parts += [f"{name} {figures[name]:.4g}" for name in shown if name in figures]
         self.log(" - ".join(parts))
         return figures
