@@ -105,6 +105,8 @@ def start(strategy="auto", devices="", jit_compile=False, deterministic=False, t
     if strategy == "auto":
         several = len(names) > 1 if names else len(gpus) > 1
         strategy = "multi_worker" if cluster else "mirrored" if several else "none"
+    if strategy != "multi_worker":
+        os.environ.pop("TF_CONFIG", None)  # MirroredStrategy would read it, an empty one too
     if strategy == "none" and len(names) > 1:
         raise InputError(f"--devices must be one device with --strategy none. Received: {devices!r}")
     if deterministic:

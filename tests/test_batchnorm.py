@@ -208,8 +208,8 @@ def test_half_precision_averages_are_summed_exactly():
     np.testing.assert_array_equal(model.layers[0].moving_variance, [1, 1, 1])
 
 
-def test_replicas():
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+def test_replicas(two_replicas):
+    strategy = two_replicas
     with strategy.scope():
         model = two_normalizations()
     batches = batches_of(4, 4, 4)

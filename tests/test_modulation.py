@@ -471,10 +471,8 @@ def test_switch_during_fit(settings):
 
 
 @pytest.mark.parametrize("synchronized", [False, True])
-def test_a_mirrored_strategy(synchronized):
-    # The default's collectives clash with those of another strategy of the same process where their types differ.
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], tf.distribute.ReductionToOneDevice())
-    with strategy.scope():
+def test_a_mirrored_strategy(two_replicas, synchronized):
+    with two_replicas.scope():
         modulated = modulate(dense_chain(), tolerance=1.0, synchronized=synchronized)
         modulated.compile(keras.optimizers.SGD(1.0), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     x, y = batch(8, 6)
