@@ -8,9 +8,10 @@ import pathlib
 import platform
 
 import keras
+import tensorflow as tf
 
 from ortho_keras.data import load_data
-from ortho_keras.errors import InputError
+from ortho_keras.errors import InputError, WorkerLostError
 from ortho_keras.kernels import layer_kernels, model_kernels, orthonormality_error
 from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
 from ortho_keras.models import plain_cnn, residual_cnn
@@ -47,11 +48,39 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
         InputError: If a value, the data or the workdir is not what was expected; nothing is written then.
         NonFiniteLossError: If the loss became inf or NaN.
         Interrupted: If SIGINT or SIGTERM came; a checkpoint is written.
+        WorkerLostError: If another worker went away.
     """
     recipe.check()
     runtime = runtime or Runtime()
-    log = log if runtime.is_chief else lambda line: None
-    workdir = pathlib.Path(workdir).expanduser()
+    try:
+        return _run(
+            recipe,
+            pathlib.Path(workdir).expanduser(),
+            data_dir,
+            name,
+            runtime,
+            callbacks,
+            keep_checkpoints,
+            log if runtime.is_chief else lambda line: None,
+        )
+    except tf.errors.ResourceExhaustedError as error:
+        raise InputError(
+            f"--batch_size must fit the device's memory. Received: {recipe.batch_size} ({_told(error)})"
+        ) from error
+    except tf.errors.OpError as error:
+        if runtime.workers == 1:
+            raise
+        raise WorkerLostError(
+            f"another worker was lost ({_told(error)}); start all workers again: the run goes on from the last checkpoint"
+        ) from error
+
+
+def _told(error):
+    """The first line of TensorFlow's message."""
+    return str(error).strip().splitlines()[0][:200]
+
+
+def _run(recipe, workdir, data_dir, name, runtime, callbacks, keep_checkpoints, log):
     finished = _agreed(runtime, lambda: _check_workdir(workdir, recipe) if runtime.is_chief else None)
     if runtime.any(finished is not None):
         log(f"this run is finished already: {workdir / 'result.json'} (another --workdir or --seed starts a new one)")

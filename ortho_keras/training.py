@@ -13,7 +13,7 @@ import tensorflow as tf
 from ortho_keras.batchnorm import BatchNormalizationEstimator
 from ortho_keras.checkpoints import restore_checkpoint, save_checkpoint, state_variables
 from ortho_keras.data import evaluation_batches, training_batches
-from ortho_keras.errors import Interrupted, NonFiniteLossError, WorkerLostError
+from ortho_keras.errors import Interrupted, NonFiniteLossError
 from ortho_keras.runtime import Runtime
 
 SUM = tf.distribute.ReduceOp.SUM
@@ -63,27 +63,23 @@ class Trainer:
         Raises:
             NonFiniteLossError: At the first step whose loss is inf or NaN, or where float16 finds no scale for the gradients.
             Interrupted: After SIGINT or SIGTERM on any worker, when the checkpoint is written.
-            WorkerLostError: If another worker went away.
         """
         with self.runtime.strategy.scope():
             self.model.optimizer.build(self.model.trainable_variables)
         step, history, epoch = self._restore()
         make_writer = tf.summary.create_file_writer if self.runtime.is_chief else lambda _: tf.summary.create_noop_writer()
         writer = make_writer(str(self.directory / "tensorboard"))
-        try:
-            with writer.as_default(), _stop_requests() as stop:
-                batches = iter(self._training_batches(step, self.total_steps))
-                self.callbacks.on_train_begin()
-                while step < self.total_steps and not self.model.stop_training:
-                    step = self._epoch(step, batches, history, epoch, stop)
-                    history.append(self._epoch_figures(step, epoch))
-                    epoch = _new_epoch()
-                    self._write_summary(history[-1])
-                    self._save(step, history, epoch)
-                    self.callbacks.on_epoch_end(history[-1]["epoch"] - 1, history[-1])
-                self.callbacks.on_train_end(history[-1] if history else None)
-        except tf.errors.OpError as error:
-            raise self._worker_lost(error) from error
+        with writer.as_default(), _stop_requests() as stop:
+            batches = iter(self._training_batches(step, self.total_steps))
+            self.callbacks.on_train_begin()
+            while step < self.total_steps and not self.model.stop_training:
+                step = self._epoch(step, batches, history, epoch, stop)
+                history.append(self._epoch_figures(step, epoch))
+                epoch = _new_epoch()
+                self._write_summary(history[-1])
+                self._save(step, history, epoch)
+                self.callbacks.on_epoch_end(history[-1]["epoch"] - 1, history[-1])
+            self.callbacks.on_train_end(history[-1] if history else None)
         return history
 
     def evaluate(self, split):
@@ -205,14 +201,6 @@ class Trainer:
         for name, value in figures.items():
             if name not in ("epoch", "step"):
                 tf.summary.scalar(name.replace("validation_", "validation/"), value, step=figures["step"])
-
-    def _worker_lost(self, error):
-        if self.runtime.workers == 1:
-            return error
-        reason = str(error).strip().splitlines()[0][:200]
-        return WorkerLostError(
-            f"another worker was lost ({reason}); start all workers again: the run goes on from the last checkpoint"
-        )
 
 
 def _new_epoch():
