@@ -149,9 +149,10 @@ class _Builder:
             return self.initializer
         config = self.initializer.get_config()
         seed = self.seed if self.seed is not None else config.get("seed")
-        if "seed" not in config or not isinstance(seed, int):
+        if "seed" not in config or not (seed is None or isinstance(seed, int)):
             return self.initializer  # a SeedGenerator moves on with each draw
-        config["seed"] = int(np.random.SeedSequence([seed, self.layers]).generate_state(1)[0] >> 1)
+        if seed is not None:
+            config["seed"] = int(np.random.SeedSequence([seed, self.layers]).generate_state(1)[0] >> 1)
         return type(self.initializer).from_config(config)
 
     def convolution(self, x, filters, strides, name):
