@@ -12,7 +12,6 @@ import tensorflow as tf
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
-gc.freeze()  # what the imports made lives on: clear_session need not look through it after every test
 
 
 @pytest.fixture(scope="session")
@@ -26,4 +25,10 @@ def fresh_state():
     keras.utils.set_random_seed(0)
     yield
     keras.config.set_dtype_policy("float32")
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)  # a collection after each of many tests takes longer than they do
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_memory():
+    yield
+    gc.collect()
