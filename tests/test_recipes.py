@@ -62,12 +62,12 @@ def test_there_is_no_control_without_its_recipe():
 @pytest.mark.parametrize("name", [*PAPER, *(f"{name}_l2" for name in PAPER)])
 def test_paper_recipes_run_64k_steps_with_drops_at_32k_and_48k(name):
     recipe = RECIPES[name].recipe
-    assert (recipe.batch_size, recipe.max_steps, recipe.schedule, recipe.warmup_steps) == (128, 64_000, "step", 0)
+    assert (recipe.batch_size, recipe.max_steps, recipe.schedule, recipe.warmup_steps) == (128, 64_000, "step", 400)
     assert recipe.epochs * CIFAR10_STEPS >= 64_000  # so that the limit ends the run, not the epochs
     assert (recipe.epochs - 1) * CIFAR10_STEPS < 64_000
     assert (recipe.optimizer, recipe.momentum, recipe.augment, recipe.precision) == ("sgd", 0.9, "crop_flip", "float32")
     rate = LearningRate(recipe.learning_rate, recipe.max_steps, recipe.schedule, recipe.warmup_steps)
-    shares = [float(rate(step)) / recipe.learning_rate for step in (0, 31_999, 32_000, 47_999, 48_000, 63_999)]
+    shares = [float(rate(step)) / recipe.learning_rate for step in (399, 31_999, 32_000, 47_999, 48_000, 63_999)]
     assert shares == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01], rel=1e-6)
 
 
