@@ -70,9 +70,8 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
     except tf.errors.OpError as error:
         if runtime.workers == 1:
             raise
-        raise WorkerLostError(
-            f"another worker was lost ({_told(error)}); start all workers again: the run goes on from the last checkpoint"
-        ) from error
+        message = "another worker was lost; start all workers again: the run goes on from the last checkpoint"
+        raise WorkerLostError(message) from error
 
 
 def _told(error):

@@ -1,0 +1,33 @@
+"""What README.md says: its figures are those of the result files, its code runs, its flags exist."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import train
+
+ROOT = pathlib.Path(train.__file__).parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_figures_are_those_of_the_result_files():
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "readme.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_code_blocks_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+
+
+def test_flags_and_names_exist():
+    import ortho_keras
+
+    flags = set(re.findall(r"`--(?:no)?([a-z_0-9]+)", README)) | set(re.findall(r"train\.py.* --([a-z_]+)=", README))
+    assert flags and flags - {"help"} <= set(train.FLAGS)
+    names = re.findall(r"^\| `(\w+)", README, re.MULTILINE)
+    rows = [name for name in names if name not in ("none", "mirrored", "multi_worker") and not name.startswith("digits")]
+    assert len(rows) > 6 and all(hasattr(ortho_keras, name) for name in rows)
