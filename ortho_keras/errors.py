@@ -1,6 +1,12 @@
 """What goes wrong by a user's input or a machine's state, and is told in one line."""
 
 
+def first_line(error):
+    """Returns an error's first line, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:400] if lines else type(error).__name__
+
+
 class InputError(ValueError):
     """A flag, an argument or a file is not what was expected. The message names it, what was expected and what came."""
 

@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from ortho_keras.data import load_data
-from ortho_keras.errors import InputError, WorkerLostError
+from ortho_keras.errors import InputError, WorkerLostError, first_line
 from ortho_keras.kernels import layer_kernels, model_kernels, orthonormality_error
 from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
 from ortho_keras.models import plain_cnn, residual_cnn
@@ -65,18 +65,13 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
         )
     except tf.errors.ResourceExhaustedError as error:
         raise InputError(
-            f"--batch_size must fit the device's memory. Received: {recipe.batch_size} ({_told(error)})"
+            f"--batch_size must fit the device's memory. Received: {recipe.batch_size} ({first_line(error)})"
         ) from error
     except tf.errors.OpError as error:
         if runtime.workers == 1:
             raise
         message = "another worker was lost; start all workers again: the run goes on from the last checkpoint"
         raise WorkerLostError(message) from error
-
-
-def _told(error):
-    """The first line of TensorFlow's message."""
-    return str(error).strip().splitlines()[0][:200]
 
 
 def _run(recipe, workdir, data_dir, name, runtime, callbacks, keep_checkpoints, log):

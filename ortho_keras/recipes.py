@@ -96,7 +96,7 @@ class Preset:
 
 
 # He et al.'s CIFAR schedule as the paper runs it: 64k steps of 128, the learning rate divided by 10 at 32k and at 48k. The
-# warm-up is ours: from the first step on at 0.1 the kernels grow a hundredfold within 50 steps.
+# warm-up is ours: without it, plain44_cifar10's penalty rose to 11 within 50 steps (one run, seed 0).
 _PAPER = Recipe(
     dataset="cifar10",
     augment="crop_flip",

@@ -11,7 +11,7 @@ import urllib.request
 import numpy as np
 import tensorflow as tf
 
-from ortho_keras.errors import InputError
+from ortho_keras.errors import InputError, first_line
 
 SPLIT_SEED = 0  # fixed, so that every run has the same validation and test images
 VALIDATION_NAMES = ("validation", "val", "valid")
@@ -41,7 +41,7 @@ def read_tfds(name, data_dir, image_size):
         builder = tfds.builder(name, data_dir=data_dir)
     except Exception as error:  # by the name's form TFDS raises almost anything
         raise InputError(
-            f"--dataset must be digits, folder:PATH or the name of a TFDS data set. Received: {name!r} ({_told(error)})"
+            f"--dataset must be digits, folder:PATH or the name of a TFDS data set. Received: {name!r} ({first_line(error)})"
         ) from error
     features = builder.info.features
     if "image" not in features or "label" not in features or not hasattr(features["label"], "names"):
@@ -67,7 +67,7 @@ def read_tfds(name, data_dir, image_size):
             for key, split in wanted.items()
         }
     except (OSError, tf.errors.OpError) as error:
-        raise InputError(f"{flag} must be whole in {builder.data_path}. Received: {_told(error)}") from error
+        raise InputError(f"{flag} must be whole in {builder.data_path}. Received: {first_line(error)}") from error
     return splits, features["label"].names
 
 
@@ -82,7 +82,7 @@ def _prepare(builder, flag):
     except Exception as error:  # TFDS passes on whatever its downloader meets
         raise InputError(
             f"{flag} must be prepared in --data_dir or downloadable. Received: nothing prepared in "
-            f"{builder.data_path}, and the download failed ({_told(error)})"
+            f"{builder.data_path}, and the download failed ({first_line(error)})"
         ) from error
 
 
@@ -129,7 +129,7 @@ def read_folder(path, image_size):
                 for split in found
             }
     except (OSError, tf.errors.OpError) as error:
-        raise InputError(f"{flag} must be readable. Received: {_told(error)}") from error
+        raise InputError(f"{flag} must be readable. Received: {first_line(error)}") from error
     return splits, builder.info.features["label"].names
 
 
@@ -166,7 +166,7 @@ def _decoded(files, flag):
             name = pathlib.Path(example["image/filename"].numpy().decode())
             raise InputError(
                 f"{flag} must hold readable images. Received: {'/'.join(name.parts[-2:])}, which does not decode "
-                f"({_told(error)})"
+                f"({first_line(error)})"
             ) from error
         yield {"image": image, "label": example["label"]}
 
@@ -195,9 +195,3 @@ def _in_memory(examples, image_size, flag):
 def _resized(images, size):
     resized = tf.image.resize(images, (size, size), antialias=True)
     return np.clip(np.round(resized), 0, 255).astype(np.uint8)
-
-
-def _told(error):
-    """An error's first line."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:400] if lines else type(error).__name__

@@ -73,12 +73,14 @@ class Trainer:
             batches = iter(self._training_batches(step, self.total_steps))
             self.callbacks.on_train_begin()
             while step < self.total_steps and not self.model.stop_training:
-                step = self._epoch(step, batches, history, epoch, stop)
+                step, stopped = self._epoch(step, batches, history, epoch, stop)
                 history.append(self._epoch_figures(step, epoch))
                 epoch = _new_epoch()
                 self._write_summary(history[-1])
                 self._save(step, history, epoch)
                 self.callbacks.on_epoch_end(history[-1]["epoch"] - 1, history[-1])
+                if stopped and step < self.total_steps:
+                    raise self._interrupted(step, stop)
             self.callbacks.on_train_end(history[-1] if history else None)
         return history
 
@@ -139,7 +141,10 @@ class Trainer:
             save_checkpoint(directory, self.model, step, [history, epoch], self.keep_checkpoints)
 
     def _epoch(self, step, batches, history, epoch, stop):
-        """Runs to the end of the epoch that `step` lies in, and returns the step reached; sums up in `epoch`."""
+        """Runs to the end of the epoch that `step` lies in; returns the step reached and whether its last step saw a stop.
+
+        Sums up in `epoch`. A stop before the epoch's end writes a checkpoint and raises `Interrupted`.
+        """
         number = step // self.steps_per_epoch
         begin = number * self.steps_per_epoch
         end = min(begin + self.steps_per_epoch, self.total_steps)
@@ -149,7 +154,7 @@ class Trainer:
         if show:
             self.log(f"epoch {number + 1}/{self.epochs}")
         self.callbacks.on_epoch_begin(number)
-        started, first, traced = time.perf_counter() - epoch["seconds"], None, 0.0
+        started, first, traced, stopped = time.perf_counter() - epoch["seconds"], None, 0.0, 0.0
         while step < end and not self.model.stop_training:
             self.callbacks.on_train_batch_begin(step)
             crossentropy, correct, penalty, stopped = self._train(*next(batches), float(stop.signum > 0)).numpy()
@@ -172,10 +177,13 @@ class Trainer:
             bar.update(step - begin, [(name, logs[name]) for name in names if name in logs])
             self.callbacks.on_train_batch_end(step - 1, logs)
             epoch |= {"seconds": now - started, "logs": logs}
-            if stopped:
+            if stopped and step < end:
                 self._save(step, history, epoch)
-                raise Interrupted(f"stopped after step {step} of {self.total_steps}", stop.signum or signal.SIGTERM)
-        return step
+                raise self._interrupted(step, stop)
+        return step, bool(stopped)
+
+    def _interrupted(self, step, stop):
+        return Interrupted(f"stopped after step {step} of {self.total_steps}", stop.signum or signal.SIGTERM)
 
     def _epoch_figures(self, step, epoch):
         number = -(-step // self.steps_per_epoch)

@@ -212,3 +212,16 @@ def test_a_run_stopped_at_any_points_equals_one_that_was_not(tmp_path, optimizer
     assert len(states[0]) == len(states[1])
     for mine, expected in zip(*states):  # the optimizer's slots and the loss scale too
         np.testing.assert_allclose(mine, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_stop_at_an_epochs_last_step_keeps_the_epoch(tmp_path):
+    recipe = dataclasses.replace(RECIPE, width=4, learning_rate=0.002, batch_size=128, epochs=3, evaluate_every=1)
+    for name, stops in (("whole", []), ("stopped", [8])):  # noticed in the tenth step, the epoch's last
+        for step in stops:
+            with pytest.raises(Interrupted, match="stopped after step 10 of 30"):
+                run(recipe, tmp_path / name, callbacks=[StopAt(step, False)], log=lambda line: None)
+        run(recipe, tmp_path / name, log=lambda line: None)
+    histories = [json.loads((tmp_path / name / "history.json").read_text()) for name in ("whole", "stopped")]
+    for expected, row in zip(*histories, strict=True):
+        for key in expected.keys() - {"seconds", "images/s"}:
+            assert row[key] == pytest.approx(expected[key], rel=1e-4)
