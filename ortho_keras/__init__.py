@@ -8,7 +8,11 @@ if keras.config.backend() != "tensorflow":
         f"Received: backend={keras.config.backend()!r}"
     )
 
+from ortho_keras.activations import ShiftedReLU
 from ortho_keras.batchnorm import BatchNormalizationEstimator
+from ortho_keras.callbacks import SignalMonitor
+from ortho_keras.design import DesignReport, check_design
+from ortho_keras.features import compare_features, compare_filters, plot_features, plot_filters
 from ortho_keras.initializers import DeltaOrthonormalInitializer, OrthonormalInitializer
 from ortho_keras.kernels import orthonormality_error
 from ortho_keras.loading import load_model
@@ -18,23 +22,36 @@ from ortho_keras.modulation import ErrorModulation, modulate, switch_modulation
 from ortho_keras.orthonormalize import OrthonormalizeReport, orthonormalize
 from ortho_keras.regularizers import OrthonormalRegularizer
 from ortho_keras.schedules import LearningRate
+from ortho_keras.signal_report import signal_report
+from ortho_keras.signals import LayerSignal, SignalReport
 from ortho_keras.version import __version__
 
 __all__ = [
     "AllReplicaLossScaleOptimizer",
     "BatchNormalizationEstimator",
     "DeltaOrthonormalInitializer",
+    "DesignReport",
     "ErrorModulation",
+    "LayerSignal",
     "LearningRate",
     "OrthonormalInitializer",
     "OrthonormalRegularizer",
     "OrthonormalizeReport",
+    "ShiftedReLU",
+    "SignalMonitor",
+    "SignalReport",
     "__version__",
+    "check_design",
+    "compare_features",
+    "compare_filters",
     "load_model",
     "modulate",
     "orthonormality_error",
     "orthonormalize",
     "plain_cnn",
+    "plot_features",
+    "plot_filters",
     "residual_cnn",
+    "signal_report",
     "switch_modulation",
 ]

@@ -148,6 +148,7 @@ def build_model(recipe, data, replicated=False):
         regularizer=_regularizer(recipe),
         initializer=recipe.initializer,
         bn_shift=recipe.bn_shift,
+        relu_shift=recipe.relu_shift,
         bn_synchronized=replicated and recipe.bn_sync,
         seed=recipe.seed,
         preprocessing=keras.layers.Normalization(mean=mean, variance=variance, name="normalization"),

@@ -6,6 +6,8 @@ import zipfile
 
 import keras
 
+from ortho_keras.graphs import allow_deep_graphs
+
 CONTENT = ("config.json", "metadata.json", "model.weights.h5")
 
 
@@ -38,6 +40,8 @@ def load_model(path, compile=True):
                     f"`path` must be a .keras file with {', '.join(CONTENT)} and assets/. Received: {str(path)!r}, refused "
                     f"because it holds {entry.filename!r}"
                 )
+        layers = archive.read("config.json").count(b'"build_config"') if "config.json" in archive.namelist() else 0
+    allow_deep_graphs(layers)
     try:
         return keras.saving.load_model(path, compile=compile, safe_mode=True)
     except Exception as error:  # a damaged file makes Keras raise almost anything

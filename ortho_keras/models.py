@@ -3,6 +3,8 @@
 import keras
 import numpy as np
 
+from ortho_keras.activations import ShiftedReLU, checked_shift
+from ortho_keras.graphs import allow_deep_graphs
 from ortho_keras.initializers import DeltaOrthonormalInitializer, OrthonormalInitializer
 from ortho_keras.regularizers import OrthonormalRegularizer
 
@@ -24,6 +26,7 @@ def plain_cnn(
     regularizer="orthonormal",
     initializer="orthonormal",
     bn_shift=0.0,
+    relu_shift=0.0,
     bn_synchronized=False,
     seed=None,
     preprocessing=None,
@@ -45,7 +48,9 @@ def plain_cnn(
         initializer: `"orthonormal"`, `"delta_orthonormal"` (convolutions; the Dense layer is orthonormal), or whatever
             `keras.initializers.get` takes; `None` is Keras's default. Each layer gets a copy with a seed of its own.
         bn_shift: float. The initial value of every BatchNormalization's beta. The paper's is 0; near 1 the ReLUs are more
-            linear, and the error keeps its magnitude going down (ours).
+            linear, and the error keeps its magnitude going down, but zero-padded borders drown the images (ours).
+        relu_shift: float, at least 0. The activations are `max(x, -relu_shift)`, see `ShiftedReLU`: the same without the
+            harm at the borders (ours). 0 is the paper's ReLU.
         bn_synchronized: bool. Under a `tf.distribute` strategy, BatchNormalization's statistics are those of all replicas.
         seed: int, at least 0, or `None`. Fixes all kernels.
         preprocessing: A layer that is applied to the input first, a `Normalization`, say, so that the model takes raw pixels.
@@ -60,9 +65,10 @@ def plain_cnn(
 
     Reference:
         He et al. 2016 ([arXiv:1512.03385](https://arxiv.org/abs/1512.03385)), section 4.2; Xie, Xiong, Pu 2017
-        ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)). `bn_shift` and `"delta_orthonormal"` are ours.
+        ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)). `bn_shift`, `relu_shift` and
+        `"delta_orthonormal"` are ours.
     """
-    builder = _Builder(regularizer, initializer, bn_shift, bn_synchronized, seed)
+    builder = _Builder(regularizer, initializer, bn_shift, relu_shift, bn_synchronized, seed)
     return _build(builder, False, depth, input_shape, num_classes, width, preprocessing, name or f"plain{depth}")
 
 
@@ -74,6 +80,7 @@ def residual_cnn(
     regularizer="orthonormal",
     initializer="orthonormal",
     bn_shift=0.0,
+    relu_shift=0.0,
     bn_synchronized=False,
     seed=None,
     preprocessing=None,
@@ -92,6 +99,7 @@ def residual_cnn(
         regularizer: See `plain_cnn`.
         initializer: See `plain_cnn`.
         bn_shift: See `plain_cnn`.
+        relu_shift: See `plain_cnn`.
         bn_synchronized: See `plain_cnn`.
         seed: See `plain_cnn`.
         preprocessing: See `plain_cnn`.
@@ -106,7 +114,7 @@ def residual_cnn(
     Reference:
         He et al. 2016 ([arXiv:1512.03385](https://arxiv.org/abs/1512.03385)), section 4.2, option A.
     """
-    builder = _Builder(regularizer, initializer, bn_shift, bn_synchronized, seed)
+    builder = _Builder(regularizer, initializer, bn_shift, relu_shift, bn_synchronized, seed)
     return _build(builder, True, depth, input_shape, num_classes, width, preprocessing, name or f"residual{depth}")
 
 
@@ -124,7 +132,7 @@ def check_depth(depth):
 class _Builder:
     """Makes one layer after the other, each with its share of the seed."""
 
-    def __init__(self, regularizer, initializer, bn_shift, bn_synchronized, seed):
+    def __init__(self, regularizer, initializer, bn_shift, relu_shift, bn_synchronized, seed):
         named = regularizer == "orthonormal"
         self.regularizer = OrthonormalRegularizer() if named else keras.regularizers.get(regularizer)
         if isinstance(initializer, str) and initializer in NAMED_INITIALIZERS:
@@ -132,6 +140,7 @@ class _Builder:
         self.initializer = keras.initializers.get("glorot_uniform" if initializer is None else initializer)
         if isinstance(bn_shift, bool) or not isinstance(bn_shift, (int, float)) or not np.isfinite(bn_shift):
             raise ValueError(f"`bn_shift` must be a finite number. Received: bn_shift={bn_shift!r}")
+        self.relu_shift = checked_shift("relu_shift", relu_shift)
         self.normalization = {
             **BATCH_NORMALIZATION,
             "beta_initializer": keras.initializers.Constant(bn_shift),
@@ -169,6 +178,10 @@ class _Builder:
         )(x)
         return keras.layers.BatchNormalization(**self.normalization, name=f"{name}_bn")(x)
 
+    def relu(self, x, name):
+        relu = ShiftedReLU(self.relu_shift, name=name) if self.relu_shift else keras.layers.ReLU(name=name)
+        return relu(x)
+
     def classifier(self, x, num_classes):
         return keras.layers.Dense(
             num_classes,
@@ -187,10 +200,11 @@ def _build(builder, residual, depth, input_shape, num_classes, width, preprocess
     if not isinstance(input_shape, (list, tuple)) or len(input_shape) != 3 or not input_shape[-1]:
         raise ValueError(f"`input_shape` must be (height, width, channels). Received: input_shape={input_shape!r}")
 
+    allow_deep_graphs(4 * depth)
     inputs = keras.Input(input_shape, name="image")
     x = inputs if preprocessing is None else preprocessing(inputs)
     x = builder.convolution(x, width, 1, "stem_conv")
-    x = keras.layers.ReLU(name="stem_conv_relu")(x)
+    x = builder.relu(x, "stem_conv_relu")
     for stage in range(1, STAGES + 1):
         filters = width * 2 ** (stage - 1)
         for pair in range(1, pairs + 1):
@@ -198,11 +212,11 @@ def _build(builder, residual, depth, input_shape, num_classes, width, preprocess
             first, second = (f"stage{stage}_conv{conv:02d}" for conv in (2 * pair - 1, 2 * pair))
             shortcut = x
             x = builder.convolution(x, filters, strides, first)
-            x = keras.layers.ReLU(name=f"{first}_relu")(x)
+            x = builder.relu(x, f"{first}_relu")
             x = builder.convolution(x, filters, 1, second)
             if residual:
                 x = keras.layers.Add(name=f"stage{stage}_add{pair:02d}")([x, _shortcut(shortcut, filters, strides)])
-            x = keras.layers.ReLU(name=f"{second}_relu")(x)
+            x = builder.relu(x, f"{second}_relu")
     x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
     return keras.Model(inputs, builder.classifier(x, num_classes), name=name)
 

@@ -1,12 +1,12 @@
 """Modulation of the backpropagated error: the only home of the backward rule."""
 
-import inspect
 import math
 import warnings
 
 import keras
 import tensorflow as tf
 
+from ortho_keras.graphs import Graph
 from ortho_keras.kernels import layer_kernels, walk_layers
 from ortho_keras.live import LiveScalar
 
@@ -101,19 +101,31 @@ class ErrorModulation(keras.layers.Layer):
 
     def _backward(self, error, above, enabled):
         """Maps the error above this layer and `sqrt(q_upper)` (0: nothing above) to what goes down."""
-        own = _root_mean_square(error, self.synchronized)
+        scale, fires, down = self.decide(root_mean_square(error, self.synchronized), above, enabled)
+        wide = error if error.dtype.size > 4 else tf.cast(error, tf.float32)
+        return tf.where(fires, tf.cast(wide * tf.cast(scale, wide.dtype), error.dtype), error), down  # 1 * x flushes subnormals
+
+    def decide(self, own, above, enabled=1.0):
+        """The rule on magnitudes alone.
+
+        Args:
+            own: Scalar float32 tensor, `sqrt(q_own)`.
+            above: Scalar float32 tensor, `sqrt(q_upper)`, or 0 for nothing above.
+            enabled: Scalar float32 tensor, 0 or 1.
+
+        Returns:
+            `(scale, fires, down)`: what the error is multiplied by, whether it is, and the `above` of the layer below.
+        """
         usable = tf.logical_and(own > 0, tf.math.is_finite(own))
         scale = above / tf.where(usable, own, 1.0)
         mismatch = tf.logical_or(scale > self.tolerance, scale < 1 / self.tolerance)
         fires = tf.reduce_all([usable, above > 0, mismatch, enabled > 0])
         scale = tf.where(fires, tf.clip_by_value(scale, 1 / self.max_scale, self.max_scale), 1.0)
-        wide = error if error.dtype.size > 4 else tf.cast(error, tf.float32)
-        scaled = tf.where(fires, tf.cast(wide * tf.cast(scale, wide.dtype), error.dtype), error)  # 1 * x flushes subnormals
         if self.reference == "neighbour":
             down = tf.where(usable, own * scale, above)
         else:
             down = tf.where(tf.logical_and(usable, tf.equal(above, 0)), own, above)
-        return scaled, down
+        return scale, fires, down
 
     def compute_mask(self, inputs, previous_mask):
         return previous_mask, None
@@ -129,7 +141,7 @@ class ErrorModulation(keras.layers.Layer):
         }
 
 
-def _root_mean_square(error, synchronized):
+def root_mean_square(error, synchronized):
     """The root of the second-order moment, float32. Squares of 1e-30 and of 1e+30 both need float64."""
     moment = 2 * tf.nn.l2_loss(tf.cast(error, tf.float64)) / tf.cast(tf.size(error), tf.float64)
     replica = tf.distribute.get_replica_context()
@@ -185,7 +197,8 @@ def modulate(model, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled
         chain = _Chain(rule, layers)
         first = model.inputs[0]
         inputs = keras.Input(batch_shape=first.shape, dtype=first.dtype, name=first.name)
-        outputs = chain.run(model, inputs)
+        chain.made[id(inputs)] = (inputs, "the input", None)
+        outputs = Graph(model).run(inputs, chain.call)
         if chain.missing:
             raise ValueError(f"`layers` names what is no parametric layer of the model. Received: {sorted(chain.missing)}")
         if chain.token is None:
@@ -245,37 +258,10 @@ class _Chain:
         self.names = set()
         self.made = {}  # id of a tensor -> (the tensor, the layer that made it, the layer that took it or None)
 
-    def run(self, model, inputs, training=None):
-        """Calls the layers of a model, in their order; `training` is what the model's own call fixed."""
-        self.made.setdefault(id(inputs), (inputs, "the input", None))
-        _check_kind(model)
-        fixed = {} if training is None else {"training": training}
-        if isinstance(model, keras.Sequential):
-            for layer in model.layers:
-                inputs = self.call(layer, inputs, **_accepted(layer, fixed))
-            return inputs
-        calls = []
-
-        def record(layer, *args, **kwargs):
-            outputs = layer(*args, **kwargs)
-            calls.append((layer, args, kwargs, outputs))
-            return outputs
-
-        # clone_model is Keras's public way through a functional graph. Here it only records the calls: the layers stay the
-        # same objects, so the weights are shared, and the model that it makes is thrown away.
-        graph = keras.Model(model.inputs, model.outputs)  # without compile settings, which may not be copyable
-        first = keras.Input(batch_shape=inputs.shape, dtype=inputs.dtype)
-        clone = keras.models.clone_model(graph, [first], clone_function=lambda layer: layer, call_function=record)
-        new = {id(first): inputs}
-        for layer, args, kwargs, outputs in calls:
-            args, kwargs = keras.tree.map_structure(lambda value: new.get(id(value), value), (args, kwargs))
-            new[id(outputs)] = self.call(layer, *args, **{**_accepted(layer, fixed), **kwargs})
-        return new[id(clone.outputs[0])]
-
     def call(self, layer, *args, **kwargs):
         tensors = [t for t in keras.tree.flatten((args, kwargs)) if keras.backend.is_keras_tensor(t)]
-        if isinstance(layer, keras.Model) and len(tensors) == 1:
-            return self.run(layer, tensors[0], kwargs.get("training"))
+        if isinstance(layer, keras.Model):
+            _check_kind(layer)
         if isinstance(layer, ErrorModulation):
             raise ValueError(f"the model is modulated already: it has an ErrorModulation layer {layer.name!r}")
         for tensor in tensors:
@@ -305,8 +291,3 @@ class _Chain:
             return True
         self.missing.discard(layer.name)
         return layer.name in self.wanted
-
-
-def _accepted(layer, arguments):
-    """Those of some call arguments that a layer's `call` takes."""
-    return {name: value for name, value in arguments.items() if name in inspect.signature(layer.call).parameters}

@@ -1,6 +1,7 @@
-"""Pictures of a run."""
+"""Pictures: a run's curves, a net's signal."""
 
 import pathlib
+import textwrap
 
 import numpy as np
 
@@ -13,16 +14,12 @@ def plot_curves(history, path, title):
         path: Path of the file.
         title: String.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     def series(name):
         rows = [(row["step"], row[name]) for row in history if name in row]
         return np.array(rows, float).reshape(-1, 2).T
 
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    loss, accuracy, rate = figure.subplots(1, 3)
+    figure, (loss, accuracy, rate) = _figure((12, 3.8), 1, 3)
     marker = "o" if len(history) == 1 else ""
     for name, label in (("crossentropy", "training"), ("validation_crossentropy", "validation"), ("penalty", "penalty")):
         loss.plot(*series(name), marker=marker, label=label)
@@ -37,6 +34,84 @@ def plot_curves(history, path, title):
     for axes in (loss, accuracy, rate):
         axes.grid(alpha=0.3)
     figure.suptitle(title)
+    _save(figure, path)
+
+
+def plot_signals(report, path):
+    """Draws a `SignalReport` over the layers: error and activations, gradients, singular values, and shares, as a PNG file."""
+    figure, ((error, gradient), (values, shares)) = _figure((13, 7.5), 2, 2)
+    at = np.arange(1, len(report.layers) + 1)
+
+    def series(name):
+        return np.array([getattr(layer, name) for layer in report.layers], float)
+
+    error.plot(at, series("error_to_top"), label="error, over the top layer's")
+    error.plot(at, np.sqrt(series("forward_moment")), color="0.5", label="activation")
+    fired = series("fired") > 0
+    word = "rescaled by modulation" if report.modulated else "modulation would rescale"
+    if fired.any():
+        error.plot(at[fired], series("error_to_top")[fired], "o", color="tab:red", markersize=4, label=word)
+    error.set(title="magnitudes (root mean square)", yscale="log")
+    gradient.plot(at, series("gradient_ratio"), label="gradient norm / kernel norm")
+    gradient.set(title="kernel gradients", yscale="log")
+    cosine = gradient.twinx()
+    cosine.plot(at, series("mean_abs_cosine"), color="tab:green", label="mean |cosine| of filters")
+    cosine.set_ylim(0, None)
+    cosine.legend(loc="upper right")
+    for kind, color in (("kernel", "tab:blue"), ("operator", "tab:orange")):
+        low, high = series(f"{kind}_smallest"), series(f"{kind}_largest")
+        if np.isfinite(low).any():
+            label = "W" if kind == "kernel" else "the layer's linear map"
+            values.fill_between(at, low, high, color=color, alpha=0.3, label=label)
+            values.plot(at, high, color=color, linewidth=1)
+    values.set(title="singular values, smallest to largest", ylim=(0, None))
+    shares.plot(at, 100 * series("image_share"), label="variance that tells images apart")
+    shares.plot(at, 100 * series("dead_share"), color="0.3", label="dead channels")
+    shares.set(title="shares, %", ylim=(-2, 102))
+    for axes in (error, gradient, values, shares):
+        axes.set_xlabel("layer, from the input up")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="upper left" if axes is gradient else "best")
+    figure.suptitle("\n".join(textwrap.wrap(str(report).splitlines()[0], 150)), fontsize=11)
+    _save(figure, path)
+
+
+def plot_heat_map(steps, names, ratios, path, title):
+    """Draws magnitudes, layer by step, on a logarithmic color scale around 1, as a PNG file.
+
+    Args:
+        steps: List of ints.
+        names: List of the layers' names, from the input up.
+        ratios: Array `(layers, steps)`, above 0; others stay white.
+        path: Path of the file.
+        title: String.
+    """
+    figure, axes = _figure((10, 5.5), 1, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        decades = np.log10(np.asarray(ratios, float))
+    decades[~np.isfinite(decades)] = np.nan
+    limit = max(1.0, float(np.nanmax(np.abs(decades)))) if np.isfinite(decades).any() else 1.0
+    image = axes.imshow(decades, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+    shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 10)).astype(int))
+    axes.set_xticks(shown, [str(steps[index]) for index in shown])
+    shown = np.unique(np.linspace(0, len(names) - 1, min(len(names), 12)).astype(int))
+    axes.set_yticks(shown, [names[index] for index in shown])
+    axes.set(xlabel="step", title=title)
+    figure.colorbar(image, label="log10 of the error's magnitude over the top layer's")
+    _save(figure, path)
+
+
+def _figure(size, rows, columns):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns)
+
+
+def _save(figure, path):
     partial = pathlib.Path(path).with_suffix(".partial")
     figure.savefig(partial, format="png", dpi=120)
     partial.replace(path)

@@ -29,6 +29,7 @@ class Recipe:
         "orthonormal", "kernels at the start", ("orthonormal", "delta_orthonormal", "he_normal", "glorot_uniform")
     )
     bn_shift: float = _field(0.0, "BatchNormalization's initial beta (the paper: 0; near 1: ours)")
+    relu_shift: float = _field(0.0, "the ReLUs are max(x, -relu_shift) (ours; 0: the ReLU)", least=0)
     regularizer: str = _field("orthonormal", "penalty on every kernel", ("orthonormal", "l2", "none"))
     factor: float = _field(1e-4, "strength of the penalty: factor / 2 * ||W^T W - I||^2, or factor / 2 * ||W||^2", least=0)
     modulation: str = _field(

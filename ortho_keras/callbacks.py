@@ -1,0 +1,153 @@
+"""What is watched while a model trains."""
+
+import csv
+import dataclasses
+import pathlib
+import random
+import time
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from ortho_keras.modulation import ErrorModulation
+from ortho_keras.plots import plot_heat_map
+from ortho_keras.signal_report import Probe
+from ortho_keras.signals import LayerSignal
+
+_SUMMARIES = ("error_to_top", "gradient_ratio", "mean_abs_cosine", "image_share", "dead_share")
+
+
+class SignalMonitor(keras.callbacks.Callback):
+    """Takes `signal_report`'s figures on one fixed batch every so many steps of training.
+
+    Writes into `directory`: `signals.csv`, one line for each layer and step, as it goes; TensorBoard scalars; and at the end
+    `signals.png`, a heat map of the error's magnitude, layer by step. Training itself is not changed: see `signal_report`.
+    A run that is taken up again keeps the lines of the steps before.
+
+    The cost is bounded: a measurement that is due waits until all of them together are at most `max_share` of the time since
+    training began. Only the first step's and the last step's are taken in any case. `share` is what it came to.
+
+    Args:
+        x: See `signal_report`; 64 to 128 samples do.
+        y: See `signal_report`.
+        directory: Path of a folder; made if missing.
+        loss: See `signal_report`. Defaults to `None`, the compiled model's.
+        every: int, at least 1. Steps from one measurement to the next.
+        max_share: float, above 0. The largest share of training time.
+        singular_values: bool. See `signal_report`; slower.
+
+    Raises:
+        ValueError: If `every` or `max_share` is outside its range; at the start of training, as `signal_report`.
+
+    Example:
+
+    >>> model.fit(x, y, callbacks=[SignalMonitor(x[:64], y[:64], "signals")])
+
+    Reference:
+        The curves of Xie, Xiong, Pu 2017 ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)), Fig. 2 and 3, for every layer.
+    """
+
+    def __init__(self, x, y, directory, loss=None, every=500, max_share=0.02, singular_values=False):
+        super().__init__()
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"`every` must be an integer, at least 1. Received: every={every!r}")
+        if isinstance(max_share, bool) or not isinstance(max_share, (int, float)) or not max_share > 0:
+            raise ValueError(f"`max_share` must be a number above 0. Received: max_share={max_share!r}")
+        self.x = x
+        self.y = y
+        self.directory = pathlib.Path(directory)
+        self.loss = loss
+        self.every = every
+        self.max_share = max_share
+        self.singular_values = singular_values
+
+    @property
+    def path(self):
+        return self.directory / "signals.csv"
+
+    @property
+    def share(self):
+        """Time of the measurements over the time since training began."""
+        return self._spent / max(time.perf_counter() - self._began, 1e-9)
+
+    def on_train_begin(self, logs=None):
+        self._began, self._spent = time.perf_counter(), 0.0
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._last = self._step()
+        self._rows = [row for row in read_signals(self.path) if row["step"] < self._last] if self._last else []
+        self._writer = tf.summary.create_file_writer(str(self.directory / "tensorboard"))
+        self._probe = None
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["step", *(field.name for field in dataclasses.fields(LayerSignal))])
+            writer.writeheader()
+            writer.writerows(self._rows)
+        self._measure()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self._step() - self._last >= self.every and self.share < self.max_share:
+            self._measure()
+
+    def on_train_end(self, logs=None):
+        if self._step() > self._last:
+            self._measure()
+        self._writer.close()
+        steps = sorted({row["step"] for row in self._rows})
+        names = list(dict.fromkeys(row["name"] for row in self._rows))
+        ratios = np.full((len(names), len(steps)), np.nan)
+        for row in self._rows:
+            ratios[names.index(row["name"]), steps.index(row["step"])] = row["error_to_top"]
+        plot_heat_map(steps, names, ratios, self.directory / "signals.png", f"{self.model.name}: the error on its way down")
+
+    def _step(self):
+        return int(self.model.optimizer.iterations.numpy())
+
+    def _new_probe(self):
+        model, loss = self.model, self.model.loss if self.loss is None else self.loss
+        if model.distribute_strategy.num_replicas_in_sync > 1:
+            # One replica cannot be differentiated alone: a copy outside the strategy takes its weights at each measurement.
+            if tf.distribute.has_strategy():
+                raise ValueError("SignalMonitor needs `fit` to be called outside of `strategy.scope()`")
+            state = random.getstate()  # Keras seeds new layers from it
+            model = keras.models.clone_model(model)
+            random.setstate(state)
+        return Probe(model, self.x, self.y, loss, self.model.optimizer)
+
+    def _measure(self):
+        started, self._last = time.perf_counter(), self._step()
+        if self._probe is None:
+            self._probe, self._rule = self._new_probe(), ErrorModulation()
+        if self._probe.model is not self.model:
+            self._probe.model.set_weights(self.model.get_weights())
+        report = self._probe.measure(self._rule, self.singular_values)
+        rows = [{"step": self._last, **dataclasses.asdict(layer)} for layer in report.layers]
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, list(rows[0])).writerows(rows)
+        self._rows += rows
+        with self._writer.as_default(step=self._last):
+            tf.summary.scalar("signal/growth_per_layer", report.growth[1])
+            for layer in report.layers:
+                for name in _SUMMARIES:
+                    tf.summary.scalar(f"{name}/{layer.name}", getattr(layer, name))
+        self._writer.flush()
+        self._spent += time.perf_counter() - started
+
+
+def read_signals(path):
+    """Reads a `signals.csv`: a list of dicts, `step` an int, the figures floats; empty if there is none.
+
+    A last line that a killed run left half-written is dropped.
+    """
+    try:
+        with open(path, newline="") as file:
+            lines = list(csv.DictReader(file))
+    except FileNotFoundError:
+        return []
+    types = {field.name: field.type for field in dataclasses.fields(LayerSignal)} | {"step": int}
+    rows = []
+    for line in lines:
+        if None in line or None in line.values():
+            continue
+        read = {bool: lambda text: text == "True"}
+        rows.append({name: read.get(types[name], types[name])(value) for name, value in line.items()})
+    return rows

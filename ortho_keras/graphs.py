@@ -1,0 +1,91 @@
+"""The way through a model's graph: its layers, called one after the other on tensors of one's own."""
+
+import inspect
+import sys
+
+import keras
+
+
+class Graph:
+    """The calls that a Functional or Sequential model makes, recorded once; nested models of these kinds are unfolded.
+
+    The layers stay the same objects, so weights are shared with the model.
+
+    Args:
+        model: A built Functional or Sequential model.
+
+    Raises:
+        ValueError: If the model is of another kind; its layers' order is then not known.
+    """
+
+    def __init__(self, model):
+        if not isinstance(model, (keras.Function, keras.Sequential)):
+            raise ValueError(
+                "`model` must be a Functional or Sequential model, whose layers are known. "
+                f"Received: {getattr(model, 'name', model)!r}, a {type(model).__name__}"
+            )
+        self.model = model
+        self.steps = []  # (layer or the nested model's Graph, args, kwargs, outputs), with symbolic tensors
+        if isinstance(model, keras.Sequential):
+            self.steps = [(_unfolded(layer), None, {}, None) for layer in model.layers]
+            return
+
+        def record(layer, *args, **kwargs):
+            outputs = layer(*args, **kwargs)
+            self.steps.append((_unfolded(layer), args, kwargs, keras.tree.flatten(outputs)))
+            return outputs
+
+        # clone_model is Keras's public way through a functional graph. Here it only records the calls, and the model
+        # that it makes is thrown away.
+        graph = keras.Model(model.inputs, model.outputs)  # without compile settings, which may not be copyable
+        self.inputs = [keras.Input(batch_shape=x.shape, dtype=x.dtype) for x in model.inputs]
+        clone = keras.models.clone_model(graph, self.inputs, clone_function=lambda layer: layer, call_function=record)
+        self.outputs = clone.outputs
+
+    def run(self, inputs, call, training=None):
+        """Calls each layer by `call(layer, *args, **kwargs)`, in order.
+
+        Args:
+            inputs: Tensors, symbolic or not, in the structure of `model.input`.
+            call: Function that calls the layer (or `keras.ops` operation) and returns its outputs.
+            training: What layers that take `training` get, unless the model fixes it; `None` for nothing.
+
+        Returns:
+            The outputs, in the structure of `model.output`.
+        """
+        if isinstance(self.model, keras.Sequential):
+            for layer, *_ in self.steps:
+                inputs = _call(layer, (inputs,), {}, call, training)
+            return inputs
+        tensors = {id(symbol): tensor for symbol, tensor in zip(self.inputs, keras.tree.flatten(inputs))}
+        for layer, args, kwargs, symbols in self.steps:
+            args, kwargs = _replaced((args, kwargs), tensors)
+            outputs = keras.tree.flatten(_call(layer, args, kwargs, call, training))
+            tensors |= {id(symbol): tensor for symbol, tensor in zip(symbols, outputs)}
+        outputs = [tensors[id(symbol)] for symbol in self.outputs]
+        return keras.tree.pack_sequence_as(self.model.output, outputs)
+
+
+def allow_deep_graphs(layers):
+    """Raises Python's limit of recursion, for good, to what Keras needs to walk a graph that is so many layers deep.
+
+    Keras follows a graph from layer to layer by recursion when it builds, clones or loads a model: 1,000 calls, Python's own
+    limit, are 330 times Conv-BN-ReLU.
+    """
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), 2 * layers + 1000))
+
+
+def _replaced(structure, tensors):
+    return keras.tree.map_structure(lambda value: tensors.get(id(value), value), structure)
+
+
+def _unfolded(layer):
+    return Graph(layer) if isinstance(layer, (keras.Function, keras.Sequential)) else layer
+
+
+def _call(layer, args, kwargs, call, training):
+    if isinstance(layer, Graph):
+        return layer.run(args[0], call, kwargs.get("training", training))
+    fixed = {} if training is None else {"training": training}
+    accepted = {name: value for name, value in fixed.items() if name in inspect.signature(layer.call).parameters}
+    return call(layer, *args, **{**accepted, **kwargs})

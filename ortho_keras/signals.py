@@ -1,0 +1,154 @@
+"""What is measured of a net's signal, layer by layer, and what it says."""
+
+import csv
+import dataclasses
+import math
+import pathlib
+
+from ortho_keras.plots import plot_signals
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSignal:
+    """One call of a parametric layer; figures that do not apply are NaN."""
+
+    name: str
+    kind: str  # the layer's class
+    positions: bool  # the output has positions (a convolution's pixels) beside batch and channels
+    forward_moment: float  # mean of squares of the output
+    backward_moment: float  # q, mean of squares of the error at the output, what the kernel's gradient is made of
+    error_to_next: float  # magnitude (root of q) over that of the next parametric layer up
+    error_to_top: float  # the same over the topmost parametric layer's
+    gradient_ratio: float  # norm of the kernel's gradient over the kernel's norm
+    mean_cosine: float  # mean cosine similarity of pairs of filters
+    mean_abs_cosine: float  # the same of absolute values, which cannot cancel
+    kernel_smallest: float  # singular values of W
+    kernel_largest: float
+    operator_smallest: float  # singular values of the layer's linear map on this input size
+    operator_largest: float
+    image_share: float  # share of the output's variance that tells images apart; the rest is one pattern over positions
+    dead_share: float  # share of channels that the following activation makes constant
+    scale: float  # what modulation multiplies the error by, or would
+    fired: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class SignalReport:
+    """What `signal_report` measured. `print(report)` begins with what is wrong, in words."""
+
+    model: str
+    loss: float
+    layers: tuple  # of LayerSignal, from input to output
+    modulated: bool  # `scale` is what modulation did, not what it would do
+
+    @property
+    def growth(self):
+        """The error's growth going down, `(total, per layer, number of steps)`.
+
+        Told between convolutions (layers whose output has positions), where there are several: pooling shrinks the error by
+        arithmetic alone. The lowest layer is left out: it reads the input, whose scale is arbitrary, and so is its error's.
+        """
+        spatial = [layer for layer in self.layers if layer.positions]
+        chosen = spatial if len(spatial) > 1 else list(self.layers)
+        chosen = chosen[1:] if len(chosen) > 2 else chosen
+        total, steps = ratio(chosen[0].backward_moment, chosen[-1].backward_moment) ** 0.5, len(chosen) - 1
+        return total, total ** (1 / steps) if steps and total > 0 else math.nan, steps
+
+    @property
+    def findings(self):
+        """What is wrong, the gravest first, a list of sentences; empty if nothing is."""
+        found = []
+        if not math.isfinite(self.loss):
+            found.append(f"the loss is {self.loss}: nothing below it can be trusted")
+        broken = [layer.name for layer in self.layers if not math.isfinite(layer.backward_moment)]
+        if broken:
+            found.append(f"the error is not finite at {len(broken)} layers, from {broken[-1]!r} down")
+        silent = [layer.name for layer in self.layers if layer.backward_moment == 0]
+        if silent:
+            found.append(f"no error reaches {len(silent)} of {len(self.layers)} layers: {_named(silent)}")
+        total, per_layer, steps = self.growth
+        if steps and not silent and not broken and not 0.1 <= total <= 10:
+            verb = "grows" if total > 1 else "shrinks"
+            found.append(f"the error {verb} {per_layer:.3g} times a layer going down: {total:.2g} over {steps} layers")
+        shares = [(layer.image_share, layer.name) for layer in self.layers if layer.image_share < 0.2]
+        if shares:
+            share, name = min(shares)
+            found.append(
+                f"the images drown: at {name!r} {100 * share:.2g} % of the variance tells images apart, the rest is one "
+                f"pattern over positions, as zero-padded borders draw it ({len(shares)} layers are below 20 %)"
+            )
+        dead = [(layer.dead_share, layer.name) for layer in self.layers if layer.dead_share > 0.3]
+        if dead:
+            share, name = max(dead)
+            found.append(f"{100 * share:.0f} % of the channels behind {name!r} are dead ({len(dead)} layers are above 30 %)")
+        return found
+
+    def __str__(self):
+        total, _, steps = self.growth
+        healthy = f"nothing is wrong: the error keeps its magnitude ({total:.2g} over {steps} layers going down)"
+        did = "modulation did" if self.modulated else "modulation would do"
+        fired = sum(layer.fired for layer in self.layers)
+        lines = [f"{self.model}: {'; '.join(self.findings) or healthy}"]
+        lines.append(
+            f"{len(self.layers)} parametric layers, loss {self.loss:.4g}; {did}: {fired} layers rescaled. Top layer first; "
+            "error: its magnitude over the top layer's; gradient: the kernel's, over its norm; W, operator: singular values"
+        )
+        width = max(len(layer.name) for layer in self.layers)
+        header = ("forward", "error", "gradient", "cosine", "W", "operator", "images", "dead", "scale")
+        sizes = (9, 9, 9, 9, 13, 13, 6, 5, 9)
+        lines.append(" ".join(["layer".ljust(width), *(name.rjust(size) for name, size in zip(header, sizes))]))
+        for layer in reversed(self.layers):
+            cells = (
+                f"{layer.forward_moment**0.5:.3g}",
+                f"{layer.error_to_top:.3g}",
+                f"{layer.gradient_ratio:.3g}",
+                f"{layer.mean_abs_cosine:.3g}",
+                f"{layer.kernel_smallest:.2g}-{layer.kernel_largest:.2g}",
+                f"{layer.operator_smallest:.2g}-{layer.operator_largest:.2g}",
+                _percent(layer.image_share),
+                _percent(layer.dead_share),
+                f"{layer.scale:.3g}" if layer.fired else "",
+            )
+            cells = ["" if cell in ("nan", "nan-nan") else cell for cell in cells]
+            lines.append(" ".join([layer.name.ljust(width), *(cell.rjust(size) for cell, size in zip(cells, sizes))]).rstrip())
+        return "\n".join(lines)
+
+    def to_csv(self, path):
+        """Writes one line for each layer, with a header, to a file."""
+        partial = pathlib.Path(path).with_suffix(".partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(LayerSignal)])
+            writer.writeheader()
+            writer.writerows(dataclasses.asdict(layer) for layer in self.layers)
+        partial.replace(path)
+
+    def to_pandas(self):
+        """Returns a `pandas.DataFrame` with one row for each layer.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_pandas needs pandas: pip install pandas (to_csv does without)") from error
+        return pandas.DataFrame([dataclasses.asdict(layer) for layer in self.layers])
+
+    def plot(self, path):
+        """Draws the figures over the layers, as a PNG file."""
+        plot_signals(self, path)
+
+
+def ratio(numerator, denominator):
+    """Of two magnitudes; NaN for 0 / 0."""
+    if denominator == 0:
+        return math.inf if numerator > 0 else math.nan
+    return numerator / denominator
+
+
+def _percent(share):
+    return "" if math.isnan(share) else f"{100 * share:.0f} %"
+
+
+def _named(names, shown=3):
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

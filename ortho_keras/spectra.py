@@ -1,0 +1,108 @@
+"""Singular values: of kernels as matrices, and of convolutions as the linear maps that they are."""
+
+import math
+
+import keras
+import numpy as np
+
+from ortho_keras.kernels import as_matrices
+
+_CONVOLUTIONS = (
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.SeparableConv1D,
+    keras.layers.SeparableConv2D,
+)
+
+
+def kernel_extremes(kernel, layout="standard", groups=1):
+    """Returns the smallest and the largest singular value of a kernel read as matrices, two floats.
+
+    Args:
+        kernel: Tensor of rank 2 to 5.
+        layout: See `OrthonormalRegularizer`.
+        groups: See `OrthonormalRegularizer`.
+    """
+    matrices = np.asarray(as_matrices(np.asarray(kernel, np.float64), layout, groups))
+    values = np.linalg.svd(matrices, compute_uv=False)
+    return float(values.min()), float(values.max())
+
+
+def operator_extremes(layer, input_shape):
+    """Returns the smallest and the largest singular value of a layer's linear map on inputs of one size, two floats.
+
+    A convolution with periodic borders is block-diagonal over frequencies, so its singular values are those of one small
+    matrix for each frequency, by FFT. Keras pads with zeros or not at all; the difference is confined to the border.
+    With a stride, the frequencies that it folds onto each other share a matrix. An input size that the stride does
+    not divide is rounded up. A Dense or EinsumDense layer's map is its kernel. The values come from the eigenvalues of
+    Gram matrices: one below 1e-7 of the largest is not resolved.
+
+    Args:
+        layer: A built convolution of any kind, Dense or EinsumDense.
+        input_shape: Tuple, the shape of the layer's input with or without sizes of batch (`None` is fine there).
+
+    Returns:
+        `(smallest, largest)`, or `(nan, nan)` for a layer of another kind.
+
+    Reference:
+        Sedghi, Gupta, Long 2019 ([arXiv:1805.10408](https://arxiv.org/abs/1805.10408)), theorem 6; strides: the same argument
+        with the frequencies that alias. Not a part of Xie et al. 2017.
+    """
+    if isinstance(layer, keras.layers.Dense):
+        return kernel_extremes(layer.kernel)
+    if not isinstance(layer, _CONVOLUTIONS):
+        return math.nan, math.nan
+    first = layer.data_format == "channels_first"
+    sizes = tuple(input_shape[2:] if first else input_shape[1:-1])
+    strides, dilations = layer.strides, layer.dilation_rate
+    if isinstance(layer, (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)):
+        sizes = tuple(size * stride for size, stride in zip(sizes, strides))  # the adjoint's input: the same singular values
+    return convolution_extremes(*_as_grouped(layer), sizes, strides, dilations)
+
+
+def convolution_extremes(kernel, groups, sizes, strides, dilations):
+    """Returns the smallest and the largest singular value of a convolution with periodic borders.
+
+    Args:
+        kernel: Array `(*window, cin / groups, cout)`.
+        groups: int.
+        sizes: Tuple of ints, the input's size on each axis.
+        strides: Tuple of ints.
+        dilations: Tuple of ints.
+    """
+    kernel, axes = np.asarray(kernel, np.float64), len(sizes)
+    sizes = tuple(-(-size // stride) * stride for size, stride in zip(sizes, strides))
+    placed = np.zeros((*sizes, *kernel.shape[axes:]))
+    for offset in np.ndindex(*kernel.shape[:axes]):  # a window wider than the image wraps around
+        placed[tuple(o * d % size for o, d, size in zip(offset, dilations, sizes))] += kernel[offset]
+    spectrum = np.fft.fftn(placed, axes=range(axes))
+    # Frequencies f, f + m, f + 2m, ... (m = size / stride) fall onto each other: their matrices stand side by side.
+    split = [part for size, stride in zip(sizes, strides) for part in (stride, size // stride)]
+    folded, kept = [2 * axis for axis in range(axes)], [2 * axis + 1 for axis in range(axes)]
+    spectrum = spectrum.reshape(*split, *kernel.shape[axes:]).transpose(*kept, *folded, 2 * axes, 2 * axes + 1)
+    last = split[-1] // 2 + 1  # the kernel is real: the other frequencies are conjugates of these
+    spectrum = spectrum[(slice(None),) * (axes - 1) + (slice(last),)]
+    matrices = spectrum.reshape(-1, math.prod(strides) * kernel.shape[axes], groups, kernel.shape[-1] // groups)
+    matrices = matrices.transpose(0, 2, 1, 3) / math.sqrt(math.prod(strides))
+    if matrices.shape[2] < matrices.shape[3]:
+        matrices = matrices.swapaxes(2, 3)
+    values = np.linalg.eigvalsh(np.conj(matrices.swapaxes(2, 3)) @ matrices)
+    return math.sqrt(max(0.0, values.min())), math.sqrt(values.max())
+
+
+def _as_grouped(layer):
+    """A convolution's kernel as `(*window, cin / groups, cout)`, and its number of groups."""
+    if isinstance(layer, (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)):
+        depthwise, pointwise = np.asarray(layer.depthwise_kernel, np.float64), np.asarray(layer.pointwise_kernel, np.float64)
+        pointwise = pointwise.reshape(*depthwise.shape[-2:], pointwise.shape[-1])  # (cin, multiplier, cout)
+        return np.einsum("...cm,cmo->...co", depthwise, pointwise), 1
+    kernel = np.asarray(layer.kernel, np.float64)
+    if isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)):
+        return kernel.reshape(*kernel.shape[:-2], 1, -1), kernel.shape[-2]
+    return kernel, getattr(layer, "groups", 1)  # a transposed kernel (..., out, in) is the adjoint's (..., in, out)

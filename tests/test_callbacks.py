@@ -1,0 +1,103 @@
+"""SignalMonitor in a real `fit`: what it writes, what it leaves alone, what it may cost."""
+
+import copy
+
+import keras
+import matplotlib.image
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import ortho_keras
+from ortho_keras.callbacks import read_signals
+
+LOGITS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(64, 8, 8, 1)).astype("float32"), RNG.integers(10, size=64)
+
+
+def compiled(seed=0):
+    model = ortho_keras.plain_cnn(8, (8, 8, 1), seed=seed)
+    model.compile(keras.optimizers.SGD(0.05), LOGITS)
+    return model
+
+
+def fit(model, *callbacks, epochs=2):
+    keras.utils.set_random_seed(3)
+    model.fit(X, Y, batch_size=8, epochs=epochs, callbacks=list(callbacks), verbose=0)
+
+
+def test_what_it_writes(tmp_path):
+    model = compiled()
+    before = ortho_keras.signal_report(model, X[:16], Y[:16], singular_values=False)
+    monitor = ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path / "signals", every=5, max_share=100)
+    fit(model, monitor)
+    after = ortho_keras.signal_report(model, X[:16], Y[:16], singular_values=False)
+    rows = read_signals(tmp_path / "signals" / "signals.csv")
+    assert sorted({row["step"] for row in rows}) == [0, 5, 10, 15, 16]
+    for step, report in ((0, before), (16, after)):
+        mine = [row for row in rows if row["step"] == step]
+        assert [row["name"] for row in mine] == [layer.name for layer in report.layers]
+        assert [row["backward_moment"] for row in mine] == [layer.backward_moment for layer in report.layers]
+        assert [row["fired"] for row in mine] == [layer.fired for layer in report.layers]
+    picture = matplotlib.image.imread(tmp_path / "signals" / "signals.png")
+    assert len(np.unique(picture[..., :3].reshape(-1, 3), axis=0)) > 30
+    files = list((tmp_path / "signals" / "tensorboard").iterdir())
+    values = [v.tag for file in files for event in tf.compat.v1.train.summary_iterator(str(file)) for v in event.summary.value]
+    assert values.count("signal/growth_per_layer") == 5 and values.count("error_to_top/stem_conv") == 5
+    assert 0 < monitor.share < 1
+
+
+def test_training_is_the_same_with_and_without(tmp_path):
+    with_monitor, without = compiled(), compiled()
+    fit(with_monitor, ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path, every=1, max_share=100))
+    fit(without)
+    for mine, theirs in zip(with_monitor.get_weights(), without.get_weights()):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_the_share_of_time_holds_measurements_back(tmp_path):
+    fit(compiled(), ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path, every=1, max_share=1e-9))
+    assert sorted({row["step"] for row in read_signals(tmp_path / "signals.csv")}) == [0, 16]
+
+
+def test_a_run_that_goes_on_keeps_its_lines(tmp_path):
+    model = compiled()
+    fit(model, ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path, every=4, max_share=100), epochs=1)
+    with open(tmp_path / "signals.csv", "a") as file:
+        file.write("12,stem_conv,Conv2D,Tr")  # killed while it wrote
+    fit(model, ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path, every=4, max_share=100), epochs=1)
+    steps = [row["step"] for row in read_signals(tmp_path / "signals.csv") if row["name"] == "stem_conv"]
+    assert steps == [0, 4, 8, 12, 16]
+
+
+def test_a_copy_works(tmp_path):
+    monitor = copy.deepcopy(ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path))
+    fit(compiled(), monitor, epochs=1)
+    assert (tmp_path / "signals.png").exists()
+
+
+def test_under_a_strategy(tmp_path, two_replicas):
+    with two_replicas.scope():
+        model = ortho_keras.plain_cnn(8, (8, 8, 1), bn_synchronized=True, seed=0)
+        model.compile(keras.optimizers.SGD(0.05), LOGITS)
+    expected = ortho_keras.signal_report(compiled(), X[:16], Y[:16], singular_values=False)
+    fit(model, ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path), epochs=1)
+    first = [row for row in read_signals(tmp_path / "signals.csv") if row["step"] == 0]
+    np.testing.assert_allclose(
+        [row["backward_moment"] for row in first], [layer.backward_moment for layer in expected.layers], rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"every": 0}, "`every` must be an integer, at least 1. Received: every=0"),
+        ({"every": 2.5}, "`every` must be an integer"),
+        ({"max_share": 0}, "`max_share` must be a number above 0. Received: max_share=0"),
+        ({"max_share": float("nan")}, "`max_share` must be a number above 0"),
+    ],
+)
+def test_bad_arguments(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ortho_keras.SignalMonitor(X, Y, tmp_path, **arguments)

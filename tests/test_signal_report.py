@@ -1,0 +1,273 @@
+"""signal_report against float64 backpropagation by hand, and what it must leave alone."""
+
+import csv
+import math
+
+import keras
+import matplotlib.image
+import numpy as np
+import pytest
+import references
+import tensorflow as tf
+
+import ortho_keras
+from ortho_keras.kernels import layer_kernels
+from ortho_keras.signal_report import mean_cosines
+from ortho_keras.signals import LayerSignal, SignalReport
+
+LOGITS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def batch(shape, count=8, classes=10):
+    rng = np.random.default_rng(1)
+    return rng.normal(size=(count, *shape)).astype("float32"), rng.integers(classes, size=count)
+
+
+def test_two_dense_layers_by_hand():
+    a, b = np.array([[2.0, 0.0], [0.0, 3.0]]), np.array([[1.0], [-1.0]])
+    x, y = np.array([[1.0, 2.0], [3.0, -1.0]]), np.array([[0.5], [1.0]])
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, use_bias=False), keras.layers.Dense(1, use_bias=False)])
+    model.set_weights([a, b])
+    report = ortho_keras.signal_report(model, x.astype("float32"), y.astype("float32"), "mean_squared_error")
+    hidden = x @ a
+    output = hidden @ b
+    top = 2 * (output - y) / 2  # the mean over two samples of one output each
+    error = top @ b.T
+    first, second = report.layers
+    assert report.loss == pytest.approx(np.mean((output - y) ** 2))
+    assert first.forward_moment == pytest.approx(np.mean(hidden**2))
+    assert second.backward_moment == pytest.approx(np.mean(top**2))
+    assert first.backward_moment == pytest.approx(np.mean(error**2))
+    assert first.error_to_next == first.error_to_top == pytest.approx(np.sqrt(np.mean(error**2) / np.mean(top**2)))
+    assert (second.error_to_next, second.error_to_top) == (1, 1)
+    assert first.gradient_ratio == pytest.approx(np.linalg.norm(x.T @ error) / np.linalg.norm(a))
+    assert second.gradient_ratio == pytest.approx(np.linalg.norm(hidden.T @ top) / np.linalg.norm(b))
+    assert (first.kernel_smallest, first.kernel_largest, first.operator_largest) == pytest.approx((2, 3, 3))
+    assert first.mean_cosine == first.mean_abs_cosine == 0 and math.isnan(second.mean_cosine)
+    assert math.isnan(first.image_share) and math.isnan(first.dead_share)
+
+
+@pytest.mark.parametrize("tolerance,reference", [(1.0, "neighbour"), (2.0, "neighbour"), (2.0, "anchor")])
+def test_what_modulation_would_do_is_what_it_does(tolerance, reference):
+    x, y = batch((8, 8, 1))
+    model = ortho_keras.plain_cnn(14, (8, 8, 1), seed=0)
+    report = ortho_keras.signal_report(model, x, y, LOGITS, tolerance, reference=reference, singular_values=False)
+    names = {layer.name for layer in report.layers}
+    gradients, scales = references.modulated_gradients(model, x, y, names, tolerance, 1000.0, reference)
+    np.testing.assert_allclose([layer.scale for layer in report.layers], [scales[x.name] for x in report.layers], rtol=1e-3)
+    assert [layer.fired for layer in report.layers] == [scales[layer.name] != 1 for layer in report.layers]
+    assert any(layer.fired for layer in report.layers)
+    assert not report.modulated
+
+    modulated = ortho_keras.modulate(model, tolerance, reference=reference)
+    did = ortho_keras.signal_report(modulated, x, y, LOGITS, singular_values=False)
+    assert did.modulated
+    np.testing.assert_allclose([layer.scale for layer in did.layers], [scales[x.name] for x in did.layers], rtol=1e-3)
+    for layer in did.layers:  # the gradient that the modulated net trains on
+        kernel = model.get_layer(layer.name).kernel
+        expected = np.linalg.norm(gradients[kernel.path]) / np.linalg.norm(kernel)
+        assert layer.gradient_ratio == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_plain_net_explodes_and_the_report_says_so():
+    x, y = batch((8, 8, 1), 32)
+    report = ortho_keras.signal_report(ortho_keras.plain_cnn(44, (8, 8, 1), seed=0), x, y, LOGITS, singular_values=False)
+    total, per_layer, steps = report.growth
+    assert steps == 41 and total == pytest.approx(per_layer**steps)  # 43 convolutions, the lowest left out
+    assert total > 50 and 1.1 < per_layer < 1.25  # theory for dense nets: sqrt(pi / (pi - 1)) = 1.21
+    first = str(report).splitlines()[0]
+    assert first == f"plain44: the error grows {per_layer:.3g} times a layer going down: {total:.2g} over 41 layers"
+    calm = ortho_keras.plain_cnn(44, (8, 8, 1), relu_shift=3.0, seed=0)
+    report = ortho_keras.signal_report(calm, x, y, LOGITS, singular_values=False)
+    assert report.findings == [] and str(report).startswith("plain44: nothing is wrong: the error keeps its magnitude")
+
+
+def test_zero_padding_drowns_the_images_where_activations_have_a_mean():
+    x, y = batch((8, 8, 1), 32)
+    drowned = ortho_keras.plain_cnn(44, (8, 8, 1), bn_shift=2.0, seed=0)
+    report = ortho_keras.signal_report(drowned, x, y, LOGITS, singular_values=False)
+    assert "the images drown" in str(report).splitlines()[0]
+    shifted = ortho_keras.plain_cnn(44, (8, 8, 1), relu_shift=2.0, seed=0)
+    report = ortho_keras.signal_report(shifted, x, y, LOGITS, singular_values=False)
+    assert min(layer.image_share for layer in report.layers if layer.positions) > 0.5
+
+
+def test_image_share_and_dead_channels_by_hand():
+    # A 1x1 identity over two channels: the first differs between images only, the second between positions only.
+    x = np.zeros((4, 2, 2, 3), np.float32)
+    x[..., 0] = np.array([-1.0, 1.0, -1.0, 1.0])[:, None, None]
+    x[..., 1] = np.array([[-2.0, 2.0], [2.0, -2.0]])
+    x[..., 2] = -5.0
+    inputs = keras.Input((2, 2, 3))
+    outputs = keras.layers.Conv2D(3, 1, use_bias=False, name="conv")(inputs)
+    outputs = keras.layers.ReLU()(outputs)
+    model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(outputs)))
+    model.get_layer("conv").kernel.assign(np.eye(3).reshape(1, 1, 3, 3))
+    layer = ortho_keras.signal_report(model, x, np.ones((4, 1), np.float32), "mean_squared_error").layers[0]
+    assert layer.image_share == pytest.approx(1 / (1 + 4))
+    assert layer.dead_share == pytest.approx(1 / 3)
+
+
+def test_mean_cosines_by_hand():
+    layer = keras.layers.Dense(3)
+    layer.build((None, 2))
+    layer.kernel.assign([[1.0, -2.0, 0.0], [0.0, 0.0, 5.0]])  # cosines -1, 0, 0
+    assert mean_cosines(layer_kernels(layer)) == pytest.approx((-1 / 3, 1 / 3))
+
+
+def noisy_model():
+    inputs = keras.Input((8, 8, 3))
+    x = keras.layers.GaussianNoise(0.1)(inputs)
+    x = keras.layers.Conv2D(8, 3)(x)
+    x = keras.layers.BatchNormalization()(x)
+    x = keras.layers.Dropout(0.5)(keras.layers.ReLU()(x))
+    return keras.Model(inputs, keras.layers.Dense(10)(keras.layers.GlobalAveragePooling2D()(x)))
+
+
+def test_nothing_is_changed():
+    x, y = batch((8, 8, 3), 16)
+
+    def train(report):
+        keras.utils.set_random_seed(5)
+        model = noisy_model()
+        model.compile(keras.optimizers.Adam(0.01), LOGITS)
+        model.fit(x, y, batch_size=8, epochs=1, shuffle=False, verbose=0)
+        if report:
+            before = [v.numpy().copy() for v in (*model.variables, *model.optimizer.variables)]
+            first, second = (ortho_keras.signal_report(model, x, y) for _ in range(2))
+            assert repr(first) == repr(second)  # dropout and noise drew the same
+            for old, new in zip(before, (*model.variables, *model.optimizer.variables)):
+                np.testing.assert_array_equal(old, new.numpy())
+        model.fit(x, y, batch_size=8, epochs=1, shuffle=False, verbose=0)
+        return model.get_weights()
+
+    for with_report, without in zip(train(True), train(False)):
+        np.testing.assert_array_equal(with_report, without)
+
+
+def test_a_branching_model_and_shared_and_nested_layers():
+    shared = keras.layers.Dense(6, activation="relu", name="shared")
+    inner = keras.Sequential([keras.Input((6,)), keras.layers.Dense(6, name="inner"), keras.layers.ReLU()])
+    inputs = keras.Input((6,))
+    x = shared(inputs)
+    x = keras.layers.Add()([shared(x), inner(x)])
+    model = keras.Model(inputs, keras.layers.Dense(10, name="top")(x))
+    report = ortho_keras.signal_report(model, *batch((6,), 16), LOGITS)
+    assert {layer.name for layer in report.layers} == {"shared", "shared (2)", "inner", "top"}
+    assert all(math.isnan(layer.scale) and not layer.fired for layer in report.layers)  # no chain, no modulation
+    assert all(0 <= layer.dead_share <= 1 for layer in report.layers if layer.name != "top")
+    assert all(layer.backward_moment > 0 for layer in report.layers)
+
+
+def test_two_inputs_and_two_outputs():
+    a, b = keras.Input((4,), name="a"), keras.Input((3,), name="b")
+    x = keras.layers.Concatenate()([keras.layers.Dense(5)(a), keras.layers.Dense(5)(b)])
+    model = keras.Model([a, b], {"one": keras.layers.Dense(2)(x), "two": keras.layers.Dense(1)(x)})
+    xs = [batch((4,))[0], batch((3,))[0]]
+
+    def loss(y, outputs):
+        return tf.reduce_mean(tf.square(outputs["one"])) + tf.reduce_mean(tf.square(outputs["two"] - y))
+
+    report = ortho_keras.signal_report(model, xs, np.ones((8, 1), np.float32), loss)
+    assert len(report.layers) == 4 and report.loss > 0
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_half_precision(policy):
+    x, y = batch((8, 8, 1), 32)
+    full = ortho_keras.signal_report(ortho_keras.plain_cnn(14, (8, 8, 1), seed=0), x, y, LOGITS)
+    keras.config.set_dtype_policy(policy)
+    model = ortho_keras.plain_cnn(14, (8, 8, 1), seed=0)
+    model.compile(keras.optimizers.SGD(0.01), LOGITS)  # float16: Keras adds the loss scaling
+    model.optimizer.build(model.trainable_variables)
+    half = ortho_keras.signal_report(model, x, y)
+    assert half.loss == pytest.approx(full.loss, rel=0.05)
+    for a, b in zip(full.layers, half.layers):
+        assert math.sqrt(b.backward_moment) == pytest.approx(math.sqrt(a.backward_moment), rel=0.3)
+        assert b.gradient_ratio == pytest.approx(a.gradient_ratio, rel=0.3)
+
+
+def test_a_network_of_keras_applications():
+    model = keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3), classifier_activation=None)
+    report = ortho_keras.signal_report(model, *batch((32, 32, 3), 4), LOGITS)
+    convolutions = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
+    assert len(report.layers) == sum(isinstance(layer, convolutions) for layer in model.layers)
+    assert all(math.isfinite(layer.operator_largest) and layer.operator_largest > 0 for layer in report.layers)
+
+
+def test_a_dead_net_and_a_broken_one():
+    x, y = batch((4,), 8)
+    layers = [keras.layers.Dense(4, name="dead"), keras.layers.ReLU(), keras.layers.Dense(10)]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    model.get_layer("dead").bias.assign([-100.0] * 4)
+    report = ortho_keras.signal_report(model, x, y, LOGITS)
+    assert report.findings[0] == "no error reaches 1 of 2 layers: dead"
+    assert report.findings[1] == "100 % of the channels behind 'dead' are dead (1 layers are above 30 %)"
+    model.get_layer("dead").kernel.assign(np.full((4, 4), np.nan))
+    broken = ortho_keras.signal_report(model, x, y, LOGITS, singular_values=False)
+    assert str(broken).startswith(f"{model.name}: the loss is nan")
+
+
+def test_files_and_table(tmp_path):
+    x, y = batch((8, 8, 1))
+    report = ortho_keras.signal_report(ortho_keras.plain_cnn(8, (8, 8, 1), seed=0), x, y, LOGITS)
+    report.to_csv(tmp_path / "report.csv")
+    with open(tmp_path / "report.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [layer.name for layer in report.layers]
+    assert [float(row["backward_moment"]) for row in rows] == [layer.backward_moment for layer in report.layers]
+    report.plot(tmp_path / "report.png")
+    picture = matplotlib.image.imread(tmp_path / "report.png")
+    assert picture.shape[0] > 500 and len(np.unique(picture[..., :3].reshape(-1, 3), axis=0)) > 20
+    lines = str(report).splitlines()
+    assert len(lines) == 3 + 8 and lines[3].startswith("classifier") and lines[-1].startswith("stem_conv")
+    try:
+        import pandas
+    except ImportError:
+        with pytest.raises(ImportError, match="pip install pandas"):
+            report.to_pandas()
+    else:
+        assert isinstance(report.to_pandas(), pandas.DataFrame)
+
+
+def test_growth_of_made_up_layers():
+    def layer(name, positions, moment):
+        values = {field: math.nan for field in LayerSignal.__dataclass_fields__}
+        return LayerSignal(**{**values, "name": name, "positions": positions, "backward_moment": moment, "fired": False})
+
+    layers = [layer("stem", True, 1e9), *(layer(f"c{k}", True, 4.0 ** (6 - k)) for k in range(7)), layer("top", False, 1e6)]
+    report = SignalReport("made_up", 1.0, tuple(layers), False)
+    assert report.growth == (64.0, pytest.approx(2.0), 6)
+    assert report.findings == ["the error grows 2 times a layer going down: 64 over 6 layers"]
+
+
+def subclassed():
+    class Model(keras.Model):
+        def call(self, x):
+            return x
+
+    model = Model()
+    model(np.zeros((2, 3), np.float32))
+    return model
+
+
+DENSE = [keras.Input((4,)), keras.layers.Dense(10)]
+
+
+@pytest.mark.parametrize(
+    "model,x,y,loss,message",
+    [
+        (lambda: "net", 8, 8, LOGITS, "`model` must be a built Keras model"),
+        (lambda: keras.Sequential([keras.layers.Dense(3)]), 8, 8, LOGITS, "`model` must be a built Keras model"),
+        (subclassed, 8, 8, LOGITS, "`model` must be a Functional or Sequential model"),
+        (lambda: keras.Sequential([keras.Input((4,)), keras.layers.ReLU()]), 8, 8, LOGITS, "must have a convolution, dense or"),
+        (lambda: keras.Sequential(list(DENSE)), 1, 1, LOGITS, r"`x` must be a batch of at least 2. .* shape \(1, 4\)"),
+        (lambda: keras.Sequential(list(DENSE)), 8, 8, None, "`loss` must be given for a model that is not compiled"),
+        (lambda: keras.Sequential(list(DENSE)), 8, 5, LOGITS, r"`y` and `loss` must suit .*\(8, 10\)"),
+        (lambda: keras.Sequential(list(DENSE)), 8, 8, "sparse_categorical_crossentropy", "give the loss object, with from_"),
+    ],
+    ids=["no model", "not built", "subclassed", "no kernels", "one image", "no loss", "other targets", "probabilities"],
+)
+def test_bad_input(model, x, y, loss, message):
+    with pytest.raises(ValueError, match=message):
+        ortho_keras.signal_report(model(), np.ones((x, 4), np.float32), np.zeros(y, np.int64), loss)

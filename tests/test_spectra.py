@@ -1,0 +1,128 @@
+"""Singular values against the singular values of the whole linear map, written out as a matrix in NumPy."""
+
+import keras
+import numpy as np
+import pytest
+
+from ortho_keras.initializers import OrthonormalInitializer
+from ortho_keras.spectra import convolution_extremes, kernel_extremes, operator_extremes
+
+
+def whole_map(kernel, groups, sizes, strides, dilations):
+    """The matrix of a convolution with periodic borders: one row for each output, one column for each input."""
+    axes = len(sizes)
+    window, (group_in, cout) = kernel.shape[:axes], kernel.shape[axes:]
+    outputs = [size // stride for size, stride in zip(sizes, strides)]
+    inputs = np.arange(np.prod(sizes) * group_in * groups).reshape(*sizes, group_in * groups)
+    matrix = np.zeros((np.prod(outputs) * cout, inputs.size))
+    row = 0
+    for place in np.ndindex(*outputs):
+        for out in range(cout):
+            group = out // (cout // groups)
+            for offset in np.ndindex(*window):
+                pixel = tuple((p * s + o * d) % n for p, s, o, d, n in zip(place, strides, offset, dilations, sizes))
+                for channel in range(group_in):
+                    matrix[row, inputs[(*pixel, group * group_in + channel)]] += kernel[(*offset, channel, out)]
+            row += 1
+    return matrix
+
+
+CASES = [
+    ((3, 3, 2, 4), 1, (6, 5), (1, 1), (1, 1)),
+    ((3, 3, 3, 2), 1, (4, 6), (2, 2), (1, 1)),
+    ((3, 3, 2, 5), 1, (4, 4), (2, 1), (1, 1)),
+    ((3, 3, 2, 2), 1, (6, 6), (1, 1), (2, 2)),
+    ((3, 3, 2, 6), 3, (4, 4), (2, 2), (1, 1)),
+    ((5, 3, 4), 1, (6,), (3,), (1,)),
+    ((5, 2, 3), 1, (4,), (1,), (1,)),  # the window is wider than the image
+    ((2, 2, 2, 2, 3), 1, (2, 4, 2), (1, 2, 1), (1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("shape,groups,sizes,strides,dilations", CASES)
+def test_convolution_extremes_equal_the_whole_maps(shape, groups, sizes, strides, dilations):
+    kernel = np.random.default_rng(3).normal(size=shape)
+    values = np.linalg.svd(whole_map(kernel, groups, sizes, strides, dilations), compute_uv=False)
+    smallest, largest = convolution_extremes(kernel, groups, sizes, strides, dilations)
+    np.testing.assert_allclose(largest, values[0], rtol=1e-10)
+    np.testing.assert_allclose(smallest, values[-1], rtol=1e-5, atol=1e-7 * values[0])
+
+
+def test_extremes_by_hand():
+    # 1D, one channel, taps 1 and 1: |1 + exp(i f)| is 2 at frequency 0 and 0 at the highest one.
+    smallest, largest = convolution_extremes(np.ones((2, 1, 1)), 1, (8,), (1,), (1,))
+    assert largest == pytest.approx(2) and smallest == pytest.approx(0, abs=1e-7)
+    assert kernel_extremes(np.diag([3.0, 0.5, 2.0])) == pytest.approx((0.5, 3.0))
+    delta = np.zeros((3, 3, 4, 4))
+    delta[1, 1] = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
+    assert convolution_extremes(delta, 1, (8, 8), (1, 1), (1, 1)) == pytest.approx((1, 1))
+
+
+def build(layer, shape):
+    layer.build((None, *shape))
+    return layer
+
+
+def kernel_of(layer):
+    return np.asarray(layer.kernel, np.float64)
+
+
+def separable_map(layer):
+    depthwise, pointwise = (np.asarray(k, np.float64) for k in (layer.depthwise_kernel, layer.pointwise_kernel))
+    channels, multiplier = depthwise.shape[-2:]
+    first = np.zeros((*depthwise.shape[:2], channels, channels * multiplier))
+    for channel in range(channels):
+        first[:, :, channel, channel * multiplier : (channel + 1) * multiplier] = depthwise[:, :, channel]
+    return np.einsum("abcm,mo->abco", first, pointwise[0, 0])
+
+
+@pytest.mark.parametrize(
+    "layer,shape,whole",
+    [
+        (keras.layers.Conv2D(3, 3, strides=2), (6, 6, 2), lambda n: whole_map(kernel_of(n), 1, (6, 6), (2, 2), (1, 1))),
+        (keras.layers.Conv2D(4, 3, groups=2), (4, 4, 4), lambda n: whole_map(kernel_of(n), 2, (4, 4), (1, 1), (1, 1))),
+        (
+            keras.layers.Conv2DTranspose(3, 3, strides=2),
+            (3, 3, 2),
+            lambda n: whole_map(kernel_of(n), 1, (6, 6), (2, 2), (1, 1)),
+        ),
+        (
+            keras.layers.DepthwiseConv2D(3, depth_multiplier=2),
+            (4, 4, 3),
+            lambda n: whole_map(kernel_of(n).reshape(3, 3, 1, 6), 3, (4, 4), (1, 1), (1, 1)),
+        ),
+        (
+            keras.layers.SeparableConv2D(5, 3, depth_multiplier=2),
+            (4, 4, 3),
+            lambda n: whole_map(separable_map(n), 1, (4, 4), (1, 1), (1, 1)),
+        ),
+        (keras.layers.Conv1D(3, 3, dilation_rate=2), (6, 2), lambda n: whole_map(kernel_of(n), 1, (6,), (1,), (2,))),
+        (keras.layers.Dense(3), (5,), kernel_of),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, keras.Layer) else "",
+)
+def test_operator_extremes_of_layers(layer, shape, whole):
+    layer = build(layer, shape)
+    values = np.linalg.svd(whole(layer), compute_uv=False)
+    smallest, largest = operator_extremes(layer, (None, *shape))
+    np.testing.assert_allclose([smallest, largest], [values[-1], values[0]], rtol=1e-4, atol=1e-6)
+
+
+def test_an_input_that_the_stride_does_not_divide_is_rounded_up():
+    layer = build(keras.layers.Conv2D(3, 3, strides=2), (5, 5, 2))
+    assert operator_extremes(layer, (None, 5, 5, 2)) == operator_extremes(layer, (None, 6, 6, 2))
+
+
+def test_orthonormal_filters_are_not_an_isometry():
+    # Why W^T W = I bounds the map only by the window's size: |sigma| <= sqrt(kh * kw), reached by no random kernel.
+    layer = build(keras.layers.Conv2D(16, 3, kernel_initializer=OrthonormalInitializer(seed=0)), (8, 8, 16))
+    assert kernel_extremes(layer.kernel) == pytest.approx((1, 1), abs=1e-5)
+    smallest, largest = operator_extremes(layer, (None, 8, 8, 16))
+    assert smallest < 0.3 and 1.5 < largest <= 3
+
+
+def test_channels_first_and_unknown_layers():
+    layer = build(keras.layers.Conv2D(3, 3, data_format="channels_first"), (2, 6, 4))
+    values = np.linalg.svd(whole_map(kernel_of(layer), 1, (6, 4), (1, 1), (1, 1)), compute_uv=False)
+    assert operator_extremes(layer, (None, 2, 6, 4))[1] == pytest.approx(values[0], rel=1e-6)
+    assert np.isnan(operator_extremes(keras.layers.ReLU(), (None, 4))).all()
