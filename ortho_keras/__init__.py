@@ -19,6 +19,7 @@ from ortho_keras.loading import load_model
 from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
 from ortho_keras.models import plain_cnn, residual_cnn
 from ortho_keras.modulation import ErrorModulation, modulate, switch_modulation
+from ortho_keras.muon import Muon
 from ortho_keras.orthonormalize import OrthonormalizeReport, orthonormalize
 from ortho_keras.regularizers import OrthonormalRegularizer
 from ortho_keras.schedules import LearningRate
@@ -34,6 +35,7 @@ __all__ = [
     "ErrorModulation",
     "LayerSignal",
     "LearningRate",
+    "Muon",
     "OrthonormalInitializer",
     "OrthonormalRegularizer",
     "OrthonormalizeReport",

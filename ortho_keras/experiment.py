@@ -16,6 +16,7 @@ from ortho_keras.kernels import layer_kernels, model_kernels, orthonormality_err
 from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
 from ortho_keras.models import plain_cnn, residual_cnn
 from ortho_keras.modulation import modulate
+from ortho_keras.muon import Muon
 from ortho_keras.plots import plot_curves
 from ortho_keras.regularizers import OrthonormalRegularizer
 from ortho_keras.runtime import Runtime, device_names
@@ -190,6 +191,7 @@ def make_optimizer(recipe, total_steps):
     makers = {
         "sgd": lambda: keras.optimizers.SGD(schedule, recipe.momentum),
         "nesterov": lambda: keras.optimizers.SGD(schedule, recipe.momentum, nesterov=True),
+        "muon": lambda: Muon(schedule, recipe.momentum),
         "adagrad": lambda: keras.optimizers.Adagrad(schedule),
         "adadelta": lambda: keras.optimizers.Adadelta(schedule),
         "rmsprop": lambda: keras.optimizers.RMSprop(schedule, momentum=recipe.momentum),

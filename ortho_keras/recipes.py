@@ -5,7 +5,7 @@ import math
 
 from ortho_keras.errors import InputError
 
-OPTIMIZERS = ("sgd", "nesterov", "adagrad", "adadelta", "rmsprop", "adam", "adamw")
+OPTIMIZERS = ("sgd", "nesterov", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "muon")
 
 
 def _field(default, help, choices=None, least=None, most=None, above=None):
@@ -39,9 +39,9 @@ class Recipe:
     tolerance: float = _field(2.0, "modulation: the ratio of magnitudes beyond which a layer is rescaled", least=1)
     max_scale: float = _field(1000.0, "modulation: the largest rescaling of one layer", least=1)
     modulation_sync: bool = _field(True, "moments of the modulation over all replicas, or each replica's own")
-    optimizer: str = _field("sgd", "optimizer (sgd and nesterov with --momentum)", OPTIMIZERS)
+    optimizer: str = _field("sgd", "optimizer (muon: ours, orthonormal steps)", OPTIMIZERS)
     learning_rate: float = _field(0.1, "learning rate at its highest", above=0)
-    momentum: float = _field(0.9, "momentum of sgd, nesterov and rmsprop", least=0, most=1)
+    momentum: float = _field(0.9, "momentum of sgd, nesterov, rmsprop and muon", least=0, most=1)
     weight_decay: float = _field(0.0, "decoupled weight decay of adamw", least=0)
     schedule: str = _field(
         "step", "learning rate: divided by 10 at 1/2 and 3/4 of the steps, half a cosine to 0, or constant",
@@ -118,7 +118,14 @@ def _preset(base, about, paper="", **changes):
 
 def _with_control(name, preset, **control):
     """A preset and its control: the same data, steps, seed and schedule; He initialization and L2 instead of the method."""
-    l2 = {"initializer": "he_normal", "regularizer": "l2", "factor": 1e-4, "modulation": "off", "bn_shift": 0.0}
+    l2 = {
+        "initializer": "he_normal",
+        "regularizer": "l2",
+        "factor": 1e-4,
+        "modulation": "off",
+        "bn_shift": 0.0,
+        "relu_shift": 0.0,
+    }
     recipe = dataclasses.replace(preset.recipe, **{**l2, **control})
     return {name: preset, f"{name}_l2": Preset(recipe, f"control of {name}: He initialization and L2")}
 

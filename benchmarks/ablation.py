@@ -1,0 +1,151 @@
+"""What each ingredient adds: arms by depth, the learning rate chosen for each arm, then several seeds at that rate.
+
+python benchmarks/ablation.py --rung=digits --depths=20,44,110 --jobs=2
+
+Goes on where it was stopped: a run whose result file is there is not run again. An arm differs from the others in the
+values named below and in nothing else: data, steps, schedule, seeds are the rung's. The learning rate is that of `--rates`
+which reaches the highest validation accuracy with the search's seed, which the reported seeds do not contain; test
+images play no part in the choice.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+import queue
+import sys
+
+from absl import app, flags
+from runs import ROOT, forget, run_to_file
+
+FLAGS = flags.FLAGS
+RESULTS = ROOT / "benchmarks" / "results" / "ablation"
+SEARCH_SEED = 100
+RATES = (0.003, 0.01, 0.03, 0.1)
+
+RUNGS = {
+    "digits": ["--recipe=digits", "--image_size=8", "--augment=none", "--epochs=15", "--evaluate_every=3"],
+    "cifar16": ["--recipe=plain44_cifar10_short", "--image_size=16", "--epochs=4"],
+    "cifar32": ["--recipe=plain44_cifar10_short", "--epochs=5"],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    about: str
+    source: str  # "control", "paper" or "ours"
+    values: dict  # of the recipe; what it leaves out is as in `_BASE`
+
+
+_BASE = {
+    "network": "plain",
+    "initializer": "orthonormal",
+    "bn_shift": 0.0,
+    "relu_shift": 0.0,
+    "regularizer": "orthonormal",
+    "factor": 0.01,
+    "modulation": "off",
+    "optimizer": "sgd",
+}
+_L2 = {"initializer": "he_normal", "regularizer": "l2", "factor": 1e-4}
+_SHIFT = {"relu_shift": 2.0}
+
+ARMS = {
+    "he_l2": Arm("He initialization, L2", "control", _L2),
+    "orthonormal_init_l2": Arm("orthonormal initialization, L2", "control", {"regularizer": "l2", "factor": 1e-4}),
+    "orthonormal": Arm("orthonormal initialization and penalty", "paper", {}),
+    "paper": Arm(
+        "orthonormal, and modulation between neighbours: the paper's method alone",
+        "paper",
+        {"modulation": "neighbour", "tolerance": 1.1},
+    ),
+    "anchor": Arm("orthonormal, and modulation by the anchor", "ours", {"modulation": "anchor", "tolerance": 2.0}),
+    "bn_shift": Arm("orthonormal, BatchNormalization's beta from 1", "ours", {"bn_shift": 1.0}),
+    "relu_shift": Arm("orthonormal, shifted ReLU", "ours", _SHIFT),
+    "relu_shift_anchor": Arm(
+        "orthonormal, shifted ReLU, loose anchor", "ours", {**_SHIFT, "modulation": "anchor", "tolerance": 8.0}
+    ),
+    "relu_shift_l2": Arm("He initialization, L2, shifted ReLU", "ours", {**_L2, **_SHIFT}),
+    "relu_shift_delta": Arm("delta-orthonormal, shifted ReLU", "ours", {**_SHIFT, "initializer": "delta_orthonormal"}),
+    "relu_shift_cold": Arm("orthonormal, shifted ReLU, no warm-up", "ours", {**_SHIFT, "warmup_steps": 0}),
+    "residual_l2": Arm("the residual twin, He initialization, L2", "control", {**_L2, "network": "residual"}),
+    "residual_orthonormal": Arm("the residual twin, orthonormal initialization and penalty", "paper", {"network": "residual"}),
+}
+
+flags.DEFINE_enum("rung", "digits", list(RUNGS), "Data and steps.")
+flags.DEFINE_list("depths", ["20", "44", "110"], "Layers.")
+flags.DEFINE_list("arms", list(ARMS), "Arms to run.")
+flags.DEFINE_list("rates", [str(rate) for rate in RATES], "Learning rates that each arm is searched over.")
+flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds at the rate that was chosen.")
+flags.DEFINE_integer("jobs", 1, "Runs at a time, each on its share of the cores.", lower_bound=1)
+flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS data; by default TFDS's own.")
+flags.DEFINE_string("runs", "runs/ablation", "Folder for the runs themselves, deleted one by one as their results are kept.")
+
+
+def result_path(rung, arm, depth, rate, seed):
+    return RESULTS / rung / f"{arm}-depth{depth}-rate{rate}-seed{seed}.json"
+
+
+def quality(result):
+    """What the search maximizes: validation accuracy, then the lower validation cross-entropy."""
+    if "diverged" in result:
+        return 0.0, float("-inf")
+    return result["validation_accuracy"], -result["history"]["validation_crossentropy"][-1]
+
+
+def chosen_rate(rung, arm, depth, rates):
+    """Returns the rate of the best search run, or `None` where one is missing."""
+    paths = {rate: result_path(rung, arm, depth, rate, SEARCH_SEED) for rate in rates}
+    if not all(path.exists() for path in paths.values()):
+        return None
+    return max(paths, key=lambda rate: quality(json.loads(paths[rate].read_text())))
+
+
+def run(arm, depth, rate, seed, cores):
+    path = result_path(FLAGS.rung, arm, depth, rate, seed)
+    if path.exists():
+        return path
+    values = {**_BASE, **ARMS[arm].values, "depth": depth, "learning_rate": rate, "seed": seed}
+    given = [*RUNGS[FLAGS.rung], *(f"--{name}={value}" for name, value in values.items())]
+    workdir = pathlib.Path(FLAGS.runs, FLAGS.rung, path.stem).absolute()
+    result = run_to_file(given, path, workdir, FLAGS.data_dir, cores, diverged_ok=True, quiet=True)
+    forget(workdir)
+    figures = result.get("diverged") or (
+        f"validation {result['validation_accuracy']:.4f}, test {result['test_accuracy']:.4f}, {result['seconds']:.0f} s"
+    )
+    print(f"{path.relative_to(ROOT)}: {figures}", flush=True)
+    return path
+
+
+def main(_):
+    unknown = sorted(set(FLAGS.arms) - set(ARMS))
+    if unknown:
+        print(f"ablation.py: --arms must be among {', '.join(ARMS)}. Received: {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    every = sorted(os.sched_getaffinity(0))
+    shares = queue.Queue()
+    for job in range(FLAGS.jobs):
+        shares.put(set(every[job :: FLAGS.jobs] or every))
+
+    def work(task):
+        cores = shares.get()
+        try:
+            return run(*task, cores)
+        finally:
+            shares.put(cores)
+
+    for depth in FLAGS.depths:
+        with concurrent.futures.ThreadPoolExecutor(FLAGS.jobs) as pool:
+            search = [(arm, depth, rate, SEARCH_SEED) for arm in FLAGS.arms for rate in FLAGS.rates]
+            list(pool.map(work, search))
+            final = []
+            for arm in FLAGS.arms:
+                rate = chosen_rate(FLAGS.rung, arm, depth, FLAGS.rates)
+                final += [(arm, depth, rate, seed) for seed in FLAGS.seeds]
+            list(pool.map(work, final))
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,70 @@
+"""One run of `train.py` in a process of its own, and the result file that is kept of it."""
+
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+KEPT = ("step", "crossentropy", "accuracy", "validation_crossentropy", "validation_accuracy", "penalty")
+
+
+def commit():
+    """Returns the commit that is checked out, with `-dirty` behind where a tracked file differs from it."""
+    described = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    return subprocess.run(described, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def run_to_file(flags, path, workdir, data_dir=None, cores=None, diverged_ok=False, quiet=False):
+    """Runs `train.py`, or takes up the run that is in `workdir`, and writes its result with command and commit to `path`.
+
+    Args:
+        flags: List of flags that decide what the run computes; they are the command that the result file names.
+        path: Path of the result file.
+        workdir: Path of the run's folder.
+        data_dir: See `train.py`.
+        cores: Set of CPU cores that the run may use, or `None` for all.
+        diverged_ok: bool. Whether a loss that is not finite is a result too: `{"diverged": message}` instead of figures.
+        quiet: bool. Whether the run's lines go to `workdir.log` instead of the screen.
+
+    Returns:
+        The content of the result file, a dict.
+
+    Raises:
+        RuntimeError: If the run ended without a result.
+    """
+    path, workdir, command, revision = pathlib.Path(path), pathlib.Path(workdir), ["train.py", *flags], commit()
+    places = [f"--workdir={workdir}", *([f"--data_dir={data_dir}"] if data_dir else [])]
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    log = workdir.with_suffix(".log")
+    with open(log, "w") if quiet else open(os.devnull, "w") as file:
+        done = subprocess.run(
+            [sys.executable, ROOT / "train.py", *flags, *places],
+            stdout=file if quiet else None,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=None if cores is None else lambda: os.sched_setaffinity(0, cores),
+        )
+    message = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else ""
+    if done.returncode == 0:
+        result = json.loads((workdir / "result.json").read_text())
+        history = json.loads((workdir / "history.json").read_text())
+        result["history"] = {name: [row.get(name) for row in history] for name in KEPT}
+    elif done.returncode == 1 and diverged_ok and "the loss became" in message:
+        result = {"diverged": message.removeprefix("train.py: ")}
+    else:
+        raise RuntimeError(f"{shlex.join(command)} ended with status {done.returncode}: {message}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"command": shlex.join(["python", *command]), "commit": revision, **result}, indent=1) + "\n")
+    os.replace(partial, path)
+    return result
+
+
+def forget(workdir):
+    """Deletes a run's folder and log, when its result file is written."""
+    shutil.rmtree(workdir, ignore_errors=True)
+    pathlib.Path(workdir).with_suffix(".log").unlink(missing_ok=True)
