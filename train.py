@@ -64,6 +64,9 @@ flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS data; by default 
 flags.DEFINE_integer(
     "keep_checkpoints", 2, "How many checkpoints are kept; the newest is used, or the one before if it is damaged."
 )
+flags.DEFINE_integer(
+    "signal_every", 0, "Steps from one measurement of the signal to the next (signals.csv, signals.png, TensorBoard); 0: none."
+)
 flags.DEFINE_string(
     "strategy",
     "auto",
@@ -125,8 +128,18 @@ def main(_):
         workdir = FLAGS.workdir or default_workdir(given)
         if FLAGS.keep_checkpoints < 1:
             raise InputError(f"--keep_checkpoints must be at least 1. Received: {FLAGS.keep_checkpoints}")
+        if FLAGS.signal_every < 0:
+            raise InputError(f"--signal_every must be at least 0. Received: {FLAGS.signal_every}")
         machine = runtime.start(FLAGS.strategy, FLAGS.devices, FLAGS.jit_compile, FLAGS.deterministic, FLAGS.tf32)
-        result = run(recipe, workdir, FLAGS.data_dir, FLAGS.recipe, machine, keep_checkpoints=FLAGS.keep_checkpoints)
+        result = run(
+            recipe,
+            workdir,
+            FLAGS.data_dir,
+            FLAGS.recipe,
+            machine,
+            keep_checkpoints=FLAGS.keep_checkpoints,
+            signal_every=FLAGS.signal_every,
+        )
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ import platform
 import keras
 import tensorflow as tf
 
+from ortho_keras.callbacks import SignalMonitor
 from ortho_keras.data import load_data
 from ortho_keras.errors import InputError, WorkerLostError, first_line
 from ortho_keras.kernels import layer_kernels, model_kernels, orthonormality_error
@@ -23,14 +24,15 @@ from ortho_keras.runtime import Runtime, device_names
 from ortho_keras.schedules import LearningRate
 from ortho_keras.training import Trainer
 
+PROBE_IMAGES = 64
 PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "scikit-learn")
 
 
-def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), keep_checkpoints=2, log=print):
+def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), keep_checkpoints=2, signal_every=0, log=print):
     """Trains, evaluates and reports one recipe; goes on where an earlier call with the same arguments was stopped.
 
     Writes into `workdir`: `run.json` (the recipe, at the start), `checkpoints/`, `tensorboard/`, and at the end `final.keras`,
-    `curves.png`, `history.json` and `result.json`.
+    `curves.png`, `history.json` and `result.json`; with `signal_every`, `SignalMonitor`'s files too.
 
     Args:
         recipe: `Recipe`.
@@ -40,6 +42,8 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
         runtime: `Runtime`, or `None` for this process on TensorFlow's default device.
         callbacks: List of `keras.callbacks.Callback`.
         keep_checkpoints: int, at least 1.
+        signal_every: int, at least 0. Steps from one measurement of `SignalMonitor` to the next, on the first training images;
+            0 for none.
         log: Function that takes a line of progress.
 
     Returns:
@@ -62,6 +66,7 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
             runtime,
             callbacks,
             keep_checkpoints,
+            signal_every,
             log if runtime.is_chief else lambda line: None,
         )
     except tf.errors.ResourceExhaustedError as error:
@@ -75,7 +80,7 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
         raise WorkerLostError(message) from error
 
 
-def _run(recipe, workdir, data_dir, name, runtime, callbacks, keep_checkpoints, log):
+def _run(recipe, workdir, data_dir, name, runtime, callbacks, keep_checkpoints, signal_every, log):
     finished = _agreed(runtime, lambda: _check_workdir(workdir, recipe) if runtime.is_chief else None)
     if runtime.any(finished is not None):
         log(f"this run is finished already: {workdir / 'result.json'} (another --workdir or --seed starts a new one)")
@@ -94,8 +99,15 @@ def _run(recipe, workdir, data_dir, name, runtime, callbacks, keep_checkpoints, 
         model, total_steps = compiled_model(recipe, data, runtime.replicas > 1)
     layers = sum(1 for layer in model.layers if layer_kernels(layer))
     log(f"{model.name}: {layers} layers, {model.count_params():,} parameters, {total_steps} steps of {recipe.batch_size}")
+    monitor = None
+    if signal_every and runtime.is_chief:
+        probe = data.train.take(slice(PROBE_IMAGES))
+        monitor = SignalMonitor(probe.images.astype("float32"), probe.labels, workdir, every=signal_every)
+        callbacks = [*callbacks, monitor]
     trainer = Trainer(model, recipe, data, workdir, total_steps, runtime, callbacks, keep_checkpoints, log)
     history = trainer.run()
+    if monitor is not None:
+        log(f"signals.csv and signals.png took {100 * monitor.share:.1f} % of the training time")
     log("evaluating on the test split")
     test = trainer.evaluate(data.test)
     result = _result(name, recipe, model, history, test, runtime)

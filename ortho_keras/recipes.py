@@ -110,6 +110,9 @@ _PAPER = Recipe(
 )
 # 45,000 training images are 351 steps of 128 an epoch.
 _SHORT = dataclasses.replace(_PAPER, epochs=5, max_steps=0, schedule="cosine", warmup_steps=100, precision="mixed_bfloat16")
+# Ours, beyond the paper. Shift and learning rate were chosen by the validation accuracy of nine runs of one epoch at 16x16
+# pixels, 44 layers, one seed (Muon at 0.005 to 0.05, shifts of 0.5 to 1.5).
+_FAST = dataclasses.replace(_SHORT, epochs=16, relu_shift=1.5, optimizer="muon", factor=1e-3, learning_rate=0.007)
 
 
 def _preset(base, about, paper="", **changes):
@@ -129,6 +132,9 @@ def _with_control(name, preset, **control):
     recipe = dataclasses.replace(preset.recipe, **{**l2, **control})
     return {name: preset, f"{name}_l2": Preset(recipe, f"control of {name}: He initialization and L2")}
 
+
+# What the control of a recipe with Muon takes: its rate is not SGD's.
+_SGD = {"optimizer": "sgd", "learning_rate": 0.1}
 
 RECIPES = {
     **_with_control(
@@ -165,6 +171,11 @@ RECIPES = {
         _preset(_SHORT, "plain44_cifar10 in 5 epochs, for two CPU cores"),
     ),
     **_with_control(
+        "plain44_cifar10_fast",
+        _preset(_FAST, "44 layers in 16 epochs: shifted ReLU and Muon (ours) beside orthonormality"),
+        **_SGD,
+    ),
+    **_with_control(
         "plain110_cifar10",
         _preset(
             _PAPER,
@@ -185,6 +196,17 @@ RECIPES = {
             learning_rate=0.01,
             epochs=2,
         ),
+    ),
+    **_with_control(
+        "plain110_cifar10_fast",
+        _preset(
+            _FAST,
+            "110 layers in 16 epochs: shifted ReLU and Muon (ours) beside orthonormality",
+            depth=110,
+            relu_shift=2.0,
+            learning_rate=0.005,
+        ),
+        **_SGD,
     ),
     **_with_control(
         "resnet44_cifar10",
