@@ -25,7 +25,7 @@ SEARCH_SEED = 100
 RATES = (0.003, 0.01, 0.03, 0.1)
 
 RUNGS = {
-    "digits": ["--recipe=digits", "--image_size=8", "--augment=none", "--epochs=15", "--evaluate_every=3"],
+    "digits": ["--recipe=digits", "--image_size=8", "--augment=none", "--epochs=15", "--evaluate_every=5"],
     "cifar16": ["--recipe=plain44_cifar10_short", "--image_size=16", "--epochs=4"],
     "cifar32": ["--recipe=plain44_cifar10_short", "--epochs=5"],
 }
@@ -69,6 +69,8 @@ ARMS = {
     "relu_shift_l2": Arm("He initialization, L2, shifted ReLU", "ours", {**_L2, **_SHIFT}),
     "relu_shift_delta": Arm("delta-orthonormal, shifted ReLU", "ours", {**_SHIFT, "initializer": "delta_orthonormal"}),
     "relu_shift_cold": Arm("orthonormal, shifted ReLU, no warm-up", "ours", {**_SHIFT, "warmup_steps": 0}),
+    "muon": Arm("orthonormal, Muon in place of SGD", "ours", {"optimizer": "muon"}),
+    "relu_shift_muon": Arm("orthonormal, shifted ReLU, Muon", "ours", {**_SHIFT, "optimizer": "muon"}),
     "residual_l2": Arm("the residual twin, He initialization, L2", "control", {**_L2, "network": "residual"}),
     "residual_orthonormal": Arm("the residual twin, orthonormal initialization and penalty", "paper", {"network": "residual"}),
 }

@@ -14,6 +14,7 @@ import tensorflow as tf
 from PIL import Image
 
 from ortho_keras import orthonormality_error
+from ortho_keras.callbacks import read_signals
 from ortho_keras.data import load_data, training_batches
 from ortho_keras.errors import Interrupted
 from ortho_keras.experiment import build_model, compiled_model, make_optimizer, run
@@ -225,3 +226,15 @@ def test_a_stop_at_an_epochs_last_step_keeps_the_epoch(tmp_path):
     for expected, row in zip(*histories, strict=True):
         for key in expected.keys() - {"seconds", "images/s"}:
             assert row[key] == pytest.approx(expected[key], rel=1e-4)
+
+
+def test_the_signal_is_watched_and_nothing_else_changes(tmp_path, finished):
+    lines = []
+    result = run(RECIPE, tmp_path / "run", name="digits", signal_every=50, log=lines.append)
+    figures = ("test_accuracy", "validation_accuracy", "test_crossentropy", "training_accuracy", "penalty")
+    assert [result[name] for name in figures] == [finished[1][name] for name in figures]
+    steps = {row["step"] for row in read_signals(tmp_path / "run" / "signals.csv")}
+    assert {0, result["steps"]} <= steps
+    with Image.open(tmp_path / "run" / "signals.png") as picture:
+        assert picture.size[0] > 1000
+    assert sum("signals.csv and signals.png took" in line for line in lines) == 1

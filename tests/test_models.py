@@ -1,4 +1,5 @@
 import itertools
+import sys
 
 import keras
 import numpy as np
@@ -7,7 +8,7 @@ import references
 import tensorflow as tf
 from keras import layers
 
-from ortho_keras import OrthonormalInitializer, OrthonormalRegularizer, plain_cnn, residual_cnn
+from ortho_keras import OrthonormalInitializer, OrthonormalRegularizer, load_model, modulate, plain_cnn, residual_cnn
 
 BUILDERS = [plain_cnn, residual_cnn]
 SMALL = {"input_shape": (8, 8, 3), "width": 4}
@@ -338,3 +339,19 @@ def test_one_training_step_moves_every_kernel():
     model.train_on_batch(images(4, 8, 8, 3), np.arange(4))
     for name, kernel in values(model).items():
         assert np.abs(kernel - before[name]).max() > 1e-6, name
+
+
+def test_a_net_deeper_than_pythons_recursion_limit_is_built_modulated_saved_and_loaded(tmp_path):
+    limit = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(1000)
+        model = plain_cnn(410, input_shape=(4, 4, 1), num_classes=3, width=2, regularizer=None, initializer="he_normal", seed=0)
+        modulate(model)
+        model.save(tmp_path / "deep.keras")
+        sys.setrecursionlimit(1000)
+        loaded = load_model(tmp_path / "deep.keras")
+    finally:
+        sys.setrecursionlimit(limit)
+    x = images(2, 4, 4, 1)
+    np.testing.assert_array_equal(loaded(x), model(x))
+    assert sum(isinstance(layer, (layers.Conv2D, layers.Dense)) for layer in loaded.layers) == 410
