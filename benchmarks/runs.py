@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # scripts here use the package beside them
 KEPT = ("step", "crossentropy", "accuracy", "validation_crossentropy", "validation_accuracy", "penalty")
 
 

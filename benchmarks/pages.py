@@ -1,0 +1,226 @@
+"""Writes the figures of README.md and docs/evidence.md from the result files beside this script: tables and pictures.
+
+python benchmarks/pages.py            writes them
+python benchmarks/pages.py --check    ends with status 1 if a page does not say what the result files say
+"""
+
+import json
+import re
+import statistics
+import sys
+
+from ablation import ARMS, RATES, RUNGS, SEARCH_SEED, quality
+from absl import app, flags
+from runs import ROOT
+
+FLAGS = flags.FLAGS
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
+
+flags.DEFINE_bool("check", False, "Compare only.")
+
+
+def load_recipes():
+    """Returns `{recipe: [result of each seed]}`."""
+    runs = {}
+    for path in sorted((RESULTS / "recipes").glob("*.json")):
+        result = json.loads(path.read_text())
+        runs.setdefault(result["recipe_name"], []).append(result)
+    return runs
+
+
+def load_ablation(rung):
+    """Returns `{depth: {arm: {rate: {seed: result}}}}`."""
+    runs = {}
+    for path in sorted((RESULTS / "ablation" / rung).glob("*.json")):
+        arm, depth, rate, seed = re.fullmatch(r"(.+)-depth(\d+)-rate(.+)-seed(\d+)", path.stem).groups()
+        rates = runs.setdefault(int(depth), {}).setdefault(arm, {})
+        rates.setdefault(float(rate), {})[int(seed)] = json.loads(path.read_text())
+    return dict(sorted(runs.items()))
+
+
+def table(header, rows):
+    cells = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells)
+
+
+def spread(values):
+    """`mean ± deviation (count)` of shares, in percent."""
+    values = [100 * value for value in values]
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation} ({len(values)})"
+
+
+def recipes_table(runs):
+    rows = []
+    for name, results in runs.items():
+        error = max(max(result["orthonormality_error"].values()) for result in results)
+        rows.append(
+            [
+                f"`{name}`",
+                results[0]["recipe"]["depth"],
+                spread([result["test_accuracy"] for result in results]),
+                f"{statistics.mean(result['seconds'] for result in results):.0f}",
+                f"{statistics.mean(result['images_per_second'] for result in results):.0f}",
+                f"{error:.2g}",
+            ]
+        )
+    header = ["recipe", "layers", "test accuracy, % (mean ± deviation, seeds)", "training, s", "images/s"]
+    return table([*header, "largest \\|WᵀW − I\\|"], rows)
+
+
+def conditions(runs):
+    every = [result for results in runs.values() for result in results]
+    devices = {f"{r['device']['cpu_cores']} cores of {r['device']['processor']}" for r in every}
+    versions = {f"TensorFlow {r['versions']['tensorflow']}, Keras {r['versions']['keras']}" for r in every}
+    commits = sorted({r["commit"][:10] for r in every})
+    return (
+        f"Measured on {'; '.join(sorted(devices))}; {'; '.join(sorted(versions))}; commits {', '.join(commits)}. "
+        "Each row's command is in its result file, `benchmarks/results/recipes/<recipe>-seed<seed>.json`."
+    )
+
+
+def ablation_table(runs):
+    """One row for each arm: what it reaches at each depth with the learning rate chosen for it there."""
+    depths = list(runs)
+    rows = []
+    for name, arm in ARMS.items():
+        cells = []
+        for depth in depths:
+            rates = runs[depth].get(name, {})
+            searched = {rate: seeds[SEARCH_SEED] for rate, seeds in rates.items() if SEARCH_SEED in seeds}
+            best = max(searched, key=lambda rate: quality(searched[rate]), default=None)
+            finals = [r for seed, r in sorted(rates.get(best, {}).items()) if seed != SEARCH_SEED]
+            if not finals:
+                cells.append("")
+                continue
+            diverged = sum("diverged" in result for result in finals)
+            reached = (
+                spread([result["test_accuracy"] for result in finals if "diverged" not in result])
+                if len(finals) > diverged
+                else ""
+            )
+            cells.append(f"{reached}{f' {diverged} diverged' if diverged else ''} at {best:g}")
+        if any(cells):
+            rows.append([f"`{name}`", arm.about, arm.source, *cells])
+    return table(["arm", "what it is", "whose", *(f"{depth} layers" for depth in depths)], rows)
+
+
+def ablation_conditions(rung, runs):
+    every = [r for arms in runs.values() for rates in arms.values() for seeds in rates.values() for r in seeds.values()]
+    finished = [result for result in every if "diverged" not in result]
+    steps = sorted({result["steps"] for result in finished})
+    commits = sorted({result["commit"][:10] for result in every})
+    rates = ", ".join(f"{rate:g}" for rate in RATES)
+    return (
+        f"Test accuracy, % (mean ± deviation, seeds), at the rate chosen of {rates} by the validation accuracy of seed "
+        f"{SEARCH_SEED}. `train.py {' '.join(RUNGS[rung])}` and the arm's values; {', '.join(map(str, steps))} steps; "
+        f"commits {', '.join(commits)}; each run's command is in its file in `benchmarks/results/ablation/{rung}`."
+    )
+
+
+def initialization_table():
+    kept = json.loads((RESULTS / "initialization.json").read_text())
+    rows = [
+        [
+            f"{row['dataset']} {row['image_size']}x{row['image_size']}",
+            row["depth"],
+            row["net"],
+            f"{row['per_layer']:.3f}",
+            f"{row['total']:.2g}",
+            f"{100 * row['image_share']:.2g} %",
+        ]
+        for row in kept["rows"]
+    ]
+    return table(["data", "layers", "net", "error's growth a layer", "over the net", "lowest image share"], rows)
+
+
+def draw_recipes(runs):
+    """Draws training and validation accuracy of `digits` and its control over the steps, each seed a line."""
+    figure, panels = new_figure((9, 3.6), 2)
+    for axes, name, title in zip(panels, ("accuracy", "validation_accuracy"), ("training accuracy", "validation accuracy")):
+        for recipe, color in (("digits", "tab:blue"), ("digits_l2", "tab:orange")):
+            for index, result in enumerate(runs.get(recipe, [])):
+                draw_line(axes, result, name, color, recipe if index == 0 else None)
+        axes.set(title=title, xlabel="step", ylim=(0, 1.02))
+    panels[0].legend(loc="lower right")
+    figure.suptitle("44 layers without shortcuts on handwritten digits: the method, and He initialization with L2")
+    figure.savefig(RESULTS / "digits.png", dpi=110)
+
+
+def draw_ablation(rung, runs):
+    """Draws the training accuracy of each arm over the steps, a panel for each depth, the chosen rate's seeds as lines."""
+    from matplotlib import colormaps
+
+    figure, panels = new_figure((5.5 * len(runs) + 2, 4.5), len(runs))
+    colors = dict(zip(ARMS, [*colormaps["tab20"].colors]))
+    for axes, (depth, arms) in zip(panels, runs.items()):
+        for name in (name for name in ARMS if name in arms):
+            searched = {rate: seeds[SEARCH_SEED] for rate, seeds in arms[name].items() if SEARCH_SEED in seeds}
+            best = max(searched, key=lambda rate: quality(searched[rate]), default=None)
+            finals = [r for seed, r in arms[name].get(best, {}).items() if seed != SEARCH_SEED and "diverged" not in r]
+            for index, result in enumerate(finals):
+                draw_line(axes, result, "accuracy", colors[name], name if index == 0 else None)
+        axes.set(title=f"{depth} layers", xlabel="step", ylim=(0, 1.02))
+    panels[0].set_ylabel("training accuracy")
+    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
+    figure.savefig(RESULTS / f"ablation_{rung}.png", dpi=110)
+
+
+def new_figure(size, count):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    return figure, panels
+
+
+def draw_line(axes, result, name, color, label):
+    points = [(s, v) for s, v in zip(result["history"]["step"], result["history"][name]) if v is not None]
+    axes.plot(*zip(*points), color=color, label=label, linewidth=1.2)
+
+
+def fill(text, contents):
+    """Puts each content between its markers, wherever a page has them; returns the text and the names that it has."""
+    found = []
+    for name, content in contents.items():
+        pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text, count = pattern.subn(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
+        found += [name] * count
+    return text, found
+
+
+def main(_):
+    recipes = load_recipes()
+    contents = {"recipes": recipes_table(recipes), "conditions": conditions(recipes), "initialization": initialization_table()}
+    rungs = {rung: load_ablation(rung) for rung in RUNGS if (RESULTS / "ablation" / rung).exists()}
+    for rung, runs in rungs.items():
+        contents |= {f"ablation {rung}": ablation_table(runs), f"ablation {rung} conditions": ablation_conditions(rung, runs)}
+    status, shown = 0, []
+    for page in PAGES:
+        before = page.read_text()
+        text, found = fill(before, contents)
+        shown += found
+        if FLAGS.check and text != before:
+            print(f"{page.name} does not say what the result files say: run python benchmarks/pages.py", file=sys.stderr)
+            status = 1
+        elif not FLAGS.check:
+            page.write_text(text)
+    for name in contents:
+        if name not in shown:
+            print(f"a page must hold <!-- {name} --> and <!-- /{name} -->. Received: none does", file=sys.stderr)
+            status = 1
+    if not FLAGS.check:
+        draw_recipes(recipes)
+        for rung, runs in rungs.items():
+            draw_ablation(rung, runs)
+    return status
+
+
+if __name__ == "__main__":
+    app.run(main)
