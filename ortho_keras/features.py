@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from ortho_keras.graphs import Graph
 from ortho_keras.kernels import as_matrices, layer_kernels
+from ortho_keras.spectra import mean_cosines
 
 # Pixels.
 MAP, PATCH, GAP, LINE, MARGIN = 72, 36, 4, 20, 12
@@ -179,22 +180,6 @@ def layer_outputs(model, images, layers):
     return {name: tf.cast(found[name], tf.float32).numpy() for name in layers}
 
 
-def mean_absolute_cosine(matrices):
-    """Returns the mean |cosine| between the columns of each matrix `(count, f_in, f_out)`, or `None` without any pair.
-
-    A column of zeros has cosine 0 with every other.
-    """
-    columns = np.asarray(matrices, np.float64)
-    pairs = columns.shape[2] * (columns.shape[2] - 1)
-    if not pairs:
-        return None
-    norms = np.linalg.norm(columns, axis=1, keepdims=True)
-    columns = columns / np.where(norms == 0, 1, norms)
-    cosines = np.abs(np.einsum("bij,bik->bjk", columns, columns))
-    own = np.einsum("bjj->bj", cosines).sum()
-    return float((cosines.sum() - own) / (len(columns) * pairs))
-
-
 def _patches(layer, filters):
     """Returns what is drawn of a layer's filters, `(filters, rows, height, width, colours)` in 0 to 1, and their title."""
     found = [kernel for kernel in layer_kernels(layer) if len(kernel.variable.shape) == 4 and isinstance(kernel.layout, str)]
@@ -211,9 +196,9 @@ def _patches(layer, filters):
     coloured = patches.shape[1] == 3
     patches = patches.transpose(0, 2, 3, 1)[:, np.newaxis] if coloured else patches[:, :CHANNELS, ..., np.newaxis]
     scale = np.abs(patches[np.isfinite(patches)]).max(initial=0)
-    cosine = mean_absolute_cosine(matrices)
+    _, cosine = mean_cosines([matrices])
     title = f"{layer.name}  {tuple(kernel.variable.shape)}  ±{scale:#.2g}"
-    title += "" if cosine is None else f"  mean |cos| {cosine:.2f}"
+    title += "" if math.isnan(cosine) else f"  mean |cos| {cosine:.2f}"
     return 0.5 + 0.5 * patches / (scale or 1), title
 
 

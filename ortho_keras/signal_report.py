@@ -11,7 +11,7 @@ from ortho_keras.graphs import Graph
 from ortho_keras.kernels import as_matrices, layer_kernels, walk_layers
 from ortho_keras.modulation import ErrorModulation, root_mean_square
 from ortho_keras.signals import LayerSignal, SignalReport, ratio
-from ortho_keras.spectra import kernel_extremes, operator_extremes
+from ortho_keras.spectra import kernel_extremes, mean_cosines, operator_extremes
 
 _ACTIVATIONS = (keras.layers.Activation, keras.layers.ReLU, ShiftedReLU)
 
@@ -143,7 +143,7 @@ class Probe:
                     error_to_next=ratio(own, after),
                     error_to_top=ratio(own, magnitudes[-1]),
                     gradient_ratio=_gradient_ratio(call.kernels, gradients, factor),
-                    **dict(zip(("mean_cosine", "mean_abs_cosine"), mean_cosines(call.kernels))),
+                    **dict(zip(("mean_cosine", "mean_abs_cosine"), mean_cosines(map(_matrices, call.kernels)))),
                     **_extremes(call, singular_values),
                     image_share=_image_share(call.outputs, call.channels),
                     dead_share=call.dead_share,
@@ -244,18 +244,8 @@ def _gradient_ratio(kernels, gradients, factor):
     return ratio(math.sqrt(sum(squares)) / factor, math.sqrt(sum(norms)))
 
 
-def mean_cosines(kernels):
-    """Returns the mean cosine similarity over all pairs of a layer's filters, and that of absolute values."""
-    total, absolute, pairs = 0.0, 0.0, 0
-    for kernel in kernels:
-        matrices = np.asarray(as_matrices(np.asarray(kernel.variable, np.float64), kernel.layout, kernel.groups))
-        norms = np.linalg.norm(matrices, axis=1, keepdims=True)
-        units = matrices / np.where(norms > 0, norms, 1)
-        cosines = units.swapaxes(1, 2) @ units
-        above = np.triu_indices(cosines.shape[-1], 1)
-        chosen = cosines[:, above[0], above[1]]
-        total, absolute, pairs = total + chosen.sum(), absolute + np.abs(chosen).sum(), pairs + chosen.size
-    return (total / pairs, absolute / pairs) if pairs else (math.nan, math.nan)
+def _matrices(kernel):
+    return np.asarray(as_matrices(np.asarray(kernel.variable, np.float64), kernel.layout, kernel.groups))
 
 
 def _extremes(call, wanted):

@@ -1,4 +1,4 @@
-"""Singular values: of kernels as matrices, and of convolutions as the linear maps that they are."""
+"""Singular values, of kernels as matrices and of convolutions as linear maps, and cosines between filters."""
 
 import math
 
@@ -19,6 +19,25 @@ _CONVOLUTIONS = (
     keras.layers.SeparableConv1D,
     keras.layers.SeparableConv2D,
 )
+
+
+def mean_cosines(kernels):
+    """Returns the mean cosine similarity over all pairs of columns, and the mean of its absolute values, two floats.
+
+    Args:
+        kernels: Iterable of arrays `(count, f_in, f_out)`; columns of different matrices make no pair. A column of zeros has
+            cosine 0 with every other. NaN where there is no pair.
+    """
+    total, absolute, pairs = 0.0, 0.0, 0
+    for matrices in kernels:
+        columns = np.asarray(matrices, np.float64)
+        norms = np.linalg.norm(columns, axis=1, keepdims=True)
+        columns = columns / np.where(norms > 0, norms, 1)
+        cosines = columns.swapaxes(1, 2) @ columns
+        above = np.triu_indices(cosines.shape[-1], 1)
+        chosen = cosines[:, above[0], above[1]]
+        total, absolute, pairs = total + chosen.sum(), absolute + np.abs(chosen).sum(), pairs + chosen.size
+    return (float(total / pairs), float(absolute / pairs)) if pairs else (math.nan, math.nan)
 
 
 def kernel_extremes(kernel, layout="standard", groups=1):

@@ -17,7 +17,6 @@ from ortho_keras.features import (
     compare_features,
     compare_filters,
     layer_outputs,
-    mean_absolute_cosine,
     plot_features,
     plot_filters,
 )
@@ -201,25 +200,6 @@ def test_layouts_of_filters(tmp_path, layer):
     else:
         tiles = [grey(scaled[:, :, 0, at]) for at in range(6)]
     assert [count(picture, tile, PATCH) for tile in tiles] == [1] * len(tiles)
-
-
-def test_mean_absolute_cosine():
-    assert mean_absolute_cosine(np.eye(3)[np.newaxis]) == 0
-    np.testing.assert_allclose(mean_absolute_cosine([[[1.0, -2.0], [0.0, 0.0]]]), 1)
-    np.testing.assert_allclose(mean_absolute_cosine([[[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]]]), np.sqrt(0.5) / 3)
-    assert mean_absolute_cosine(np.ones((5, 9, 1))) is None
-
-
-@pytest.mark.parametrize("shape", [(1, 9, 4), (3, 4, 7), (2, 1, 3)])
-def test_mean_absolute_cosine_pair_by_pair(shape):
-    matrices = np.random.default_rng(0).normal(size=shape)
-    cosines = [
-        abs(a @ b) / np.sqrt((a @ a) * (b @ b))
-        for matrix in matrices
-        for at, a in enumerate(matrix.T)
-        for b in matrix.T[at + 1 :]
-    ]
-    np.testing.assert_allclose(mean_absolute_cosine(matrices), np.mean(cosines), rtol=1e-12)
 
 
 def nested():

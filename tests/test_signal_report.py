@@ -11,8 +11,6 @@ import references
 import tensorflow as tf
 
 import ortho_keras
-from ortho_keras.kernels import layer_kernels
-from ortho_keras.signal_report import mean_cosines
 from ortho_keras.signals import LayerSignal, SignalReport
 
 LOGITS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -106,13 +104,6 @@ def test_image_share_and_dead_channels_by_hand():
     layer = ortho_keras.signal_report(model, x, np.ones((4, 1), np.float32), "mean_squared_error").layers[0]
     assert layer.image_share == pytest.approx(1 / (1 + 4))
     assert layer.dead_share == pytest.approx(1 / 3)
-
-
-def test_mean_cosines_by_hand():
-    layer = keras.layers.Dense(3)
-    layer.build((None, 2))
-    layer.kernel.assign([[1.0, -2.0, 0.0], [0.0, 0.0, 5.0]])  # cosines -1, 0, 0
-    assert mean_cosines(layer_kernels(layer)) == pytest.approx((-1 / 3, 1 / 3))
 
 
 def noisy_model():

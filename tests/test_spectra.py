@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ortho_keras.initializers import OrthonormalInitializer
-from ortho_keras.spectra import convolution_extremes, kernel_extremes, operator_extremes
+from ortho_keras.spectra import convolution_extremes, kernel_extremes, mean_cosines, operator_extremes
 
 
 def whole_map(kernel, groups, sizes, strides, dilations):
@@ -126,3 +126,21 @@ def test_channels_first_and_unknown_layers():
     values = np.linalg.svd(whole_map(kernel_of(layer), 1, (6, 4), (1, 1), (1, 1)), compute_uv=False)
     assert operator_extremes(layer, (None, 2, 6, 4))[1] == pytest.approx(values[0], rel=1e-6)
     assert np.isnan(operator_extremes(keras.layers.ReLU(), (None, 4))).all()
+
+
+def test_mean_cosines_by_hand():
+    assert mean_cosines([np.eye(3)[np.newaxis]]) == (0, 0)
+    assert mean_cosines([[[[1.0, -2.0, 0.0], [0.0, 0.0, 5.0]]]]) == pytest.approx((-1 / 3, 1 / 3))  # cosines -1, 0, 0
+    assert mean_cosines([[[[1.0, 1.0], [0.0, 1.0]]], [[[1.0, -3.0], [0.0, 0.0]]]]) == pytest.approx(
+        ((0.5**0.5 - 1) / 2, (0.5**0.5 + 1) / 2)
+    )
+    assert np.isnan(mean_cosines([np.ones((5, 9, 1))])).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 4), (3, 4, 7), (2, 1, 3)])
+def test_mean_cosines_pair_by_pair(shape):
+    matrices = np.random.default_rng(0).normal(size=shape)
+    cosines = [
+        a @ b / np.sqrt((a @ a) * (b @ b)) for matrix in matrices for at, a in enumerate(matrix.T) for b in matrix.T[at + 1 :]
+    ]
+    np.testing.assert_allclose(mean_cosines([matrices]), (np.mean(cosines), np.mean(np.abs(cosines))), rtol=1e-12)
