@@ -61,6 +61,12 @@ ARMS = {
         {"modulation": "neighbour", "tolerance": 1.1},
     ),
     "anchor": Arm("orthonormal, and modulation by the anchor", "ours", {"modulation": "anchor", "tolerance": 2.0}),
+    "anchor_loose": Arm("the same, tolerance 8", "ours", {"modulation": "anchor", "tolerance": 8.0}),
+    "anchor_third": Arm(
+        "the same as anchor, in the first third of the steps only",
+        "ours",
+        {"modulation": "anchor", "tolerance": 2.0, "modulation_steps": 100},
+    ),
     "bn_shift": Arm("orthonormal, BatchNormalization's beta from 1", "ours", {"bn_shift": 1.0}),
     "relu_shift": Arm("orthonormal, shifted ReLU", "ours", _SHIFT),
     "relu_shift_anchor": Arm(

@@ -10,7 +10,7 @@ if keras.config.backend() != "tensorflow":
 
 from ortho_keras.activations import ShiftedReLU
 from ortho_keras.batchnorm import BatchNormalizationEstimator
-from ortho_keras.callbacks import SignalMonitor
+from ortho_keras.callbacks import ModulationSwitch, SignalMonitor
 from ortho_keras.design import DesignReport, check_design
 from ortho_keras.features import compare_features, compare_filters, plot_features, plot_filters
 from ortho_keras.initializers import DeltaOrthonormalInitializer, OrthonormalInitializer
@@ -35,6 +35,7 @@ __all__ = [
     "ErrorModulation",
     "LayerSignal",
     "LearningRate",
+    "ModulationSwitch",
     "Muon",
     "OrthonormalInitializer",
     "OrthonormalRegularizer",

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ortho_keras.modulation import ErrorModulation
+from ortho_keras.modulation import ErrorModulation, switch_modulation
 from ortho_keras.plots import plot_heat_map
 from ortho_keras.signal_report import Probe
 from ortho_keras.signals import LayerSignal
@@ -74,7 +74,7 @@ class SignalMonitor(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self._began, self._spent = time.perf_counter(), 0.0
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._last = self._step()
+        self._last = steps_taken(self.model)
         self._rows = [row for row in read_signals(self.path) if row["step"] < self._last] if self._last else []
         self._writer = tf.summary.create_file_writer(str(self.directory / "tensorboard"))
         self._probe = None
@@ -85,11 +85,11 @@ class SignalMonitor(keras.callbacks.Callback):
         self._measure()
 
     def on_train_batch_end(self, batch, logs=None):
-        if self._step() - self._last >= self.every and self.share < self.max_share:
+        if steps_taken(self.model) - self._last >= self.every and self.share < self.max_share:
             self._measure()
 
     def on_train_end(self, logs=None):
-        if self._step() > self._last:
+        if steps_taken(self.model) > self._last:
             self._measure()
         self._writer.close()
         steps = sorted({row["step"] for row in self._rows})
@@ -98,9 +98,6 @@ class SignalMonitor(keras.callbacks.Callback):
         for row in self._rows:
             ratios[names.index(row["name"]), steps.index(row["step"])] = row["error_to_top"]
         plot_heat_map(steps, names, ratios, self.directory / "signals.png", f"{self.model.name}: the error on its way down")
-
-    def _step(self):
-        return int(self.model.optimizer.iterations.numpy())
 
     def _new_probe(self):
         model, loss = self.model, self.model.loss if self.loss is None else self.loss
@@ -114,7 +111,7 @@ class SignalMonitor(keras.callbacks.Callback):
         return Probe(model, self.x, self.y, loss, self.model.optimizer)
 
     def _measure(self):
-        started, self._last = time.perf_counter(), self._step()
+        started, self._last = time.perf_counter(), steps_taken(self.model)
         if self._probe is None:
             self._probe, self._rule = self._new_probe(), ErrorModulation()
         if self._probe.model is not self.model:
@@ -131,6 +128,41 @@ class SignalMonitor(keras.callbacks.Callback):
                     tf.summary.scalar(f"{name}/{layer.name}", getattr(layer, name))
         self._writer.flush()
         self._spent += time.perf_counter() - started
+
+
+class ModulationSwitch(keras.callbacks.Callback):
+    """Turns modulation off after so many steps of training, and on before, also in a run that is taken up again.
+
+    Args:
+        steps: int, at least 1. Training steps with modulation.
+
+    Raises:
+        ValueError: If `steps` is outside its range; at the start of training, if the model has no `ErrorModulation`.
+    """
+
+    def __init__(self, steps):
+        super().__init__()
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"`steps` must be an integer, at least 1. Received: steps={steps!r}")
+        self.steps = steps
+
+    def on_train_begin(self, logs=None):
+        self._enabled = None
+        self._switch()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._switch()
+
+    def _switch(self):
+        enabled = steps_taken(self.model) < self.steps
+        if enabled != self._enabled:
+            switch_modulation(self.model, enabled)
+            self._enabled = enabled
+
+
+def steps_taken(model):
+    """Returns how many training steps a model's optimizer has taken."""
+    return int(model.optimizer.iterations.numpy())
 
 
 def read_signals(path):

@@ -10,7 +10,7 @@ import platform
 import keras
 import tensorflow as tf
 
-from ortho_keras.callbacks import SignalMonitor
+from ortho_keras.callbacks import ModulationSwitch, SignalMonitor
 from ortho_keras.data import load_data
 from ortho_keras.errors import InputError, WorkerLostError, first_line
 from ortho_keras.kernels import layer_kernels, model_kernels, orthonormality_error
@@ -99,6 +99,8 @@ def _run(recipe, workdir, data_dir, name, runtime, callbacks, keep_checkpoints, 
         model, total_steps = compiled_model(recipe, data, runtime.replicas > 1)
     layers = sum(1 for layer in model.layers if layer_kernels(layer))
     log(f"{model.name}: {layers} layers, {model.count_params():,} parameters, {total_steps} steps of {recipe.batch_size}")
+    if recipe.modulation != "off" and recipe.modulation_steps:
+        callbacks = [*callbacks, ModulationSwitch(recipe.modulation_steps)]
     monitor = None
     if signal_every and runtime.is_chief:
         probe = data.train.take(slice(PROBE_IMAGES))

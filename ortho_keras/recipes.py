@@ -38,6 +38,7 @@ class Recipe:
     )  # fmt: skip
     tolerance: float = _field(2.0, "modulation: the ratio of magnitudes beyond which a layer is rescaled", least=1)
     max_scale: float = _field(1000.0, "modulation: the largest rescaling of one layer", least=1)
+    modulation_steps: int = _field(0, "modulation: switched off after this many steps; 0: never", least=0)
     modulation_sync: bool = _field(True, "moments of the modulation over all replicas, or each replica's own")
     optimizer: str = _field("sgd", "optimizer (muon: ours, orthonormal steps)", OPTIMIZERS)
     learning_rate: float = _field(0.1, "learning rate at its highest", above=0)
