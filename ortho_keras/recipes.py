@@ -181,7 +181,7 @@ RECIPES = {
             "1,004 layers on digits of 8x8 pixels",
             depth=1004,
             relu_shift=5.0,
-            learning_rate=0.005,
+            learning_rate=0.002,
             epochs=40,
             evaluate_every=20,
         ),
