@@ -84,6 +84,7 @@ for _field in dataclasses.fields(Recipe):
     _among = f" ({' | '.join(_choices)})" if _choices else ""
     _help = f"{_field.metadata['help']}{_among}. By default the recipe's value."
     _DEFINE[_field.type](_field.name, None, _help)
+flags.DEFINE_alias("input_size", "image_size")
 
 
 def recipe_from_flags():

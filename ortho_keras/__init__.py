@@ -8,7 +8,7 @@ if keras.config.backend() != "tensorflow":
         f"Received: backend={keras.config.backend()!r}"
     )
 
-from ortho_keras.activations import ShiftedReLU
+from ortho_keras.activations import ShiftedReLU, error_growth, shift_for_depth
 from ortho_keras.batchnorm import BatchNormalizationEstimator
 from ortho_keras.callbacks import ModulationSwitch, SignalMonitor
 from ortho_keras.design import DesignReport, check_design
@@ -47,6 +47,7 @@ __all__ = [
     "check_design",
     "compare_features",
     "compare_filters",
+    "error_growth",
     "load_model",
     "modulate",
     "orthonormality_error",
@@ -55,6 +56,7 @@ __all__ = [
     "plot_features",
     "plot_filters",
     "residual_cnn",
+    "shift_for_depth",
     "signal_report",
     "switch_modulation",
 ]

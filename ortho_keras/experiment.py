@@ -163,7 +163,7 @@ def build_model(recipe, data, replicated=False):
         regularizer=_regularizer(recipe),
         initializer=recipe.initializer,
         bn_shift=recipe.bn_shift,
-        relu_shift=recipe.relu_shift,
+        relu_shift="auto" if recipe.relu_shift < 0 else recipe.relu_shift,
         bn_synchronized=replicated and recipe.bn_sync,
         seed=recipe.seed,
         preprocessing=keras.layers.Normalization(mean=mean, variance=variance, name="normalization"),
@@ -201,7 +201,7 @@ def compiled_model(recipe, data, replicated=False):
 
 def make_optimizer(recipe, total_steps):
     """Returns the recipe's optimizer with its learning-rate schedule over `total_steps`."""
-    schedule = LearningRate(recipe.learning_rate, total_steps, recipe.schedule, recipe.warmup_steps)
+    schedule = LearningRate(recipe.peak_learning_rate, total_steps, recipe.schedule, recipe.warmup_steps)
     makers = {
         "sgd": lambda: keras.optimizers.SGD(schedule, recipe.momentum),
         "nesterov": lambda: keras.optimizers.SGD(schedule, recipe.momentum, nesterov=True),

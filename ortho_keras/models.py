@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from ortho_keras.activations import ShiftedReLU, checked_shift
+from ortho_keras.activations import ShiftedReLU, checked_shift, shift_for_depth
 from ortho_keras.graphs import allow_deep_graphs
 from ortho_keras.initializers import DeltaOrthonormalInitializer, OrthonormalInitializer
 from ortho_keras.regularizers import OrthonormalRegularizer
@@ -49,8 +49,8 @@ def plain_cnn(
             `keras.initializers.get` takes; `None` is Keras's default. Each layer gets a copy with a seed of its own.
         bn_shift: float. The initial value of every BatchNormalization's beta. The paper's is 0; near 1 the ReLUs are more
             linear, and the error keeps its magnitude going down, but zero-padded borders drown the images (ours).
-        relu_shift: float, at least 0. The activations are `max(x, -relu_shift)`, see `ShiftedReLU`: the same without the
-            harm at the borders (ours). 0 is the paper's ReLU.
+        relu_shift: float, at least 0, or `"auto"`. The activations are `max(x, -relu_shift)`, see `ShiftedReLU`: the same
+            without the harm at the borders (ours). 0 is the paper's ReLU; `"auto"` is `shift_for_depth(depth)`.
         bn_synchronized: bool. Under a `tf.distribute` strategy, BatchNormalization's statistics are those of all replicas.
         seed: int, at least 0, or `None`. Fixes all kernels.
         preprocessing: A layer that is applied to the input first, a `Normalization`, say, so that the model takes raw pixels.
@@ -68,7 +68,7 @@ def plain_cnn(
         ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)). `bn_shift`, `relu_shift` and
         `"delta_orthonormal"` are ours.
     """
-    builder = _Builder(regularizer, initializer, bn_shift, relu_shift, bn_synchronized, seed)
+    builder = _Builder(regularizer, initializer, bn_shift, _shift(relu_shift, depth), bn_synchronized, seed)
     return _build(builder, False, depth, input_shape, num_classes, width, preprocessing, name or f"plain{depth}")
 
 
@@ -114,7 +114,7 @@ def residual_cnn(
     Reference:
         He et al. 2016 ([arXiv:1512.03385](https://arxiv.org/abs/1512.03385)), section 4.2, option A.
     """
-    builder = _Builder(regularizer, initializer, bn_shift, relu_shift, bn_synchronized, seed)
+    builder = _Builder(regularizer, initializer, bn_shift, _shift(relu_shift, depth), bn_synchronized, seed)
     return _build(builder, True, depth, input_shape, num_classes, width, preprocessing, name or f"residual{depth}")
 
 
@@ -190,6 +190,11 @@ class _Builder:
             dtype=keras.config.dtype_policy().variable_dtype,  # half-precision logits would blur the loss
             name="classifier",
         )(x)
+
+
+def _shift(relu_shift, depth):
+    check_depth(depth)
+    return shift_for_depth(depth) if relu_shift == "auto" else relu_shift
 
 
 def _build(builder, residual, depth, input_shape, num_classes, width, preprocessing, name):
