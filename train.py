@@ -65,7 +65,9 @@ flags.DEFINE_integer(
     "keep_checkpoints", 2, "How many checkpoints are kept; the newest is used, or the one before if it is damaged."
 )
 flags.DEFINE_integer(
-    "signal_every", 0, "Steps from one measurement of the signal to the next (signals.csv, signals.png, TensorBoard); 0: none."
+    "signal_every",
+    0,
+    "Measures the signal, layer by layer, every so many steps (signals.csv, signals.png, TensorBoard); 0: never.",
 )
 flags.DEFINE_string(
     "strategy",

@@ -19,22 +19,23 @@ _SUMMARIES = ("error_to_top", "gradient_ratio", "mean_abs_cosine", "image_share"
 
 
 class SignalMonitor(keras.callbacks.Callback):
-    """Takes `signal_report`'s figures on one fixed batch every so many steps of training.
+    """Takes `signal_report`'s figures on one fixed batch again and again during training.
 
     Writes into `directory`: `signals.csv`, one line for each layer and step, as it goes; TensorBoard scalars; and at the end
     `signals.png`, a heat map of the error's magnitude, layer by step. Training itself is not changed: see `signal_report`.
     A run that is taken up again keeps the lines of the steps before.
 
-    The cost is bounded: a measurement that is due waits until all of them together are at most `max_share` of the time since
-    training began. Only the first step's and the last step's are taken in any case. `share` is what it came to.
+    By default the cost is bounded: a measurement is taken as soon as it leaves all of them together at `max_share` of the time
+    since training began, and in any case before the first step and after the last. `share` is what it came to.
 
     Args:
         x: See `signal_report`; 64 to 128 samples do.
         y: See `signal_report`.
         directory: Path of a folder; made if missing.
         loss: See `signal_report`. Defaults to `None`, the compiled model's.
-        every: int, at least 1. Steps from one measurement to the next.
-        max_share: float, above 0. The largest share of training time.
+        every: int, at least 1, steps from one measurement to the next, whatever it costs; or `None`, as often as `max_share`
+            allows.
+        max_share: float, above 0. The largest share of training time, where `every` is `None`.
         singular_values: bool. See `signal_report`; slower.
 
     Raises:
@@ -48,10 +49,10 @@ class SignalMonitor(keras.callbacks.Callback):
         The curves of Xie, Xiong, Pu 2017 ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)), Fig. 2 and 3, for every layer.
     """
 
-    def __init__(self, x, y, directory, loss=None, every=500, max_share=0.02, singular_values=False):
+    def __init__(self, x, y, directory, loss=None, every=None, max_share=0.02, singular_values=False):
         super().__init__()
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"`every` must be an integer, at least 1. Received: every={every!r}")
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise ValueError(f"`every` must be an integer, at least 1, or None. Received: every={every!r}")
         if isinstance(max_share, bool) or not isinstance(max_share, (int, float)) or not max_share > 0:
             raise ValueError(f"`max_share` must be a number above 0. Received: max_share={max_share!r}")
         self.x = x
@@ -85,7 +86,11 @@ class SignalMonitor(keras.callbacks.Callback):
         self._measure()
 
     def on_train_batch_end(self, batch, logs=None):
-        if steps_taken(self.model) - self._last >= self.every and self.share < self.max_share:
+        if self.every is None:
+            due = self._spent + self._latest <= self.max_share * (time.perf_counter() - self._began)
+        else:
+            due = steps_taken(self.model) - self._last >= self.every
+        if due:
             self._measure()
 
     def on_train_end(self, logs=None):
@@ -127,7 +132,8 @@ class SignalMonitor(keras.callbacks.Callback):
                 for name in _SUMMARIES:
                     tf.summary.scalar(f"{name}/{layer.name}", getattr(layer, name))
         self._writer.flush()
-        self._spent += time.perf_counter() - started
+        self._latest = time.perf_counter() - started
+        self._spent += self._latest
 
 
 class ModulationSwitch(keras.callbacks.Callback):

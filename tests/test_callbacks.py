@@ -30,7 +30,7 @@ def fit(model, *callbacks, epochs=2):
 def test_what_it_writes(tmp_path):
     model = compiled()
     before = ortho_keras.signal_report(model, X[:16], Y[:16], singular_values=False)
-    monitor = ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path / "signals", every=5, max_share=100)
+    monitor = ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path / "signals", every=5)
     fit(model, monitor)
     after = ortho_keras.signal_report(model, X[:16], Y[:16], singular_values=False)
     rows = read_signals(tmp_path / "signals" / "signals.csv")
@@ -50,23 +50,24 @@ def test_what_it_writes(tmp_path):
 
 def test_training_is_the_same_with_and_without(tmp_path):
     with_monitor, without = compiled(), compiled()
-    fit(with_monitor, ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path, every=1, max_share=100))
+    fit(with_monitor, ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path, every=1))
     fit(without)
     for mine, theirs in zip(with_monitor.get_weights(), without.get_weights()):
         np.testing.assert_array_equal(mine, theirs)
 
 
 def test_the_share_of_time_holds_measurements_back(tmp_path):
-    fit(compiled(), ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path, every=1, max_share=1e-9))
-    assert sorted({row["step"] for row in read_signals(tmp_path / "signals.csv")}) == [0, 16]
+    for share, steps in ((1e-9, [0, 16]), (1e9, list(range(17)))):
+        fit(compiled(), ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path, max_share=share))
+        assert sorted({row["step"] for row in read_signals(tmp_path / "signals.csv")}) == steps
 
 
 def test_a_run_that_goes_on_keeps_its_lines(tmp_path):
     model = compiled()
-    fit(model, ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path, every=4, max_share=100), epochs=1)
+    fit(model, ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path, every=4), epochs=1)
     with open(tmp_path / "signals.csv", "a") as file:
         file.write("12,stem_conv,Conv2D,Tr")  # killed while it wrote
-    fit(model, ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path, every=4, max_share=100), epochs=1)
+    fit(model, ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path, every=4), epochs=1)
     steps = [row["step"] for row in read_signals(tmp_path / "signals.csv") if row["name"] == "stem_conv"]
     assert steps == [0, 4, 8, 12, 16]
 
@@ -92,7 +93,7 @@ def test_under_a_strategy(tmp_path, two_replicas):
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ({"every": 0}, "`every` must be an integer, at least 1. Received: every=0"),
+        ({"every": 0}, "`every` must be an integer, at least 1, or None. Received: every=0"),
         ({"every": 2.5}, "`every` must be an integer"),
         ({"max_share": 0}, "`max_share` must be a number above 0. Received: max_share=0"),
         ({"max_share": float("nan")}, "`max_share` must be a number above 0"),
