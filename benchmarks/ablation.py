@@ -25,6 +25,7 @@ SEARCH_SEED = 100
 RATES = (0.003, 0.01, 0.03, 0.1)
 
 RUNGS = {
+    "smoke": ["--recipe=digits", "--image_size=8", "--augment=none", "--epochs=1", "--width=2"],  # to try this script
     "digits": ["--recipe=digits", "--image_size=8", "--augment=none", "--epochs=15", "--evaluate_every=5"],
     "cifar16": ["--recipe=plain44_cifar10_short", "--image_size=16", "--epochs=4"],
     "cifar32": ["--recipe=plain44_cifar10_short", "--epochs=5"],
@@ -88,11 +89,12 @@ flags.DEFINE_list("rates", [str(rate) for rate in RATES], "Learning rates that e
 flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds at the rate that was chosen.")
 flags.DEFINE_integer("jobs", 1, "Runs at a time, each on its share of the cores.", lower_bound=1)
 flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS data; by default TFDS's own.")
+flags.DEFINE_string("results", str(RESULTS), "Folder of the result files.")
 flags.DEFINE_string("runs", "runs/ablation", "Folder for the runs themselves, deleted one by one as their results are kept.")
 
 
 def result_path(rung, arm, depth, rate, seed):
-    return RESULTS / rung / f"{arm}-depth{depth}-rate{rate}-seed{seed}.json"
+    return pathlib.Path(FLAGS.results, rung) / f"{arm}-depth{depth}-rate{rate}-seed{seed}.json"
 
 
 def quality(result):
@@ -122,7 +124,7 @@ def run(arm, depth, rate, seed, cores):
     figures = result.get("diverged") or (
         f"validation {result['validation_accuracy']:.4f}, test {result['test_accuracy']:.4f}, {result['seconds']:.0f} s"
     )
-    print(f"{path.relative_to(ROOT)}: {figures}", flush=True)
+    print(f"{path.stem}: {figures}", flush=True)
     return path
 
 
@@ -143,6 +145,16 @@ def main(_):
         finally:
             shares.put(cores)
 
+    try:
+        run_all(work)
+    except RuntimeError as error:  # a run that train.py refused
+        print(f"ablation.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run_all(work):
+    """Calls `work((arm, depth, rate, seed))` for every run: a depth's search, then its seeds."""
     for depth in FLAGS.depths:
         with concurrent.futures.ThreadPoolExecutor(FLAGS.jobs) as pool:
             search = [(arm, depth, rate, SEARCH_SEED) for arm in FLAGS.arms for rate in FLAGS.rates]
@@ -152,7 +164,6 @@ def main(_):
                 rate = chosen_rate(FLAGS.rung, arm, depth, FLAGS.rates)
                 final += [(arm, depth, rate, seed) for seed in FLAGS.seeds]
             list(pool.map(work, final))
-    return 0
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ def load_recipes():
     return runs
 
 
-def load_ablation(rung):
+def load_ablation(folder):
     """Returns `{depth: {arm: {rate: {seed: result}}}}`."""
     runs = {}
-    for path in sorted((RESULTS / "ablation" / rung).glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         arm, depth, rate, seed = re.fullmatch(r"(.+)-depth(\d+)-rate(.+)-seed(\d+)", path.stem).groups()
         rates = runs.setdefault(int(depth), {}).setdefault(arm, {})
         rates.setdefault(float(rate), {})[int(seed)] = json.loads(path.read_text())
@@ -198,7 +198,8 @@ def fill(text, contents):
 def main(_):
     recipes = load_recipes()
     contents = {"recipes": recipes_table(recipes), "conditions": conditions(recipes), "initialization": initialization_table()}
-    rungs = {rung: load_ablation(rung) for rung in RUNGS if (RESULTS / "ablation" / rung).exists()}
+    folders = {rung: RESULTS / "ablation" / rung for rung in RUNGS}
+    rungs = {rung: load_ablation(folder) for rung, folder in folders.items() if folder.exists()}
     for rung, runs in rungs.items():
         contents |= {f"ablation {rung}": ablation_table(runs), f"ablation {rung} conditions": ablation_conditions(rung, runs)}
     status, shown = 0, []

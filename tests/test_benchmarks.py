@@ -1,0 +1,59 @@
+"""The scripts of benchmarks/, as processes of their own: their flags are not train.py's."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def ablation(folder, *arguments):
+    places = [f"--results={folder / 'results'}", f"--runs={folder / 'runs'}"]
+    command = [sys.executable, ROOT / "benchmarks" / "ablation.py", "--rung=smoke", "--depths=8", *arguments, *places]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_ablation_searches_a_rate_runs_the_seeds_goes_on_and_makes_a_table(tmp_path):
+    arguments = ("--arms=he_l2", "--rates=0.03,1e30", "--seeds=0", "--jobs=2")
+    done = ablation(tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr
+    files = {path.stem: path for path in (tmp_path / "results" / "smoke").iterdir()}
+    diverged, searched, final = (
+        f"he_l2-depth8-rate{rate}-seed{seed}" for rate, seed in (("1e30", 100), ("0.03", 100), ("0.03", 0))
+    )
+    assert set(files) == {diverged, searched, final}
+    assert "the loss became" in json.loads(files[diverged].read_text())["diverged"]
+    result = json.loads(files[final].read_text())
+    assert {"initializer": "he_normal", "regularizer": "l2", "learning_rate": 0.03, "seed": 0}.items() <= result[
+        "recipe"
+    ].items()
+    assert (
+        result["command"].startswith("python train.py --recipe=digits ") and len(result["commit"].removesuffix("-dirty")) == 40
+    )
+    assert not list((tmp_path / "runs" / "smoke").iterdir())
+
+    written = {path: path.stat().st_mtime_ns for path in files.values()}
+    files[final].unlink()
+    again = ablation(tmp_path, *arguments)
+    assert again.stdout.count("\n") == 1 and again.stdout.startswith(final)
+    assert all(path.stat().st_mtime_ns == at for path, at in written.items() if path != files[final])
+    repeated = json.loads(files[final].read_text())
+    assert abs(repeated["test_accuracy"] - result["test_accuracy"]) < 0.02
+
+    table = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import pages, pathlib; "
+        f"print(pages.ablation_table(pages.load_ablation(pathlib.Path({str(tmp_path / 'results' / 'smoke')!r}))))"
+    )
+    shown = subprocess.run([sys.executable, "-c", table], capture_output=True, text=True).stdout.splitlines()
+    assert shown[0] == "| arm | what it is | whose | 8 layers |"
+    reached = f"{100 * repeated['test_accuracy']:.2f} (1) at 0.03"
+    assert shown[2:] == [f"| `he_l2` | He initialization, L2 | control | {reached} |"]
+
+
+def test_what_the_ablation_refuses(tmp_path):
+    unknown = ablation(tmp_path, "--arms=he_l2,magic")
+    assert unknown.returncode == 2 and "--arms must be among he_l2, " in unknown.stderr and "Received: magic" in unknown.stderr
+    wrong = ablation(tmp_path, "--arms=he_l2", "--rates=0")
+    assert wrong.returncode == 1 and "--learning_rate must be more than 0" in wrong.stderr
+    assert "Traceback" not in wrong.stderr and not (tmp_path / "results").exists()
