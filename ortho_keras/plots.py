@@ -63,7 +63,8 @@ def plot_signals(report, path):
         if np.isfinite(low).any():
             label = "W" if kind == "kernel" else "the layer's linear map"
             values.fill_between(at, low, high, color=color, alpha=0.3, label=label)
-            values.plot(at, high, color=color, linewidth=1)
+            for edge in (low, high):
+                values.plot(at, edge, color=color, linewidth=1)
     values.set(title="singular values, smallest to largest", ylim=(0, None))
     shares.plot(at, 100 * series("image_share"), label="variance that tells images apart")
     shares.plot(at, 100 * series("dead_share"), color="0.3", label="dead channels")

@@ -7,6 +7,8 @@ import pathlib
 
 from ortho_keras.plots import plot_signals
 
+LINES = 120  # of a printed table
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerSignal:
@@ -97,6 +99,7 @@ class SignalReport:
         header = ("forward", "error", "gradient", "cosine", "W", "operator", "images", "dead", "scale")
         sizes = (9, 9, 9, 9, 13, 13, 6, 5, 9)
         lines.append(" ".join(["layer".ljust(width), *(name.rjust(size) for name, size in zip(header, sizes))]))
+        table = []
         for layer in reversed(self.layers):
             cells = (
                 f"{layer.forward_moment**0.5:.3g}",
@@ -110,8 +113,11 @@ class SignalReport:
                 f"{layer.scale:.3g}" if layer.fired else "",
             )
             cells = ["" if cell in ("nan", "nan-nan") else cell for cell in cells]
-            lines.append(" ".join([layer.name.ljust(width), *(cell.rjust(size) for cell, size in zip(cells, sizes))]).rstrip())
-        return "\n".join(lines)
+            table.append(" ".join([layer.name.ljust(width), *(cell.rjust(size) for cell, size in zip(cells, sizes))]).rstrip())
+        left_out = len(table) - LINES
+        if left_out > 0:
+            table[LINES // 2 : -LINES // 2] = [f"... {left_out} layers between: to_csv and to_pandas have all of them ..."]
+        return "\n".join(lines + table)
 
     def to_csv(self, path):
         """Writes one line for each layer, with a header, to a file."""

@@ -230,6 +230,11 @@ def test_growth_of_made_up_layers():
     report = SignalReport("made_up", 1.0, tuple(layers), False)
     assert report.growth == (64.0, pytest.approx(2.0), 6)
     assert report.findings == ["the error grows 2 times a layer going down: 64 over 6 layers"]
+    assert len(str(report).splitlines()) == 3 + 9
+    deep = SignalReport("deep", 1.0, tuple(layer(f"c{k}", True, 1.0) for k in range(1000)), False)
+    lines = str(deep).splitlines()[3:]
+    assert len(lines) == 121 and lines[0] == "c999" and lines[-1] == "c0"
+    assert lines[59] == "c940" and lines[60].startswith("... 880 layers between") and lines[61] == "c59"
 
 
 def subclassed():
