@@ -30,6 +30,7 @@ RUNGS = {
     "cifar16": ["--recipe=plain44_cifar10_short", "--image_size=16", "--epochs=4"],
     "cifar32": ["--recipe=plain44_cifar10_short", "--epochs=5"],
 }
+STEPS = {"smoke": 20, "digits": 300, "cifar16": 1404, "cifar32": 1755}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ ARMS = {
     "anchor_third": Arm(
         "the same as anchor, in the first third of the steps only",
         "ours",
-        {"modulation": "anchor", "tolerance": 2.0, "modulation_steps": 100},
+        {"modulation": "anchor", "tolerance": 2.0, "modulation_steps": "third"},
     ),
     "bn_shift": Arm("orthonormal, BatchNormalization's beta from 1", "ours", {"bn_shift": 1.0}),
     "relu_shift": Arm("orthonormal, shifted ReLU", "ours", _SHIFT),
@@ -117,6 +118,8 @@ def run(arm, depth, rate, seed, cores):
     if path.exists():
         return path
     values = {**_BASE, **ARMS[arm].values, "depth": depth, "learning_rate": rate, "seed": seed}
+    if values.get("modulation_steps") == "third":
+        values["modulation_steps"] = STEPS[FLAGS.rung] // 3
     given = [*RUNGS[FLAGS.rung], *(f"--{name}={value}" for name, value in values.items())]
     workdir = pathlib.Path(FLAGS.runs, FLAGS.rung, path.stem).absolute()
     result = run_to_file(given, path, workdir, FLAGS.data_dir, cores, diverged_ok=True, quiet=True)

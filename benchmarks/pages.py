@@ -9,7 +9,7 @@ import re
 import statistics
 import sys
 
-from ablation import ARMS, RATES, RUNGS, SEARCH_SEED, quality
+from ablation import ARMS, RUNGS, SEARCH_SEED, quality
 from absl import app, flags
 from runs import ROOT
 
@@ -111,7 +111,8 @@ def ablation_conditions(rung, runs):
     finished = [result for result in every if "diverged" not in result]
     steps = sorted({result["steps"] for result in finished})
     commits = sorted({result["commit"][:10] for result in every})
-    rates = ", ".join(f"{rate:g}" for rate in RATES)
+    rates = sorted({rate for arms in runs.values() for arm in arms.values() for rate in arm})
+    rates = ", ".join(f"{rate:g}" for rate in rates)
     return (
         f"Test accuracy, % (mean ± deviation, seeds), at the rate chosen of {rates} by the validation accuracy of seed "
         f"{SEARCH_SEED}. `train.py {' '.join(RUNGS[rung])}` and the arm's values; {', '.join(map(str, steps))} steps; "

@@ -1,5 +1,6 @@
 """What is watched while a model trains."""
 
+import copy
 import csv
 import dataclasses
 import pathlib
@@ -16,6 +17,9 @@ from ortho_keras.signal_report import Probe
 from ortho_keras.signals import LayerSignal
 
 _SUMMARIES = ("error_to_top", "gradient_ratio", "mean_abs_cosine", "image_share", "dead_share")
+
+
+COLUMNS = ("step", *(field.name for field in dataclasses.fields(LayerSignal)))
 
 
 class SignalMonitor(keras.callbacks.Callback):
@@ -79,11 +83,19 @@ class SignalMonitor(keras.callbacks.Callback):
         self._rows = [row for row in read_signals(self.path) if row["step"] < self._last] if self._last else []
         self._writer = tf.summary.create_file_writer(str(self.directory / "tensorboard"))
         self._probe = None
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["step", *(field.name for field in dataclasses.fields(LayerSignal))])
+        partial = self.path.with_suffix(".partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self._rows)
+        partial.replace(self.path)
+        if not self.model.built:
+            self.model.build(np.shape(self.x))
         self._measure()
+
+    def __deepcopy__(self, memo):
+        arguments = (self.x, self.y, self.directory, self.loss, self.every, self.max_share, self.singular_values)
+        return SignalMonitor(*copy.deepcopy(arguments, memo))
 
     def on_train_batch_end(self, batch, logs=None):
         if self.every is None:
@@ -113,7 +125,7 @@ class SignalMonitor(keras.callbacks.Callback):
             state = random.getstate()  # Keras seeds new layers from it
             model = keras.models.clone_model(model)
             random.setstate(state)
-        return Probe(model, self.x, self.y, loss, self.model.optimizer)
+        return Probe(model, self.x, self.y, loss)
 
     def _measure(self):
         started, self._last = time.perf_counter(), steps_taken(self.model)
@@ -175,10 +187,18 @@ def read_signals(path):
     """Reads a `signals.csv`: a list of dicts, `step` an int, the figures floats; empty if there is none.
 
     A last line that a killed run left half-written is dropped.
+
+    Raises:
+        ValueError: If the file has other columns.
     """
     try:
         with open(path, newline="") as file:
-            lines = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            if reader.fieldnames and tuple(reader.fieldnames) != COLUMNS:
+                raise ValueError(
+                    f"`path` must be a file with the columns {COLUMNS}. Received: {path}, with {reader.fieldnames}"
+                )
+            lines = list(reader)
     except FileNotFoundError:
         return []
     types = {field.name: field.type for field in dataclasses.fields(LayerSignal)} | {"step": int}

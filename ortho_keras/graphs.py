@@ -85,7 +85,8 @@ def _unfolded(layer):
 
 def _call(layer, args, kwargs, call, training):
     if isinstance(layer, Graph):
-        return layer.run(args[0], call, kwargs.get("training", training))
+        inputs = args[0] if args else kwargs["inputs"]
+        return layer.run(inputs, call, kwargs.get("training", training))
     fixed = {} if training is None else {"training": training}
     accepted = {name: value for name, value in fixed.items() if name in inspect.signature(layer.call).parameters}
     return call(layer, *args, **{**accepted, **kwargs})

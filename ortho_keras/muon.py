@@ -5,7 +5,7 @@ import math
 import keras
 import tensorflow as tf
 
-# Jordan et al.'s quintic a x + b x^3 + c x^5, steepest at 0: five turns bring singular values from 0.01 to 1 into 0.7 to 1.2.
+# Jordan et al.'s quintic a x + b x^3 + c x^5, steepest at 0: five turns bring singular values from 0.01 to 1 into 0.68 to 1.13.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -22,7 +22,8 @@ class Muon(keras.optimizers.Optimizer):
     where `orthonormal` sets all singular values to about 1 by five Newton-Schulz steps. So the step's size does not depend
     on the gradient's: a layer where the error has grown a millionfold moves as far as one where it has not, which is what
     modulation is after, taken to its end. With orthonormal kernels, `learning_rate` is the relative change of a kernel in
-    one step. Other variables (biases, BatchNormalization's gamma and beta) are moved by Adam at `vector_rate * learning_rate`.
+    one step. Other variables (BatchNormalization's gamma and beta, and what `exclude` names) are moved by Adam at
+    `vector_rate * learning_rate`.
 
     `keras.optimizers.Muon` moves kernels of rank 2 only, and convolutions by Adam.
 
@@ -32,6 +33,7 @@ class Muon(keras.optimizers.Optimizer):
         vector_rate: float, at least 0. The learning rate of variables of rank 0 and 1, over `learning_rate`.
         beta_2: float, from 0 to below 1. Adam's decay of squares, for these.
         epsilon: float, above 0. Adam's, for these.
+        exclude: Sequence of names of variables that are no kernels whatever their rank.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -40,12 +42,23 @@ class Muon(keras.optimizers.Optimizer):
         Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". Not a part of Xie et al. 2017.
     """
 
-    def __init__(self, learning_rate=0.02, momentum=0.9, vector_rate=0.1, beta_2=0.99, epsilon=1e-8, name="muon", **kwargs):
+    def __init__(
+        self,
+        learning_rate=0.02,
+        momentum=0.9,
+        vector_rate=0.1,
+        beta_2=0.99,
+        epsilon=1e-8,
+        exclude=("bias", "embeddings"),
+        name="muon",
+        **kwargs,
+    ):
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
         for argument, value in (("momentum", momentum), ("beta_2", beta_2)):
-            if not 0 <= value < 1:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
                 raise ValueError(f"`{argument}` must be at least 0 and below 1. Received: {argument}={value!r}")
-        if not 0 <= vector_rate < math.inf or not 0 < epsilon < math.inf:
+        numbers = all(isinstance(value, (int, float)) for value in (vector_rate, epsilon))
+        if not numbers or not 0 <= vector_rate < math.inf or not 0 < epsilon < math.inf:
             raise ValueError(
                 "`vector_rate` must be at least 0 and `epsilon` above 0. "
                 f"Received: vector_rate={vector_rate!r}, epsilon={epsilon!r}"
@@ -54,13 +67,17 @@ class Muon(keras.optimizers.Optimizer):
         self.vector_rate = vector_rate
         self.beta_2 = beta_2
         self.epsilon = epsilon
+        self.exclude = tuple(exclude)
 
     def build(self, variables):
         if self.built:
             return
         super().build(variables)
         self._momenta = [self.add_variable_from_reference(v, name="momentum") for v in variables]
-        self._squares = [self.add_variable_from_reference(v, name="squares") if len(v.shape) < 2 else None for v in variables]
+        self._squares = [
+            self.add_variable_from_reference(v, name="squares") if len(v.shape) < 2 or v.name in self.exclude else None
+            for v in variables
+        ]
 
     def update_step(self, gradient, variable, learning_rate):
         index = self._get_variable_index(variable)
@@ -79,13 +96,13 @@ class Muon(keras.optimizers.Optimizer):
         self.assign_sub(variable, rate * step)
 
     def get_config(self):
-        names = ("momentum", "vector_rate", "beta_2", "epsilon")
+        names = ("momentum", "vector_rate", "beta_2", "epsilon", "exclude")
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
 @tf.function(autograph=False)  # a graph of many layers then holds one call a layer, and traces it once for each shape
 def orthonormal_factor(kernel):
-    """Returns U V^T of a kernel's singular value decomposition U S V^T, nearly: singular values come out at 0.7 to 1.2.
+    """Returns U V^T of a kernel's singular value decomposition U S V^T, nearly: singular values come out at 0.68 to 1.13.
 
     Args:
         kernel: Tensor of rank 2 or more, read as `(f_in, f_out)`. Singular values below 1e-3 of its norm stay smaller than 1;

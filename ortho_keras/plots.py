@@ -66,7 +66,7 @@ def plot_signals(report, path):
             for edge in (low, high):
                 values.plot(at, edge, color=color, linewidth=1)
     values.set(title="singular values, smallest to largest", ylim=(0, None))
-    shares.plot(at, 100 * series("image_share"), label="variance that tells images apart")
+    shares.plot(at, 100 * series("image_share"), label="between-image share of the variance")
     shares.plot(at, 100 * series("dead_share"), color="0.3", label="dead channels")
     shares.set(title="shares, %", ylim=(-2, 102))
     for axes in (error, gradient, values, shares):

@@ -6,14 +6,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ortho_keras.activations import ShiftedReLU
+from ortho_keras.errors import first_line
 from ortho_keras.graphs import Graph
-from ortho_keras.kernels import as_matrices, layer_kernels, walk_layers
+from ortho_keras.kernels import as_matrices, walk_layers
 from ortho_keras.modulation import ErrorModulation, root_mean_square
 from ortho_keras.signals import LayerSignal, SignalReport, ratio
 from ortho_keras.spectra import kernel_extremes, mean_cosines, operator_extremes
+from ortho_keras.trace import Trace
 
-_ACTIVATIONS = (keras.layers.Activation, keras.layers.ReLU, ShiftedReLU)
+# float16 gradients are taken of the loss times the first of these at which all of them are finite.
+LOSS_SCALES = (2.0**15, 2.0**11, 2.0**7, 2.0**3, 1.0)
 
 
 def signal_report(model, x, y, loss=None, tolerance=2.0, max_scale=1000.0, reference="anchor", singular_values=True):
@@ -21,11 +23,13 @@ def signal_report(model, x, y, loss=None, tolerance=2.0, max_scale=1000.0, refer
 
     The model runs as in training (BatchNormalization by the batch's statistics, dropout on); weights, BatchNormalization's
     averages, the optimizer and random states are afterwards what they were. The error is that of the loss alone, the mean
-    over the batch, without penalties. A layer that is called more than once has one entry for each call.
+    over the batch, without penalties, and it is taken before a layer's own activation, where it has one. A layer that is called
+    more than once has one entry for each call; "next" and "top" go by the order of calls. A layer of one's own, or a
+    subclassed model inside, is one layer.
 
     Args:
         model: A built Functional or Sequential Keras model of any shape, nested and branching ones included.
-        x: Inputs, arrays `(batch, ...)` in the structure that the model takes; a batch of at least 2.
+        x: Inputs, arrays `(batch, ...)`, a batch of at least 2: one, a list in the model's order, or a dict by inputs' names.
         y: Targets, as the loss takes them.
         loss: A Keras loss, its name, or a function of `(y, outputs)`. Defaults to `None`, the compiled model's.
         tolerance: See `ErrorModulation`; this and the next two say what modulation would do. Where the model has
@@ -63,33 +67,19 @@ class Probe:
         x: See `signal_report`.
         y: See `signal_report`.
         loss: See `signal_report`.
-        optimizer: The one whose loss scale is used. Defaults to `None`, the model's, if it has one.
     """
 
-    def __init__(self, model, x, y, loss=None, optimizer=None):
+    def __init__(self, model, x, y, loss=None):
         if not isinstance(model, keras.Model) or not model.built:
             raise ValueError(f"`model` must be a built Keras model (call `model.build(...)`). Received: model={model!r}")
         self.graph = Graph(model)
         self.model = model
-        self.optimizer = getattr(model, "optimizer", None) if optimizer is None else optimizer
-        self.kernels = {}  # id of a parametric layer -> its LayerKernels
-        for layer, _ in walk_layers(model):
-            if not isinstance(layer, keras.Model):
-                kernels = [kernel for inner, _ in walk_layers(layer) for kernel in layer_kernels(inner)]
-                if kernels:
-                    self.kernels[id(layer)] = kernels
-        if not self.kernels:
-            raise ValueError(f"`model` must have a convolution, dense or einsum layer. Received: model={model.name!r}")
-        self.x = keras.tree.map_structure(tf.convert_to_tensor, x)
-        self.y = keras.tree.map_structure(tf.convert_to_tensor, y)
-        sizes = {len(array) for array in keras.tree.flatten(self.x)}
-        if len(sizes) != 1 or sizes.pop() < 2:
-            raise ValueError(f"`x` must be a batch of at least 2. Received: x of shape {_shapes(self.x)}")
+        self.x = _checked_inputs(model, x)
+        self.y = keras.tree.map_structure(np.asarray, np.asarray(y) if isinstance(y, (list, tuple)) else y)
         if loss is None and not model.compiled:
             raise ValueError("`loss` must be given for a model that is not compiled. Received: loss=None")
-        self.loss = keras.losses.get(model.loss if loss is None else loss)
-        if not callable(self.loss):
-            raise ValueError(f"`loss` must be one loss, or a function of (y, outputs). Received: loss={self.loss!r}")
+        self.loss = _checked_loss(model.loss if loss is None else loss)
+        self.half = any(getattr(layer, "compute_dtype", "") == "float16" for layer, _ in walk_layers(model))
 
     def measure(self, rule, singular_values=True):
         """Returns a `SignalReport`.
@@ -98,9 +88,8 @@ class Probe:
             rule: `ErrorModulation`, what modulation would do.
             singular_values: bool.
         """
-        # Everything that a call in training mode moves: BatchNormalization's averages, seeds of dropout.
-        trained = {id(v) for v in self.model.trainable_variables}
-        state = [(v, tf.identity(v.value)) for v in self.model.variables if id(v) not in trained]
+        # A call in training mode moves BatchNormalization's averages, dropout's seeds, a SpectralNormalization's kernel.
+        state = [(variable, tf.identity(variable.value)) for variable in self.model.variables]
         try:
             return self._measure(rule, singular_values)
         finally:
@@ -108,44 +97,47 @@ class Probe:
                 variable.assign(value)
 
     def _measure(self, rule, singular_values):
-        trace = _Trace(self.kernels)
-        scaled = isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer) and self.optimizer.built
-        with tf.GradientTape() as tape:
-            outputs = self.graph.run(self.x, trace.call, training=True)
+        trace = Trace(self.x)
+        with tf.GradientTape(persistent=True) as tape:
+            # Inside a layer's call, so that layers that take no `training` argument pass it on.
+            outputs = _InTraining(lambda: self.graph.run(self.x, trace.call, training=True), name="probe")(None, training=True)
             loss = tf.reduce_mean(tf.cast(self._loss(outputs), tf.float32))
-            target = self.optimizer.scale_loss(loss) if scaled else loss
-        variables = {id(k.variable): k.variable.value for call in trace.calls for k in call.kernels}
-        sources = [call.outputs for call in trace.calls], [call.behind for call in trace.calls], list(variables.values())
-        errors, unmodulated, gradients = tape.gradient(target, sources)
-        factor = float(target) / float(loss) if scaled and float(loss) else 1.0
-        gradients = dict(zip(variables, gradients))
-        magnitudes, before = (
-            [0.0 if error is None else float(root_mean_square(error, False)) / factor for error in some]
-            for some in (errors, unmodulated)
-        )
+        if not trace.calls:
+            raise ValueError(f"`model` must call a convolution, dense or einsum layer. Received: model={self.model.name!r}")
+        calls, variables = trace.calls, {id(k.variable): k.variable.value for call in trace.calls for k in call.kernels}
+        sources = [[getattr(c, name) for c in calls] for name in ("linear", "outputs", "behind")]
+        for scale in LOSS_SCALES if self.half else (1.0,):
+            *errors, gradients = tape.gradient(loss, [*sources, list(variables.values())], tf.constant(scale))
+            if all(_is_finite(gradient) for gradient in keras.tree.flatten(gradients) if gradient is not None):
+                break
+        linear, outer, behind = ([_magnitude(error, scale) for error in some] for some in errors)
+        # Keras takes the error of a softmax at its logits, past the output.
+        outer = [own if error is None else magnitude for own, error, magnitude in zip(linear, errors[1], outer)]
         if trace.modulated:
-            scales = [ratio(own, upper) if own else 1.0 for own, upper in zip(magnitudes, before)]
-            fired = [scale != 1.0 for scale in scales]
+            scales = [ratio(own, upper) if own else 1.0 for own, upper in zip(outer, behind)]
+            fired = [scaled != 1.0 for scaled in scales]
         elif trace.branches:
-            scales, fired = [math.nan] * len(magnitudes), [False] * len(magnitudes)
+            scales, fired = [math.nan] * len(calls), [False] * len(calls)
         else:
-            scales, fired = _would_scale(rule, magnitudes)
+            scales, fired = _would_scale(rule, outer)
+        gradients = dict(zip(variables, gradients))
+        top = next((own for own in reversed(linear) if own > 0), 0.0)
         layers = []
-        for index, call in enumerate(trace.calls):
-            own, after = magnitudes[index], magnitudes[min(index + 1, len(magnitudes) - 1)]
+        for index, call in enumerate(calls):
+            own, after = linear[index], linear[min(index + 1, len(calls) - 1)]
             layers.append(
                 LayerSignal(
                     name=call.name,
                     kind=type(call.layer).__name__,
-                    positions=len(call.outputs.shape) > 2,
-                    forward_moment=float(root_mean_square(call.outputs, False)) ** 2,
+                    positions=len(call.linear.shape) > 2,
+                    forward_moment=_magnitude(call.linear) ** 2,
                     backward_moment=own**2,
                     error_to_next=ratio(own, after),
-                    error_to_top=ratio(own, magnitudes[-1]),
-                    gradient_ratio=_gradient_ratio(call.kernels, gradients, factor),
+                    error_to_top=ratio(own, top),
+                    gradient_ratio=_gradient_ratio(call.kernels, gradients, scale),
                     **dict(zip(("mean_cosine", "mean_abs_cosine"), mean_cosines(map(_matrices, call.kernels)))),
                     **_extremes(call, singular_values),
-                    image_share=_image_share(call.outputs, call.channels),
+                    image_share=_image_share(call.linear, call.channels),
                     dead_share=call.dead_share,
                     scale=scales[index],
                     fired=fired[index],
@@ -155,73 +147,85 @@ class Probe:
 
     def _loss(self, outputs):
         name = getattr(self.loss, "__name__", "")
-        if name.endswith("crossentropy") and (tf.reduce_min(outputs) < 0 or tf.reduce_max(outputs) > 1):
-            raise ValueError(
-                "`loss` must suit the model's outputs, which are logits: give the loss object, with from_logits=True. "
-                f"Received: loss={name!r}"
-            )
         try:
+            if name.endswith("crossentropy") and (tf.reduce_min(outputs) < 0 or tf.reduce_max(outputs) > 1):
+                raise ValueError("these outputs are logits: give the loss object, with from_logits=True")
             return self.loss(self.y, outputs)
-        except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
+        except Exception as error:  # a loss of one's own may raise anything
             raise ValueError(
                 f"`y` and `loss` must suit the model's outputs {_shapes(outputs)}. Received: y of shape {_shapes(self.y)}, "
-                f"loss={self.loss!r} ({str(error).splitlines()[0]})"
+                f"loss={name or self.loss!r} ({first_line(error)})"
             ) from error
 
 
-class _Call:
-    """One call of a parametric layer: what it was given, what came out, what became of it."""
+class _InTraining(keras.Layer):
+    """Calls a function in the context of a layer that is called with `training=True`."""
 
-    def __init__(self, layer, name, kernels, inputs, outputs):
-        self.layer = layer
-        self.name = name
-        self.kernels = kernels
-        self.input_shape = inputs.shape
-        self.outputs = outputs
-        self.channels = 1 if getattr(layer, "data_format", None) == "channels_first" else len(outputs.shape) - 1
-        self.behind = outputs  # the same, behind the call's ErrorModulation
-        self.dead_share = math.nan
+    def __init__(self, function, name):
+        super().__init__(name=name, autocast=False)
+        self.function = function
+
+    def call(self, inputs, training=None):
+        return self.function()
 
 
-class _Trace:
-    """Calls layers and keeps what parametric ones return; follows each tensor back to the parametric layer it comes from."""
+def _checked_inputs(model, x):
+    """Returns x as a list of tensors, one for each of the model's inputs, in their types and ranks."""
+    expected = list(model.inputs)
+    if isinstance(x, dict):
+        names = [tensor.name for tensor in expected]
+        missing = [name for name in names if name not in x]
+        if missing:
+            raise ValueError(f"`x` must have an entry for each of the inputs {names}. Received: a dict with {sorted(x)}")
+        arrays = [x[name] for name in names]
+    else:
+        arrays = list(x) if isinstance(x, (list, tuple)) and len(expected) > 1 else [x]
+    shapes = [tuple(tensor.shape) for tensor in expected]
+    try:
+        tensors = [_fitted(array, tensor) for array, tensor in zip(arrays, expected)]
+    except Exception as error:
+        raise ValueError(
+            f"`x` must be arrays of shape {_one(shapes)}. Received: {type(x).__name__} ({first_line(error)})"
+        ) from error
+    received = [tuple(tensor.shape) for tensor in tensors]
+    sizes = {shape[0] for shape in received if shape}
+    if len(arrays) != len(expected) or not all(map(_agree, shapes, received)) or len(sizes) != 1 or min(sizes) < 2:
+        raise ValueError(
+            f"`x` must be a batch of at least 2 for inputs of shape {_one(shapes)}. "
+            f"Received: {len(arrays)} arrays of shape {_one(received)}"
+        )
+    return tensors if len(tensors) > 1 else tensors[0]
 
-    def __init__(self, kernels):
-        self.kernels = kernels
-        self.calls = []
-        self.branches = False
-        self.modulated = False
-        self.tensors = {}  # id of a tensor -> [the tensor, index of the call it comes from or None, whether it was taken]
 
-    def call(self, layer, *args, **kwargs):
-        taken = [self.tensors[id(t)] for t in keras.tree.flatten((args, kwargs)) if id(t) in self.tensors]
-        self.branches = self.branches or len(taken) > 1 or any(used for _, _, used in taken)
-        for entry in taken:
-            entry[2] = True
-        source = max((index for _, index, _ in taken if index is not None), default=None)
-        outputs = layer(*args, **kwargs)
-        first = keras.tree.flatten(outputs)[0]
-        if id(layer) in self.kernels:
-            names = [call.name for call in self.calls]
-            name, again = layer.name, 2
-            while name in names:  # one layer called again, or a namesake in another nested model
-                name, again = f"{layer.name} ({again})", again + 1
-            self.calls.append(_Call(layer, name, self.kernels[id(layer)], keras.tree.flatten(args)[0], first))
-            source = len(self.calls) - 1
-        elif isinstance(layer, ErrorModulation) and source is not None:
-            self.calls[source].behind, self.modulated = first, True
-        if source is not None and self._activates(layer):
-            call = self.calls[source]
-            if math.isnan(call.dead_share):
-                call.dead_share = _constant_share(first, call.channels)
-        for tensor in keras.tree.flatten(outputs)[: 1 if isinstance(layer, ErrorModulation) else None]:
-            self.tensors[id(tensor)] = [tensor, source, False]
-        return outputs
+def _fitted(array, expected):
+    """A tensor of the input's type; a last axis of one channel is added or taken away, as `fit` does."""
+    tensor = tf.cast(tf.convert_to_tensor(array), expected.dtype)
+    rank = len(expected.shape)
+    if len(tensor.shape) == rank - 1 and expected.shape[-1] == 1:
+        return tensor[..., tf.newaxis]
+    return tf.squeeze(tensor, -1) if len(tensor.shape) == rank + 1 and tensor.shape[-1] == 1 else tensor
 
-    def _activates(self, layer):
-        if id(layer) in self.kernels:
-            return getattr(layer, "activation", None) not in (None, keras.activations.linear)
-        return isinstance(layer, _ACTIVATIONS) or type(layer).__name__ in ("Relu", "Relu6")  # the latter: keras.ops
+
+def _agree(expected, received):
+    return len(expected) == len(received) and all(size in (None, own) for size, own in zip(expected[1:], received[1:]))
+
+
+def _checked_loss(loss):
+    message = f"`loss` must be one Keras loss, its name, or a function of (y, outputs). Received: loss={loss!r}"
+    if loss is None or isinstance(loss, (dict, list, tuple)):
+        raise ValueError(message)
+    try:
+        return keras.losses.get(loss)
+    except (ValueError, TypeError) as error:
+        raise ValueError(message) from error
+
+
+def _magnitude(tensor, scale=1.0):
+    return 0.0 if tensor is None else float(root_mean_square(tf.convert_to_tensor(tensor), False)) / scale
+
+
+def _is_finite(tensor):
+    return bool(tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(tensor))))
 
 
 def _would_scale(rule, magnitudes):
@@ -237,11 +241,11 @@ def _would_scale(rule, magnitudes):
 
 def _gradient_ratio(kernels, gradients, factor):
     pairs = [(kernel.variable.value, gradients[id(kernel.variable)]) for kernel in kernels]
-    if all(gradient is None for _, gradient in pairs):
+    pairs = [(tf.cast(w, tf.float64), tf.cast(g, tf.float64)) for w, g in pairs if g is not None]
+    if not pairs:
         return math.nan
-    squares = [np.sum(np.square(np.asarray(tf.convert_to_tensor(g), np.float64))) for _, g in pairs if g is not None]
-    norms = [np.sum(np.square(np.asarray(w, np.float64))) for w, g in pairs if g is not None]
-    return ratio(math.sqrt(sum(squares)) / factor, math.sqrt(sum(norms)))
+    norms = [math.sqrt(sum(float(tf.reduce_sum(tf.square(tensor))) for tensor in tensors)) for tensors in zip(*pairs)]
+    return ratio(norms[1] / factor, norms[0])
 
 
 def _matrices(kernel):
@@ -268,13 +272,9 @@ def _image_share(outputs, channels):
     return ratio(between, float(tf.reduce_mean(tf.math.reduce_variance(outputs, others))))
 
 
-def _constant_share(outputs, channels):
-    """The share of channels that are the same for all images and positions: no signal, and no gradient, passes."""
-    channels = min(channels, len(outputs.shape) - 1)
-    others = [axis for axis in range(len(outputs.shape)) if axis != channels]
-    constant = tf.equal(tf.reduce_max(outputs, others), tf.reduce_min(outputs, others))
-    return float(tf.reduce_mean(tf.cast(constant, tf.float32)))
-
-
 def _shapes(structure):
     return keras.tree.map_structure(lambda tensor: tuple(tensor.shape), structure)
+
+
+def _one(values):
+    return values[0] if len(values) == 1 else values

@@ -17,8 +17,8 @@ class LayerSignal:
     name: str
     kind: str  # the layer's class
     positions: bool  # the output has positions (a convolution's pixels) beside batch and channels
-    forward_moment: float  # mean of squares of the output
-    backward_moment: float  # q, mean of squares of the error at the output, what the kernel's gradient is made of
+    forward_moment: float  # mean of squares of the output, before the layer's own activation
+    backward_moment: float  # q, mean of squares of the error there, which is what the kernel's gradient is made of
     error_to_next: float  # magnitude (root of q) over that of the next parametric layer up
     error_to_top: float  # the same over the topmost parametric layer's
     gradient_ratio: float  # norm of the kernel's gradient over the kernel's norm
@@ -28,7 +28,7 @@ class LayerSignal:
     kernel_largest: float
     operator_smallest: float  # singular values of the layer's linear map on this input size
     operator_largest: float
-    image_share: float  # share of the output's variance that tells images apart; the rest is one pattern over positions
+    image_share: float  # share of the output's variance that lies between images; the rest is one pattern over positions
     dead_share: float  # share of channels that the following activation makes constant
     scale: float  # what modulation multiplies the error by, or would
     fired: bool
@@ -47,14 +47,17 @@ class SignalReport:
     def growth(self):
         """The error's growth going down, `(total, per layer, number of steps)`.
 
-        Told between convolutions (layers whose output has positions), where there are several: pooling shrinks the error by
-        arithmetic alone. The lowest layer is left out: it reads the input, whose scale is arbitrary, and so is its error's.
+        Told between convolutions (layers whose output has positions) where there are several, or else between the other
+        layers, never from one kind to the other: pooling shrinks the error by arithmetic alone. Of three or more, the lowest is
+        left out: it reads the input, whose scale is arbitrary, and so is its error's. NaN where there is nothing to compare.
         """
-        spatial = [layer for layer in self.layers if layer.positions]
-        chosen = spatial if len(spatial) > 1 else list(self.layers)
+        kinds = [[layer for layer in self.layers if layer.positions is positions] for positions in (True, False)]
+        chosen = next((kind for kind in kinds if len(kind) > 1), [])
         chosen = chosen[1:] if len(chosen) > 2 else chosen
+        if not chosen:
+            return math.nan, math.nan, 0
         total, steps = ratio(chosen[0].backward_moment, chosen[-1].backward_moment) ** 0.5, len(chosen) - 1
-        return total, total ** (1 / steps) if steps and total > 0 else math.nan, steps
+        return total, total ** (1 / steps) if total > 0 else math.nan, steps
 
     @property
     def findings(self):
@@ -64,30 +67,33 @@ class SignalReport:
             found.append(f"the loss is {self.loss}: nothing below it can be trusted")
         broken = [layer.name for layer in self.layers if not math.isfinite(layer.backward_moment)]
         if broken:
-            found.append(f"the error is not finite at {len(broken)} layers, from {broken[-1]!r} down")
+            found.append(f"the error is not finite at {_count(broken, 'layer')}, from {broken[-1]!r} down")
         silent = [layer.name for layer in self.layers if layer.backward_moment == 0]
         if silent:
             found.append(f"no error reaches {len(silent)} of {len(self.layers)} layers: {_named(silent)}")
         total, per_layer, steps = self.growth
         if steps and not silent and not broken and not 0.1 <= total <= 10:
             verb = "grows" if total > 1 else "shrinks"
-            found.append(f"the error {verb} {per_layer:.3g} times a layer going down: {total:.2g} over {steps} layers")
+            found.append(
+                f"the error {verb} {per_layer:.3g} times a layer going down: {total:.2g} over {_count(steps, 'layer')}"
+            )
         shares = [(layer.image_share, layer.name) for layer in self.layers if layer.image_share < 0.2]
         if shares:
             share, name = min(shares)
             found.append(
-                f"the images drown: at {name!r} {100 * share:.2g} % of the variance tells images apart, the rest is one "
-                f"pattern over positions, as zero-padded borders draw it ({len(shares)} layers are below 20 %)"
+                f"only {100 * share:.2g} % of the variance at {name!r} is between images, the rest is one pattern over "
+                f"positions, as zero-padded borders draw it ({_count(shares, 'layer')} below 20 %)"
             )
         dead = [(layer.dead_share, layer.name) for layer in self.layers if layer.dead_share > 0.3]
         if dead:
             share, name = max(dead)
-            found.append(f"{100 * share:.0f} % of the channels behind {name!r} are dead ({len(dead)} layers are above 30 %)")
+            found.append(f"{100 * share:.0f} % of the channels behind {name!r} are dead ({_count(dead, 'layer')} above 30 %)")
         return found
 
     def __str__(self):
         total, _, steps = self.growth
-        healthy = f"nothing is wrong: the error keeps its magnitude ({total:.2g} over {steps} layers going down)"
+        healthy = f"nothing is wrong: the error keeps its magnitude ({total:.2g} over {_count(steps, 'layer')} going down)"
+        healthy = healthy if steps else "nothing is wrong, and there are too few layers to tell the error's growth"
         did = "modulation did" if self.modulated else "modulation would do"
         fired = sum(layer.fired for layer in self.layers)
         lines = [f"{self.model}: {'; '.join(self.findings) or healthy}"]
@@ -96,7 +102,7 @@ class SignalReport:
             "error: its magnitude over the top layer's; gradient: the kernel's, over its norm; W, operator: singular values"
         )
         width = max(len(layer.name) for layer in self.layers)
-        header = ("forward", "error", "gradient", "cosine", "W", "operator", "images", "dead", "scale")
+        header = ("forward", "error", "gradient", "|cosine|", "W", "operator", "images", "dead", "scale")
         sizes = (9, 9, 9, 9, 13, 13, 6, 5, 9)
         lines.append(" ".join(["layer".ljust(width), *(name.rjust(size) for name, size in zip(header, sizes))]))
         table = []
@@ -154,6 +160,11 @@ def ratio(numerator, denominator):
 
 def _percent(share):
     return "" if math.isnan(share) else f"{100 * share:.0f} %"
+
+
+def _count(things, noun):
+    number = things if isinstance(things, int) else len(things)
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _named(names, shown=3):

@@ -33,15 +33,18 @@ def mean_cosines(kernels):
         columns = np.asarray(matrices, np.float64)
         norms = np.linalg.norm(columns, axis=1, keepdims=True)
         columns = columns / np.where(norms > 0, norms, 1)
-        cosines = columns.swapaxes(1, 2) @ columns
-        above = np.triu_indices(cosines.shape[-1], 1)
-        chosen = cosines[:, above[0], above[1]]
-        total, absolute, pairs = total + chosen.sum(), absolute + np.abs(chosen).sum(), pairs + chosen.size
+        count, _, number = columns.shape
+        for start in range(0, number, 1024):  # a head of 50,000 classes has too many pairs to hold at once
+            block = columns[:, :, start : start + 1024]
+            cosines = block.swapaxes(1, 2) @ columns
+            own = np.square(block).sum()  # each column with itself
+            total, absolute = total + (cosines.sum() - own) / 2, absolute + (np.abs(cosines).sum() - own) / 2
+        pairs += count * number * (number - 1) // 2
     return (float(total / pairs), float(absolute / pairs)) if pairs else (math.nan, math.nan)
 
 
 def kernel_extremes(kernel, layout="standard", groups=1):
-    """Returns the smallest and the largest singular value of a kernel read as matrices, two floats.
+    """Returns the smallest and the largest singular value of a kernel read as matrices, two floats; NaN if it is not finite.
 
     Args:
         kernel: Tensor of rank 2 to 5.
@@ -49,6 +52,8 @@ def kernel_extremes(kernel, layout="standard", groups=1):
         groups: See `OrthonormalRegularizer`.
     """
     matrices = np.asarray(as_matrices(np.asarray(kernel, np.float64), layout, groups))
+    if not np.isfinite(matrices).all():
+        return math.nan, math.nan
     values = np.linalg.svd(matrices, compute_uv=False)
     return float(values.min()), float(values.max())
 
@@ -57,13 +62,13 @@ def operator_extremes(layer, input_shape):
     """Returns the smallest and the largest singular value of a layer's linear map on inputs of one size, two floats.
 
     A convolution with periodic borders is block-diagonal over frequencies, so its singular values are those of one small
-    matrix for each frequency, by FFT. Keras pads with zeros or not at all; the difference is confined to the border.
-    With a stride, the frequencies that it folds onto each other share a matrix. An input size that the stride does
-    not divide is rounded up. A Dense or EinsumDense layer's map is its kernel. The values come from the eigenvalues of
-    Gram matrices: one below 1e-7 of the largest is not resolved.
+    matrix for each frequency, the kernel's Fourier transform there. Keras pads with zeros or not at all; the difference is
+    confined to the border. With a stride, the frequencies that it folds onto each other share a matrix. An input size that the
+    stride does not divide is rounded up. A Dense layer's map is its kernel. The values come from the eigenvalues of Gram
+    matrices: one below 1e-7 of the largest is not resolved. A kernel that is not finite gives NaN.
 
     Args:
-        layer: A built convolution of any kind, Dense or EinsumDense.
+        layer: A built convolution of any kind, or Dense.
         input_shape: Tuple, the shape of the layer's input with or without sizes of batch (`None` is fine there).
 
     Returns:
@@ -95,24 +100,36 @@ def convolution_extremes(kernel, groups, sizes, strides, dilations):
         strides: Tuple of ints.
         dilations: Tuple of ints.
     """
-    kernel, axes = np.asarray(kernel, np.float64), len(sizes)
-    sizes = tuple(-(-size // stride) * stride for size, stride in zip(sizes, strides))
-    placed = np.zeros((*sizes, *kernel.shape[axes:]))
-    for offset in np.ndindex(*kernel.shape[:axes]):  # a window wider than the image wraps around
-        placed[tuple(o * d % size for o, d, size in zip(offset, dilations, sizes))] += kernel[offset]
-    spectrum = np.fft.fftn(placed, axes=range(axes))
+    kernel = np.asarray(kernel, np.float64)
+    axes = len(sizes)
+    if not np.isfinite(kernel).all():
+        return math.nan, math.nan
+    if all(size == 1 for size in (*kernel.shape[:axes], *strides)):  # the same matrix at every frequency
+        sizes = (1,) * axes
+    folded = [-(-size // stride) for size, stride in zip(sizes, strides)]
+    kept = [*folded[:-1], folded[-1] // 2 + 1]  # the kernel is real: the other frequencies are conjugates of these
+    frequencies = _grid(kept)
     # Frequencies f, f + m, f + 2m, ... (m = size / stride) fall onto each other: their matrices stand side by side.
-    split = [part for size, stride in zip(sizes, strides) for part in (stride, size // stride)]
-    folded, kept = [2 * axis for axis in range(axes)], [2 * axis + 1 for axis in range(axes)]
-    spectrum = spectrum.reshape(*split, *kernel.shape[axes:]).transpose(*kept, *folded, 2 * axes, 2 * axes + 1)
-    last = split[-1] // 2 + 1  # the kernel is real: the other frequencies are conjugates of these
-    spectrum = spectrum[(slice(None),) * (axes - 1) + (slice(last),)]
-    matrices = spectrum.reshape(-1, math.prod(strides) * kernel.shape[axes], groups, kernel.shape[-1] // groups)
-    matrices = matrices.transpose(0, 2, 1, 3) / math.sqrt(math.prod(strides))
-    if matrices.shape[2] < matrices.shape[3]:
-        matrices = matrices.swapaxes(2, 3)
-    values = np.linalg.eigvalsh(np.conj(matrices.swapaxes(2, 3)) @ matrices)
-    return math.sqrt(max(0.0, values.min())), math.sqrt(values.max())
+    aliases = _grid(strides) * folded
+    offsets = _grid(kernel.shape[:axes]) * dilations / np.multiply(folded, strides)
+    taps = kernel.reshape(len(offsets), *kernel.shape[axes:])
+    smallest, largest = math.inf, 0.0
+    rows = math.prod(strides) * kernel.shape[axes]
+    step = max(1, 4_000_000 // (rows * kernel.shape[-1]))  # matrices at a time: a wide layer has large ones
+    for start in range(0, len(frequencies), step):
+        each = frequencies[start : start + step, np.newaxis] + aliases
+        matrices = np.tensordot(np.exp(-2j * np.pi * each @ offsets.T), taps, 1)
+        matrices = matrices.reshape(len(each), rows, groups, kernel.shape[-1] // groups).transpose(0, 2, 1, 3)
+        if matrices.shape[2] < matrices.shape[3]:
+            matrices = matrices.swapaxes(2, 3)
+        values = np.linalg.eigvalsh(np.conj(matrices.swapaxes(2, 3)) @ matrices) / math.prod(strides)
+        smallest, largest = min(smallest, values.min()), max(largest, values.max())
+    return math.sqrt(max(0.0, smallest)), math.sqrt(max(0.0, largest))
+
+
+def _grid(counts):
+    """All tuples of indices below `counts`, an array `(number, axes)`."""
+    return np.stack([axis.ravel() for axis in np.indices(counts)], axis=-1)
 
 
 def _as_grouped(layer):

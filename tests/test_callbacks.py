@@ -73,9 +73,22 @@ def test_a_run_that_goes_on_keeps_its_lines(tmp_path):
 
 
 def test_a_copy_works(tmp_path):
-    monitor = copy.deepcopy(ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path))
+    monitor = copy.deepcopy(ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path / "first"))
     fit(compiled(), monitor, epochs=1)
-    assert (tmp_path / "signals.png").exists()
+    assert (tmp_path / "first" / "signals.png").exists()
+    used = copy.deepcopy(monitor)
+    used.directory = tmp_path / "second"
+    fit(compiled(), used, epochs=1)
+    assert (tmp_path / "second" / "signals.png").exists()
+
+
+def test_a_file_with_other_columns_is_refused(tmp_path):
+    model = compiled()
+    fit(model, epochs=1)
+    (tmp_path / "signals.csv").write_text("step,name\n3,conv\n")
+    with pytest.raises(ValueError, match="must be a file with the columns"):
+        fit(model, ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path), epochs=1)
+    assert (tmp_path / "signals.csv").read_text() == "step,name\n3,conv\n"
 
 
 def test_under_a_strategy(tmp_path, two_replicas):

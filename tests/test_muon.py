@@ -24,7 +24,9 @@ def test_orthonormal_factor_is_the_polynomial_of_the_singular_values(shape, scal
     expected = (u * polynomial(values / np.linalg.norm(values))) @ v
     found = orthonormal_factor(tf.constant(kernel * scale, tf.float32)).numpy()
     np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=2e-5)
-    assert 0.6 < np.linalg.svd(found.reshape(expected.shape), compute_uv=False)[0] < 1.3
+    if values[-1] > 0.01 * np.linalg.norm(values):
+        reached = np.linalg.svd(found.reshape(expected.shape), compute_uv=False)
+        assert reached[-1] > 0.68 and reached[0] < 1.135
 
 
 def test_nothing_comes_of_nothing():
@@ -67,6 +69,35 @@ def test_every_layer_of_an_exploding_net_moves_as_far():
     assert muon.max() / muon.min() < 1.5 and 0.006 < muon.min() < muon.max() < 0.012
 
 
+def test_biases_and_embeddings_of_rank_2_are_moved_by_adam():
+    inputs = keras.Input((3,), dtype="int32")
+    x = keras.layers.Embedding(7, 4)(inputs)
+    x = keras.layers.MultiHeadAttention(2, 4)(x, x)
+    model = keras.Model(inputs, keras.layers.Dense(10)(keras.layers.Flatten()(x)))
+    optimizer = ortho_keras.Muon(0.01)
+    optimizer.build(model.trainable_variables)
+    adam = {v.path for v, squares in zip(model.trainable_variables, optimizer._squares) if squares is not None}
+    assert adam == {v.path for v in model.trainable_variables if v.name in ("bias", "embeddings")} and len(adam) == 6
+
+
+def test_two_replicas_step_as_one(two_replicas):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(16, 8, 8, 1)).astype("float32"), rng.integers(10, size=16)
+
+    def trained():
+        model = ortho_keras.plain_cnn(8, (8, 8, 1), bn_synchronized=True, seed=0)
+        model.compile(ortho_keras.Muon(0.01), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        return model
+
+    alone = trained()
+    with two_replicas.scope():
+        shared = trained()
+    for model in (alone, shared):
+        model.fit(x, y, batch_size=16, epochs=2, shuffle=False, verbose=0)
+    for mine, theirs in zip(alone.get_weights(), shared.get_weights()):
+        np.testing.assert_allclose(mine, theirs, atol=2e-4)
+
+
 def test_it_saves_and_loads(tmp_path):
     model = ortho_keras.plain_cnn(8, (8, 8, 1), seed=0)
     model.compile(ortho_keras.Muon(0.01, momentum=0.7), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
@@ -87,6 +118,8 @@ def test_it_saves_and_loads(tmp_path):
         ({"momentum": 1.0}, "`momentum` must be at least 0 and below 1. Received: momentum=1.0"),
         ({"beta_2": -0.1}, "`beta_2` must be at least 0 and below 1"),
         ({"vector_rate": -1}, "`vector_rate` must be at least 0"),
+        ({"momentum": "a"}, "`momentum` must be at least 0 and below 1. Received: momentum='a'"),
+        ({"vector_rate": None}, "`vector_rate` must be at least 0"),
         ({"epsilon": 0}, "`epsilon` above 0"),
     ],
 )

@@ -84,7 +84,8 @@ def test_zero_padding_drowns_the_images_where_activations_have_a_mean():
     x, y = batch((8, 8, 1), 32)
     drowned = ortho_keras.plain_cnn(44, (8, 8, 1), bn_shift=2.0, seed=0)
     report = ortho_keras.signal_report(drowned, x, y, LOGITS, singular_values=False)
-    assert "the images drown" in str(report).splitlines()[0]
+    worst = min(layer.image_share for layer in report.layers if layer.positions)
+    assert worst < 0.01 and f"only {100 * worst:.2g} % of the variance at " in str(report).splitlines()[0]
     shifted = ortho_keras.plain_cnn(44, (8, 8, 1), relu_shift=2.0, seed=0)
     report = ortho_keras.signal_report(shifted, x, y, LOGITS, singular_values=False)
     assert min(layer.image_share for layer in report.layers if layer.positions) > 0.5
@@ -104,6 +105,139 @@ def test_image_share_and_dead_channels_by_hand():
     layer = ortho_keras.signal_report(model, x, np.ones((4, 1), np.float32), "mean_squared_error").layers[0]
     assert layer.image_share == pytest.approx(1 / (1 + 4))
     assert layer.dead_share == pytest.approx(1 / 3)
+
+
+def report_of(model, shape=(6,), loss=LOGITS, **kwargs):
+    return ortho_keras.signal_report(model, *batch(shape, 16), loss, **kwargs)
+
+
+def figures(report):
+    return [[layer.forward_moment, layer.backward_moment, layer.gradient_ratio, layer.dead_share] for layer in report.layers]
+
+
+def test_activations_inside_a_layer_or_behind_it_are_the_same_net():
+    def net(fused):
+        keras.utils.set_random_seed(1)
+        layers = [keras.Input((6,))]
+        for _ in range(3):
+            layers += [keras.layers.Dense(8, activation="relu")] if fused else [keras.layers.Dense(8), keras.layers.ReLU()]
+        return keras.Sequential([*layers, keras.layers.Dense(10)])
+
+    np.testing.assert_allclose(figures(report_of(net(True))), figures(report_of(net(False))), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "head,classes,loss", [("softmax", 10, "sparse_categorical_crossentropy"), ("sigmoid", 1, "binary_crossentropy")]
+)
+def test_a_head_of_probabilities_equals_one_of_logits(head, classes, loss):
+    def net(activation):
+        keras.utils.set_random_seed(1)
+        layers = [
+            keras.Input((6,)),
+            keras.layers.Dense(8, activation="relu"),
+            keras.layers.Dense(classes, activation=activation),
+        ]
+        return keras.Sequential(layers)
+
+    x, y = batch((6,), 16, 2)
+    y = y.astype("float32")[:, None] if classes == 1 else y
+    logits = LOGITS if classes > 1 else keras.losses.BinaryCrossentropy(from_logits=True)
+    probabilities, expected = (ortho_keras.signal_report(net(a), x, y, b) for a, b in ((head, loss), (None, logits)))
+    np.testing.assert_allclose(figures(probabilities)[0], figures(expected)[0], rtol=1e-4)
+    np.testing.assert_allclose(figures(probabilities)[1][:3], figures(expected)[1][:3], rtol=1e-4)
+    assert probabilities.layers[-1].error_to_top == 1
+
+
+def test_training_mode_reaches_layers_that_take_no_such_argument():
+    @keras.saving.register_keras_serializable(package="test")
+    class Block(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.normalization = keras.layers.Dense(8), keras.layers.BatchNormalization()
+
+        def call(self, x):
+            return self.normalization(self.dense(x))
+
+    model = keras.Sequential([keras.Input((6,)), Block(), keras.layers.Dense(10)])
+    x, y = batch((6,), 16)
+    report = ortho_keras.signal_report(model, 100 + 50 * x, y, LOGITS)
+    assert report.loss == pytest.approx(float(LOGITS(y, model(100 + 50 * x, training=True))), rel=1e-5)
+    assert [layer.kind for layer in report.layers] == ["Block", "Dense"]
+
+
+def test_kernels_that_training_mode_moves_are_put_back():
+    model = keras.Sequential(
+        [keras.Input((6,)), keras.layers.SpectralNormalization(keras.layers.Dense(8)), keras.layers.Dense(10)]
+    )
+    before = [weight.copy() for weight in model.get_weights()]
+    report_of(model)
+    for old, new in zip(before, model.get_weights()):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_inputs_as_fit_takes_them():
+    a, b = keras.Input((4,), name="a"), keras.Input((3,), name="b")
+    outputs = keras.layers.Dense(10)(keras.layers.Concatenate()([keras.layers.Dense(5)(b), keras.layers.Dense(6)(a)]))
+    model = keras.Model([b, a], outputs)
+    (xa, y), (xb, _) = batch((4,)), batch((3,))
+    by_name, in_order = (ortho_keras.signal_report(model, x, y, LOGITS) for x in ({"a": xa, "b": xb}, [xb, xa]))
+    assert by_name == in_order and by_name.loss == pytest.approx(float(LOGITS(y, model([xb, xa]))), rel=1e-5)
+    with pytest.raises(
+        ValueError, match=r"`x` must have an entry for each of the inputs \['b', 'a'\]. Received: a dict with \['a'\]"
+    ):
+        ortho_keras.signal_report(model, {"a": xa}, y, LOGITS)
+    with pytest.raises(ValueError, match="Received: 3 arrays"):
+        ortho_keras.signal_report(model, [xb, xa, xa], y, LOGITS)
+
+    convolution = keras.Sequential(
+        [keras.Input((8, 8, 1)), keras.layers.Conv2D(4, 3), keras.layers.Flatten(), keras.layers.Dense(10)]
+    )
+    pixels = np.random.default_rng(0).integers(256, size=(8, 8, 8)).astype("uint8")
+    flat, full = (ortho_keras.signal_report(convolution, x, y, LOGITS) for x in (pixels, pixels[..., None].astype("float32")))
+    assert flat == full
+
+
+def test_a_subclassed_model_inside_is_one_layer():
+    class Inner(keras.Model):
+        def __init__(self):
+            super().__init__(name="inner")
+            self.dense = keras.layers.Dense(10)
+
+        def call(self, x):
+            return self.dense(x)
+
+    inputs = keras.Input((6,))
+    report = report_of(keras.Model(inputs, keras.layers.Dense(10, name="top")(Inner()(inputs))))
+    assert [layer.name for layer in report.layers] == ["inner", "top"] and report.layers[0].gradient_ratio > 0
+    assert len(report_of(keras.Model(inputs, keras.layers.ReLU()(Inner()(inputs)))).layers) == 1
+
+
+def test_layers_called_by_keyword():
+    inputs = keras.Input((5, 6))
+    base = keras.Sequential([keras.Input((5, 6)), keras.layers.Dense(6, name="inside")])
+    x = keras.layers.MultiHeadAttention(2, 3, name="attention")(query=inputs, value=base(inputs=inputs))
+    model = keras.Model(inputs, keras.layers.Dense(10, name="top")(keras.layers.Flatten()(x)))
+    assert [layer.name for layer in report_of(model, (5, 6)).layers] == ["inside", "attention", "top"]
+
+
+def test_growth_is_not_told_across_pooling():
+    layers = [keras.Input((16, 16, 1)), keras.layers.Conv2D(4, 3, name="conv"), keras.layers.GlobalAveragePooling2D()]
+    report = report_of(keras.Sequential([*layers, keras.layers.Dense(10)]), (16, 16, 1))
+    assert math.isnan(report.growth[0]) and report.growth[2] == 0
+    assert "nothing is wrong, and there are too few layers to tell the error's growth" in str(report)
+
+
+def test_an_activation_function_counts_its_dead_channels():
+    inputs = keras.Input((6,))
+    x = keras.layers.Dense(4, bias_initializer=keras.initializers.Constant(-100.0), name="dead")(inputs)
+    report = report_of(keras.Model(inputs, keras.layers.Dense(10)(keras.activations.relu(x))))
+    assert report.layers[0].dead_share == 1
+
+
+def test_an_input_that_two_layers_take_makes_no_chain():
+    inputs = keras.Input((6,))
+    x = keras.layers.Concatenate()([keras.layers.Dense(8)(inputs), inputs])
+    assert all(math.isnan(layer.scale) for layer in report_of(keras.Model(inputs, keras.layers.Dense(10)(x))).layers)
 
 
 def noisy_model():
@@ -170,7 +304,6 @@ def test_half_precision(policy):
     keras.config.set_dtype_policy(policy)
     model = ortho_keras.plain_cnn(14, (8, 8, 1), seed=0)
     model.compile(keras.optimizers.SGD(0.01), LOGITS)  # float16: Keras adds the loss scaling
-    model.optimizer.build(model.trainable_variables)
     half = ortho_keras.signal_report(model, x, y)
     assert half.loss == pytest.approx(full.loss, rel=0.05)
     for a, b in zip(full.layers, half.layers):
@@ -193,10 +326,11 @@ def test_a_dead_net_and_a_broken_one():
     model.get_layer("dead").bias.assign([-100.0] * 4)
     report = ortho_keras.signal_report(model, x, y, LOGITS)
     assert report.findings[0] == "no error reaches 1 of 2 layers: dead"
-    assert report.findings[1] == "100 % of the channels behind 'dead' are dead (1 layers are above 30 %)"
+    assert report.findings[1] == "100 % of the channels behind 'dead' are dead (1 layer above 30 %)"
     model.get_layer("dead").kernel.assign(np.full((4, 4), np.nan))
-    broken = ortho_keras.signal_report(model, x, y, LOGITS, singular_values=False)
+    broken = ortho_keras.signal_report(model, x, y, LOGITS)
     assert str(broken).startswith(f"{model.name}: the loss is nan")
+    assert math.isnan(broken.layers[0].kernel_largest) and math.isnan(broken.layers[0].operator_largest)
 
 
 def test_files_and_table(tmp_path):
@@ -256,13 +390,40 @@ DENSE = [keras.Input((4,)), keras.layers.Dense(10)]
         (lambda: "net", 8, 8, LOGITS, "`model` must be a built Keras model"),
         (lambda: keras.Sequential([keras.layers.Dense(3)]), 8, 8, LOGITS, "`model` must be a built Keras model"),
         (subclassed, 8, 8, LOGITS, "`model` must be a Functional or Sequential model"),
-        (lambda: keras.Sequential([keras.Input((4,)), keras.layers.ReLU()]), 8, 8, LOGITS, "must have a convolution, dense or"),
-        (lambda: keras.Sequential(list(DENSE)), 1, 1, LOGITS, r"`x` must be a batch of at least 2. .* shape \(1, 4\)"),
+        (lambda: keras.Sequential([keras.Input((4,)), keras.layers.ReLU()]), 8, 8, LOGITS, "must call a convolution, dense or"),
+        (lambda: keras.Sequential(list(DENSE)), 1, 1, LOGITS, r"`x` must be a batch of at least 2 .* \(1, 4\)"),
         (lambda: keras.Sequential(list(DENSE)), 8, 8, None, "`loss` must be given for a model that is not compiled"),
+        (
+            lambda: keras.Sequential(list(DENSE)),
+            8,
+            8,
+            "nonsense",
+            "`loss` must be one Keras loss, .* Received: loss='nonsense'",
+        ),
+        (lambda: keras.Sequential(list(DENSE)), 8, 8, {"a": "mse"}, "`loss` must be one Keras loss, its name, or a function"),
+        (
+            lambda: keras.Sequential([keras.Input((5,)), keras.layers.Dense(10)]),
+            8,
+            8,
+            LOGITS,
+            r"`x` must be .* \(None, 5\). .* \(8, 4\)",
+        ),
         (lambda: keras.Sequential(list(DENSE)), 8, 5, LOGITS, r"`y` and `loss` must suit .*\(8, 10\)"),
         (lambda: keras.Sequential(list(DENSE)), 8, 8, "sparse_categorical_crossentropy", "give the loss object, with from_"),
     ],
-    ids=["no model", "not built", "subclassed", "no kernels", "one image", "no loss", "other targets", "probabilities"],
+    ids=[
+        "no model",
+        "not built",
+        "subclassed",
+        "no kernels",
+        "one image",
+        "no loss",
+        "unknown loss",
+        "two losses",
+        "other inputs",
+        "other targets",
+        "probabilities",
+    ],
 )
 def test_bad_input(model, x, y, loss, message):
     with pytest.raises(ValueError, match=message):
