@@ -406,7 +406,7 @@ DENSE = [keras.Input((4,)), keras.layers.Dense(10)]
             8,
             8,
             LOGITS,
-            r"`x` must be .* \(None, 5\). .* \(8, 4\)",
+            r"`x` .* \(None, 5\). .* \(8, 4\)",
         ),
         (lambda: keras.Sequential(list(DENSE)), 8, 5, LOGITS, r"`y` and `loss` must suit .*\(8, 10\)"),
         (lambda: keras.Sequential(list(DENSE)), 8, 8, "sparse_categorical_crossentropy", "give the loss object, with from_"),
