@@ -1,5 +1,6 @@
 """What `load_data` returned, or how it refused."""
 
+import numpy as np
 import pytest
 
 from ortho_keras.data import load_data
