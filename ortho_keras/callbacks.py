@@ -109,12 +109,14 @@ class SignalMonitor(keras.callbacks.Callback):
         if steps_taken(self.model) > self._last:
             self._measure()
         self._writer.close()
-        steps = sorted({row["step"] for row in self._rows})
-        names = list(dict.fromkeys(row["name"] for row in self._rows))
+        steps = {step: column for column, step in enumerate(sorted({row["step"] for row in self._rows}))}
+        names = {name: line for line, name in enumerate(dict.fromkeys(row["name"] for row in self._rows))}
         ratios = np.full((len(names), len(steps)), np.nan)
         for row in self._rows:
-            ratios[names.index(row["name"]), steps.index(row["step"])] = row["error_to_top"]
-        plot_heat_map(steps, names, ratios, self.directory / "signals.png", f"{self.model.name}: the error on its way down")
+            ratios[names[row["name"]], steps[row["step"]]] = row["error_to_top"]
+        plot_heat_map(
+            list(steps), list(names), ratios, self.directory / "signals.png", f"{self.model.name}: the error on its way down"
+        )
 
     def _new_probe(self):
         model, loss = self.model, self.model.loss if self.loss is None else self.loss
