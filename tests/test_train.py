@@ -54,6 +54,8 @@ def wait_for_line(process, text):
             ["--dataset must be digits, folder:PATH or the name of a TFDS data set", "'no_such_data'"],
         ),
         (["--optimizer=newton"], ["--optimizer must be one of sgd, ", "'newton'"]),
+        (["--relu_shift=-0.5"], ["--relu_shift must be at least 0, or -1", "-0.5"]),
+        (["--signal_every=-1"], ["--signal_every must be at least 0", "-1"]),
         (["--factor=-1"], ["--factor must be at least 0", "-1.0"]),
         (["--factor=nan"], ["--factor must be a finite number", "nan"]),
         (["--factor=much"], ["flag --factor=much", "float"]),
@@ -230,3 +232,11 @@ def test_deterministic_runs_are_equal_to_the_bit(tmp_path, uninterrupted):
     weights = (keras.models.load_model(folder / "final.keras").get_weights() for folder in (tmp_path / "run", uninterrupted))
     for mine, expected in zip(*weights):
         np.testing.assert_array_equal(mine, expected)
+
+
+def test_input_size_is_image_size_and_the_recipe_fits_the_depth():
+    with flagsaver.flagsaver():
+        train.parse_flags(["train.py", "--recipe=digits", "--depth=1004", "--input_size=8"])
+        recipe, given = train.recipe_from_flags()
+    assert given == {"depth": 1004, "image_size": 8}
+    assert recipe.relu_shift == -1 and recipe.peak_learning_rate == pytest.approx(0.03 * 44 / 1004)
