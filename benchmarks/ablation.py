@@ -3,9 +3,9 @@
 python benchmarks/ablation.py --rung=digits --depths=20,44,110 --jobs=2
 
 Goes on where it was stopped: a run whose result file is there is not run again. An arm differs from the others in the
-values named below and in nothing else: data, steps, schedule, seeds are the rung's. The learning rate is that of `--rates`
-which reaches the highest validation accuracy with the search's seed, which the reported seeds do not contain; test
-images play no part in the choice.
+values named below and in nothing else: data, steps, schedule, seeds are the rung's. The learning rate (multiplied by 44 /
+depth) is that of `--rates` which reaches the highest validation accuracy with the search's seed, which the reported seeds
+do not contain; test images play no part in the choice.
 """
 
 import concurrent.futures
@@ -26,9 +26,9 @@ RATES = (0.003, 0.01, 0.03, 0.1)
 
 RUNGS = {
     "smoke": ["--recipe=digits", "--image_size=8", "--augment=none", "--epochs=1", "--width=2"],  # to try this script
-    "digits": ["--recipe=digits", "--image_size=8", "--augment=none", "--epochs=15", "--evaluate_every=5"],
-    "cifar16": ["--recipe=plain44_cifar10_short", "--image_size=16", "--epochs=4"],
-    "cifar32": ["--recipe=plain44_cifar10_short", "--epochs=5"],
+    "digits": ["--recipe=digits", "--rate_depth=44", "--image_size=8", "--augment=none", "--epochs=15", "--evaluate_every=5"],
+    "cifar16": ["--recipe=plain44_cifar10_short", "--rate_depth=44", "--image_size=16", "--epochs=4"],
+    "cifar32": ["--recipe=plain44_cifar10_short", "--rate_depth=44", "--epochs=5"],
 }
 STEPS = {"smoke": 20, "digits": 300, "cifar16": 1404, "cifar32": 1755}
 

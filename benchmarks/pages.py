@@ -114,8 +114,9 @@ def ablation_conditions(rung, runs):
     rates = sorted({rate for arms in runs.values() for arm in arms.values() for rate in arm})
     rates = ", ".join(f"{rate:g}" for rate in rates)
     return (
-        f"Test accuracy, % (mean ± deviation, seeds), at the rate chosen of {rates} by the validation accuracy of seed "
-        f"{SEARCH_SEED}. `train.py {' '.join(RUNGS[rung])}` and the arm's values; {', '.join(map(str, steps))} steps; "
+        f"Test accuracy, % (mean ± deviation, seeds), at the learning rate chosen of {rates} (each times 44 / layers) by the "
+        f"validation accuracy of seed {SEARCH_SEED}. `train.py {' '.join(RUNGS[rung])}` and the arm's values; "
+        f"{', '.join(map(str, steps))} steps; "
         f"commits {', '.join(commits)}; each run's command is in its file in `benchmarks/results/ablation/{rung}`."
     )
 

@@ -28,6 +28,8 @@ RECIPE = dataclasses.replace(
     epochs=8,
     batch_size=64,
     learning_rate=0.05,
+    rate_depth=0,
+    modulation="anchor",
     warmup_steps=0,
     evaluate_every=3,
 )

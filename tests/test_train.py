@@ -62,7 +62,7 @@ def wait_for_line(process, text):
         (["--depth=45"], ["--depth must be 6n + 2; the nearest are 44 and 50", "45"]),
         (["--batch_size=0"], ["--batch_size must be at least 1", "0"]),
         (["--batch_size=5000"], ["--batch_size must be at most the number of training images, 1293", "5000"]),
-        (["--network=residual"], ["--modulation must be off for --network residual", "'anchor'"]),
+        (["--network=residual", "--modulation=anchor"], ["--modulation must be off for --network residual", "'anchor'"]),
         (["--learning_rat=0.1"], ["Unknown command line flag 'learning_rat'"]),
         (["0.1"], ["every argument must be a flag", "0.1"]),
         (["--keep_checkpoints=0"], ["--keep_checkpoints must be at least 1", "0"]),
