@@ -281,7 +281,7 @@ def _result(name, recipe, model, history, test, runtime):
         },
         "device": {
             "type": device_names(),
-            "cpu_cores": os.cpu_count(),
+            "cpu_cores": _cpu_cores(),
             "machine": platform.machine(),
             "processor": _processor(),
             "runtime": runtime.describe(),
@@ -298,6 +298,11 @@ def _own_version():
     import ortho_keras
 
     return ortho_keras.__version__
+
+
+def _cpu_cores():
+    """The cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _processor():
