@@ -191,7 +191,7 @@ RECIPES = {
     ),
     **_with_control(
         "plain1004_digits",
-        _preset(_SMALL_DIGITS, "1,004 layers on digits of 8x8 pixels", depth=1004, evaluate_every=15),
+        _preset(_SMALL_DIGITS, "1,004 layers on digits of 8x8 pixels", depth=1004, epochs=40, evaluate_every=20),
     ),
     **_with_control(
         "plain44_cifar10",
