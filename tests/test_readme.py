@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import train
+from ortho_keras.recipes import RECIPES
 
 ROOT = pathlib.Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -30,5 +31,5 @@ def test_flags_and_names_exist():
     flags = set(re.findall(r"`--(?:no)?([a-z_0-9]+)", README)) | set(re.findall(r"train\.py.* --([a-z_]+)=", README))
     assert flags and flags - {"help"} <= set(train.FLAGS)
     names = re.findall(r"^\| `(\w+)", README, re.MULTILINE)
-    rows = [name for name in names if name not in ("none", "mirrored", "multi_worker") and not name.startswith("digits")]
+    rows = [name for name in names if name not in ("none", "mirrored", "multi_worker", *RECIPES)]
     assert len(rows) > 6 and all(hasattr(ortho_keras, name) for name in rows)
