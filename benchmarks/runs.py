@@ -14,9 +14,10 @@ KEPT = ("step", "crossentropy", "accuracy", "validation_crossentropy", "validati
 
 
 def commit():
-    """Returns the commit that is checked out, with `-dirty` behind where a tracked file differs from it."""
-    described = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    return subprocess.run(described, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    """Returns the commit that is checked out, with `-dirty` behind where a tracked file but a result differs from it."""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"], cwd=ROOT)
+    return head + "-dirty" * bool(changed.returncode)
 
 
 def run_to_file(flags, path, workdir, data_dir=None, cores=None, diverged_ok=False, quiet=False):
