@@ -142,7 +142,7 @@ def test_l2_factor_is_that_of_weight_decay():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_lowers_the_loss(name):
-    rate = {"adadelta": 20.0, "adagrad": 0.05, "sgd": 0.1, "nesterov": 0.1}.get(name, 0.01)
+    rate = {"adadelta": 20.0, "adagrad": 0.05, "sgd": 0.1, "nesterov": 0.1, "muon": 0.1}.get(name, 0.01)
     optimizer = make_optimizer(dataclasses.replace(RECIPE, optimizer=name, learning_rate=rate, schedule="cosine"), 30)
     variable = keras.Variable(np.ones(3, "float32"))
     before = float(tf.reduce_sum(tf.square(variable.value)))
