@@ -71,7 +71,7 @@ def recipes_table(runs):
 
 def conditions(runs):
     every = [result for results in runs.values() for result in results]
-    devices = {f"{r['device']['cpu_cores']} cores of {r['device']['processor']}" for r in every}
+    devices = {f"{r['device']['cpu_cores']} core(s) of {r['device']['processor']}" for r in every}
     versions = {f"TensorFlow {r['versions']['tensorflow']}, Keras {r['versions']['keras']}" for r in every}
     commits = sorted({r["commit"][:10] for r in every})
     return (
