@@ -168,21 +168,11 @@ RECIPES = {
     **_with_control(
         "digits",
         _preset(
-            Recipe(),
+            _SMALL_DIGITS,
             "real handwritten digits (from scikit-learn, no download): 44 layers without shortcuts in under two minutes",
-            dataset="digits",
             image_size=16,
             augment="crop",
             padding="symmetric",
-            relu_shift=-1.0,
-            factor=0.01,
-            schedule="cosine",
-            learning_rate=0.03,
-            rate_depth=44,
-            warmup_steps=22,
-            epochs=30,
-            batch_size=64,
-            evaluate_every=3,
         ),
     ),
     **_with_control(

@@ -1,0 +1,258 @@
+"""signal_report on models of many kinds, on inputs as `fit` takes them, and what it refuses."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import ortho_keras
+
+LOGITS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def batch(shape, count=8, classes=10):
+    rng = np.random.default_rng(1)
+    return rng.normal(size=(count, *shape)).astype("float32"), rng.integers(classes, size=count)
+
+
+def report_of(model, shape=(6,), loss=LOGITS, **kwargs):
+    return ortho_keras.signal_report(model, *batch(shape, 16), loss, **kwargs)
+
+
+def figures(report):
+    return [[layer.forward_moment, layer.backward_moment, layer.gradient_ratio, layer.dead_share] for layer in report.layers]
+
+
+def test_activations_inside_a_layer_or_behind_it_are_the_same_net():
+    def net(fused):
+        keras.utils.set_random_seed(1)
+        layers = [keras.Input((6,))]
+        for _ in range(3):
+            layers += [keras.layers.Dense(8, activation="relu")] if fused else [keras.layers.Dense(8), keras.layers.ReLU()]
+        return keras.Sequential([*layers, keras.layers.Dense(10)])
+
+    np.testing.assert_allclose(figures(report_of(net(True))), figures(report_of(net(False))), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "head,classes,loss", [("softmax", 10, "sparse_categorical_crossentropy"), ("sigmoid", 1, "binary_crossentropy")]
+)
+def test_a_head_of_probabilities_equals_one_of_logits(head, classes, loss):
+    def net(activation):
+        keras.utils.set_random_seed(1)
+        layers = [
+            keras.Input((6,)),
+            keras.layers.Dense(8, activation="relu"),
+            keras.layers.Dense(classes, activation=activation),
+        ]
+        return keras.Sequential(layers)
+
+    x, y = batch((6,), 16, 2)
+    y = y.astype("float32")[:, None] if classes == 1 else y
+    logits = LOGITS if classes > 1 else keras.losses.BinaryCrossentropy(from_logits=True)
+    probabilities, expected = (ortho_keras.signal_report(net(a), x, y, b) for a, b in ((head, loss), (None, logits)))
+    np.testing.assert_allclose(figures(probabilities)[0], figures(expected)[0], rtol=1e-4)
+    np.testing.assert_allclose(figures(probabilities)[1][:3], figures(expected)[1][:3], rtol=1e-4)
+    assert probabilities.layers[-1].error_to_top == 1
+
+
+def test_training_mode_reaches_layers_that_take_no_such_argument():
+    @keras.saving.register_keras_serializable(package="test")
+    class Block(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.normalization = keras.layers.Dense(8), keras.layers.BatchNormalization()
+
+        def call(self, x):
+            return self.normalization(self.dense(x))
+
+    model = keras.Sequential([keras.Input((6,)), Block(), keras.layers.Dense(10)])
+    x, y = batch((6,), 16)
+    report = ortho_keras.signal_report(model, 100 + 50 * x, y, LOGITS)
+    assert report.loss == pytest.approx(float(LOGITS(y, model(100 + 50 * x, training=True))), rel=1e-5)
+    assert [layer.kind for layer in report.layers] == ["Block", "Dense"]
+
+
+def test_kernels_that_training_mode_moves_are_put_back():
+    model = keras.Sequential(
+        [keras.Input((6,)), keras.layers.SpectralNormalization(keras.layers.Dense(8)), keras.layers.Dense(10)]
+    )
+    before = [weight.copy() for weight in model.get_weights()]
+    report_of(model)
+    for old, new in zip(before, model.get_weights()):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_inputs_as_fit_takes_them():
+    a, b = keras.Input((4,), name="a"), keras.Input((3,), name="b")
+    outputs = keras.layers.Dense(10)(keras.layers.Concatenate()([keras.layers.Dense(5)(b), keras.layers.Dense(6)(a)]))
+    model = keras.Model([b, a], outputs)
+    (xa, y), (xb, _) = batch((4,)), batch((3,))
+    by_name, in_order = (ortho_keras.signal_report(model, x, y, LOGITS) for x in ({"a": xa, "b": xb}, [xb, xa]))
+    assert by_name == in_order and by_name.loss == pytest.approx(float(LOGITS(y, model([xb, xa]))), rel=1e-5)
+    with pytest.raises(
+        ValueError, match=r"`x` must have an entry for each of the inputs \['b', 'a'\]. Received: a dict with \['a'\]"
+    ):
+        ortho_keras.signal_report(model, {"a": xa}, y, LOGITS)
+    with pytest.raises(ValueError, match="Received: 3 arrays"):
+        ortho_keras.signal_report(model, [xb, xa, xa], y, LOGITS)
+
+    convolution = keras.Sequential(
+        [keras.Input((8, 8, 1)), keras.layers.Conv2D(4, 3), keras.layers.Flatten(), keras.layers.Dense(10)]
+    )
+    pixels = np.random.default_rng(0).integers(256, size=(8, 8, 8)).astype("uint8")
+    flat, full = (ortho_keras.signal_report(convolution, x, y, LOGITS) for x in (pixels, pixels[..., None].astype("float32")))
+    assert flat == full
+
+
+def test_a_subclassed_model_inside_is_one_layer():
+    class Inner(keras.Model):
+        def __init__(self):
+            super().__init__(name="inner")
+            self.dense = keras.layers.Dense(10)
+
+        def call(self, x):
+            return self.dense(x)
+
+    inputs = keras.Input((6,))
+    report = report_of(keras.Model(inputs, keras.layers.Dense(10, name="top")(Inner()(inputs))))
+    assert [layer.name for layer in report.layers] == ["inner", "top"] and report.layers[0].gradient_ratio > 0
+    assert len(report_of(keras.Model(inputs, keras.layers.ReLU()(Inner()(inputs)))).layers) == 1
+
+
+def test_layers_called_by_keyword():
+    inputs = keras.Input((5, 6))
+    base = keras.Sequential([keras.Input((5, 6)), keras.layers.Dense(6, name="inside")])
+    x = keras.layers.MultiHeadAttention(2, 3, name="attention")(query=inputs, value=base(inputs=inputs))
+    model = keras.Model(inputs, keras.layers.Dense(10, name="top")(keras.layers.Flatten()(x)))
+    assert [layer.name for layer in report_of(model, (5, 6)).layers] == ["inside", "attention", "top"]
+
+
+def test_growth_is_not_told_across_pooling():
+    layers = [keras.Input((16, 16, 1)), keras.layers.Conv2D(4, 3, name="conv"), keras.layers.GlobalAveragePooling2D()]
+    report = report_of(keras.Sequential([*layers, keras.layers.Dense(10)]), (16, 16, 1))
+    assert math.isnan(report.growth[0]) and report.growth[2] == 0
+    assert "nothing is wrong, and there are too few layers to tell the error's growth" in str(report)
+
+
+def test_an_activation_function_counts_its_dead_channels():
+    inputs = keras.Input((6,))
+    x = keras.layers.Dense(4, bias_initializer=keras.initializers.Constant(-100.0), name="dead")(inputs)
+    report = report_of(keras.Model(inputs, keras.layers.Dense(10)(keras.activations.relu(x))))
+    assert report.layers[0].dead_share == 1
+
+
+def test_an_input_that_two_layers_take_makes_no_chain():
+    inputs = keras.Input((6,))
+    x = keras.layers.Concatenate()([keras.layers.Dense(8)(inputs), inputs])
+    assert all(math.isnan(layer.scale) for layer in report_of(keras.Model(inputs, keras.layers.Dense(10)(x))).layers)
+
+
+def test_a_branching_model_and_shared_and_nested_layers():
+    shared = keras.layers.Dense(6, activation="relu", name="shared")
+    inner = keras.Sequential([keras.Input((6,)), keras.layers.Dense(6, name="inner"), keras.layers.ReLU()])
+    inputs = keras.Input((6,))
+    x = shared(inputs)
+    x = keras.layers.Add()([shared(x), inner(x)])
+    model = keras.Model(inputs, keras.layers.Dense(10, name="top")(x))
+    report = ortho_keras.signal_report(model, *batch((6,), 16), LOGITS)
+    assert {layer.name for layer in report.layers} == {"shared", "shared (2)", "inner", "top"}
+    assert all(math.isnan(layer.scale) and not layer.fired for layer in report.layers)  # no chain, no modulation
+    assert all(0 <= layer.dead_share <= 1 for layer in report.layers if layer.name != "top")
+    assert all(layer.backward_moment > 0 for layer in report.layers)
+
+
+def test_two_inputs_and_two_outputs():
+    a, b = keras.Input((4,), name="a"), keras.Input((3,), name="b")
+    x = keras.layers.Concatenate()([keras.layers.Dense(5)(a), keras.layers.Dense(5)(b)])
+    model = keras.Model([a, b], {"one": keras.layers.Dense(2)(x), "two": keras.layers.Dense(1)(x)})
+    xs = [batch((4,))[0], batch((3,))[0]]
+
+    def loss(y, outputs):
+        return tf.reduce_mean(tf.square(outputs["one"])) + tf.reduce_mean(tf.square(outputs["two"] - y))
+
+    report = ortho_keras.signal_report(model, xs, np.ones((8, 1), np.float32), loss)
+    assert len(report.layers) == 4 and report.loss > 0
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_half_precision(policy):
+    x, y = batch((8, 8, 1), 32)
+    full = ortho_keras.signal_report(ortho_keras.plain_cnn(14, (8, 8, 1), seed=0), x, y, LOGITS)
+    keras.config.set_dtype_policy(policy)
+    model = ortho_keras.plain_cnn(14, (8, 8, 1), seed=0)
+    model.compile(keras.optimizers.SGD(0.01), LOGITS)  # float16: Keras adds the loss scaling
+    half = ortho_keras.signal_report(model, x, y)
+    assert half.loss == pytest.approx(full.loss, rel=0.05)
+    for a, b in zip(full.layers, half.layers):
+        assert math.sqrt(b.backward_moment) == pytest.approx(math.sqrt(a.backward_moment), rel=0.3)
+        assert b.gradient_ratio == pytest.approx(a.gradient_ratio, rel=0.3)
+
+
+def test_a_network_of_keras_applications():
+    model = keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3), classifier_activation=None)
+    report = ortho_keras.signal_report(model, *batch((32, 32, 3), 4), LOGITS)
+    convolutions = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
+    assert len(report.layers) == sum(isinstance(layer, convolutions) for layer in model.layers)
+    assert all(math.isfinite(layer.operator_largest) and layer.operator_largest > 0 for layer in report.layers)
+
+
+def subclassed():
+    class Model(keras.Model):
+        def call(self, x):
+            return x
+
+    model = Model()
+    model(np.zeros((2, 3), np.float32))
+    return model
+
+
+DENSE = [keras.Input((4,)), keras.layers.Dense(10)]
+
+
+@pytest.mark.parametrize(
+    "model,x,y,loss,message",
+    [
+        (lambda: "net", 8, 8, LOGITS, "`model` must be a built Keras model"),
+        (lambda: keras.Sequential([keras.layers.Dense(3)]), 8, 8, LOGITS, "`model` must be a built Keras model"),
+        (subclassed, 8, 8, LOGITS, "`model` must be a Functional or Sequential model"),
+        (lambda: keras.Sequential([keras.Input((4,)), keras.layers.ReLU()]), 8, 8, LOGITS, "must call a convolution, dense or"),
+        (lambda: keras.Sequential(list(DENSE)), 1, 1, LOGITS, r"`x` must be a batch of at least 2 .* \(1, 4\)"),
+        (lambda: keras.Sequential(list(DENSE)), 8, 8, None, "`loss` must be given for a model that is not compiled"),
+        (
+            lambda: keras.Sequential(list(DENSE)),
+            8,
+            8,
+            "nonsense",
+            "`loss` must be one Keras loss, .* Received: loss='nonsense'",
+        ),
+        (lambda: keras.Sequential(list(DENSE)), 8, 8, {"a": "mse"}, "`loss` must be one Keras loss, its name, or a function"),
+        (
+            lambda: keras.Sequential([keras.Input((5,)), keras.layers.Dense(10)]),
+            8,
+            8,
+            LOGITS,
+            r"`x` .* \(None, 5\). .* \(8, 4\)",
+        ),
+        (lambda: keras.Sequential(list(DENSE)), 8, 5, LOGITS, r"`y` and `loss` must suit .*\(8, 10\)"),
+        (lambda: keras.Sequential(list(DENSE)), 8, 8, "sparse_categorical_crossentropy", "give the loss object, with from_"),
+    ],
+    ids=[
+        "no model",
+        "not built",
+        "subclassed",
+        "no kernels",
+        "one image",
+        "no loss",
+        "unknown loss",
+        "two losses",
+        "other inputs",
+        "other targets",
+        "probabilities",
+    ],
+)
+def test_bad_input(model, x, y, loss, message):
+    with pytest.raises(ValueError, match=message):
+        ortho_keras.signal_report(model(), np.ones((x, 4), np.float32), np.zeros(y, np.int64), loss)
