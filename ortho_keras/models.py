@@ -4,6 +4,7 @@ import keras
 import numpy as np
 
 from ortho_keras.activations import ShiftedReLU, checked_shift, shift_for_depth
+from ortho_keras.batchnorm import FusedBatchNormalization
 from ortho_keras.graphs import allow_deep_graphs
 from ortho_keras.initializers import DeltaOrthonormalInitializer, OrthonormalInitializer
 from ortho_keras.regularizers import OrthonormalRegularizer
@@ -176,7 +177,7 @@ class _Builder:
             kernel_regularizer=self.regularizer,
             name=name,
         )(x)
-        return keras.layers.BatchNormalization(**self.normalization, name=f"{name}_bn")(x)
+        return FusedBatchNormalization(**self.normalization, name=f"{name}_bn")(x)
 
     def relu(self, x, name):
         relu = ShiftedReLU(self.relu_shift, name=name) if self.relu_shift else keras.layers.ReLU(name=name)
