@@ -13,7 +13,7 @@ from ortho_keras.batchnorm import BatchNormalizationEstimator, FusedBatchNormali
 from ortho_keras.callbacks import ModulationSwitch, SignalMonitor
 from ortho_keras.design import DesignReport, check_design
 from ortho_keras.features import compare_features, compare_filters, plot_features, plot_filters
-from ortho_keras.initializers import DeltaOrthonormalInitializer, OrthonormalInitializer
+from ortho_keras.initializers import DeltaOrthonormalInitializer, DiracInitializer, OrthonormalInitializer
 from ortho_keras.kernels import orthonormality_error
 from ortho_keras.loading import load_model
 from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
@@ -32,6 +32,7 @@ __all__ = [
     "BatchNormalizationEstimator",
     "DeltaOrthonormalInitializer",
     "DesignReport",
+    "DiracInitializer",
     "ErrorModulation",
     "FusedBatchNormalization",
     "LayerSignal",

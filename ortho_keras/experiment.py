@@ -205,7 +205,7 @@ def make_optimizer(recipe, total_steps):
     makers = {
         "sgd": lambda: keras.optimizers.SGD(schedule, recipe.momentum),
         "nesterov": lambda: keras.optimizers.SGD(schedule, recipe.momentum, nesterov=True),
-        "muon": lambda: Muon(schedule, recipe.momentum),
+        "muon": lambda: Muon(schedule, recipe.momentum, recipe.vector_rate),
         "adagrad": lambda: keras.optimizers.Adagrad(schedule),
         "adadelta": lambda: keras.optimizers.Adadelta(schedule),
         "rmsprop": lambda: keras.optimizers.RMSprop(schedule, momentum=recipe.momentum),

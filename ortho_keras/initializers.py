@@ -100,9 +100,51 @@ class DeltaOrthonormalInitializer(OrthonormalInitializer):
         super().__init__(gain, seed, layout, groups)
 
     def __call__(self, shape, dtype=None):
-        pixels, channels = tuple(shape[:-2]), tuple(shape[-2:])
-        centre = super().__call__((1,) * len(pixels) + channels, dtype)
-        return tf.pad(centre, [((size - 1) // 2, size // 2) for size in pixels] + [(0, 0), (0, 0)])
+        return _around_centre(super().__call__(_centre_shape(shape), dtype), shape)
+
+
+@keras.saving.register_keras_serializable(package="ortho_keras")
+class DiracInitializer(DeltaOrthonormalInitializer):
+    """Starts convolutions as the identity where they can, `cin = cout`, and draws the others as `OrthonormalInitializer` does.
+
+    The kernel is the identity matrix times `gain` at the centre and zero around it: with padding "same" and stride 1 the
+    output is the input. It is orthonormal, so `OrthonormalRegularizer` keeps what it starts. Between BatchNormalization and
+    `ShiftedReLU` a deep plain net so begins as little more than its widening layers, and what a layer learns is added to
+    what passes it: as in a residual net, without a shortcut. Where `cin` and `cout` differ (the first convolution, and
+    those that widen) an identity would drop channels or double them.
+
+    Args:
+        gain: float, positive. The length of each filter.
+        seed: See `OrthonormalInitializer`; the identities do not depend on it.
+        layout: See `DeltaOrthonormalInitializer`. A Dense kernel is the identity where it is square, a depthwise one where
+            its multiplier is 1.
+        groups: int. A grouped convolution's `groups`; each group's matrix is an identity of its own.
+
+    Raises:
+        ValueError: If an argument is none of the above, or a kernel is asked for that is not of rank 2 to 5.
+
+    Reference:
+        Zagoruyko and Komodakis 2017, "DiracNets" ([arXiv:1706.00388](https://arxiv.org/abs/1706.00388)), who add the identity
+        to plain nets' kernels throughout training instead of starting there; Le, Jaitly and Hinton 2015
+        ([arXiv:1504.00941](https://arxiv.org/abs/1504.00941)) start recurrent nets there. Not a part of Xie et al. 2017.
+    """
+
+    def __call__(self, shape, dtype=None):
+        count, f_in, f_out = matrix_shape(_centre_shape(shape), self.layout, self.groups)
+        if f_in != f_out:
+            return OrthonormalInitializer.__call__(self, shape, dtype)
+        identities = self.gain * tf.eye(f_in, batch_shape=(count,), dtype="float64")
+        centre = as_kernel(identities, _centre_shape(shape), self.layout, self.groups)
+        return _around_centre(tf.cast(centre, keras.backend.standardize_dtype(dtype)), shape)
+
+
+def _centre_shape(shape):
+    return (1,) * len(shape[:-2]) + tuple(shape[-2:])
+
+
+def _around_centre(centre, shape):
+    """Pads the one tap of a kernel with zeros to the kernel's shape."""
+    return tf.pad(centre, [((size - 1) // 2, size // 2) for size in shape[:-2]] + [(0, 0), (0, 0)])
 
 
 def _haar(normal):

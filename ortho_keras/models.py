@@ -6,7 +6,7 @@ import numpy as np
 from ortho_keras.activations import ShiftedReLU, checked_shift, shift_for_depth
 from ortho_keras.batchnorm import FusedBatchNormalization
 from ortho_keras.graphs import allow_deep_graphs
-from ortho_keras.initializers import DeltaOrthonormalInitializer, OrthonormalInitializer
+from ortho_keras.initializers import DeltaOrthonormalInitializer, DiracInitializer, OrthonormalInitializer
 from ortho_keras.regularizers import OrthonormalRegularizer
 
 STAGES = 3
@@ -16,6 +16,7 @@ BATCH_NORMALIZATION = {"momentum": 0.9, "epsilon": 1e-5}
 NAMED_INITIALIZERS = {
     "orthonormal": OrthonormalInitializer,
     "delta_orthonormal": DeltaOrthonormalInitializer,
+    "dirac": DiracInitializer,
 }
 
 
@@ -46,8 +47,8 @@ def plain_cnn(
         width: int, at least 1. Filters of the first stage.
         regularizer: The penalty of every kernel: `"orthonormal"`, `OrthonormalRegularizer()` with its default factor, or
             whatever `keras.regularizers.get` takes; `None` for none. One object is shared by all layers.
-        initializer: `"orthonormal"`, `"delta_orthonormal"` (convolutions; the Dense layer is orthonormal), or whatever
-            `keras.initializers.get` takes; `None` is Keras's default. Each layer gets a copy with a seed of its own.
+        initializer: `"orthonormal"`; `"delta_orthonormal"` or `"dirac"` (for convolutions; the Dense layer is orthonormal); or
+            whatever `keras.initializers.get` takes; `None` is Keras's default. Each layer gets a copy with a seed of its own.
         bn_shift: float. The initial value of every BatchNormalization's beta. The paper's is 0; near 1 the ReLUs are more
             linear, and the error keeps its magnitude going down, but zero-padded borders drown the images (ours).
         relu_shift: float, at least 0, or `"auto"`. The activations are `max(x, -relu_shift)`, see `ShiftedReLU`: the same
@@ -66,8 +67,8 @@ def plain_cnn(
 
     Reference:
         He et al. 2016 ([arXiv:1512.03385](https://arxiv.org/abs/1512.03385)), section 4.2; Xie, Xiong, Pu 2017
-        ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)). `bn_shift`, `relu_shift` and
-        `"delta_orthonormal"` are ours.
+        ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)). `bn_shift`, `relu_shift`,
+        `"delta_orthonormal"` and `"dirac"` are ours.
     """
     builder = _Builder(regularizer, initializer, bn_shift, _shift(relu_shift, depth), bn_synchronized, seed)
     return _build(builder, False, depth, input_shape, num_classes, width, preprocessing, name or f"plain{depth}")

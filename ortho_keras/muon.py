@@ -46,7 +46,7 @@ class Muon(keras.optimizers.Optimizer):
         self,
         learning_rate=0.02,
         momentum=0.9,
-        vector_rate=0.1,
+        vector_rate=1.0,
         beta_2=0.99,
         epsilon=1e-8,
         exclude=("bias", "embeddings"),

@@ -26,8 +26,9 @@ class Recipe:
     depth: int = _field(44, "layers, 6n + 2: 8, 14, 20, ..., 44, ..., 110", least=8)
     width: int = _field(16, "filters of the first stage (doubled at each of the two others)", least=1)
     initializer: str = _field(
-        "orthonormal", "kernels at the start", ("orthonormal", "delta_orthonormal", "he_normal", "glorot_uniform")
-    )
+        "orthonormal", "kernels at the start (dirac: the identity where it fits, ours)",
+        ("orthonormal", "delta_orthonormal", "dirac", "he_normal", "glorot_uniform"),
+    )  # fmt: skip
     bn_shift: float = _field(0.0, "BatchNormalization's initial beta (the paper: 0; near 1: ours)")
     relu_shift: float = _field(
         0.0, "the ReLUs are max(x, -relu_shift) (ours; 0: the ReLU; -1: the shift for the depth)", least=-1
@@ -46,6 +47,9 @@ class Recipe:
     learning_rate: float = _field(0.1, "learning rate at its highest", above=0)
     rate_depth: int = _field(
         0, "layers that learning_rate is meant for: it is multiplied by rate_depth / depth; 0: taken as it is", least=0
+    )
+    vector_rate: float = _field(
+        1.0, "muon: learning rate of BatchNormalization's gamma and beta and of biases, over that of kernels", least=0
     )
     momentum: float = _field(0.9, "momentum of sgd, nesterov, rmsprop and muon", least=0, most=1)
     weight_decay: float = _field(0.0, "decoupled weight decay of adamw", least=0)

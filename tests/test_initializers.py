@@ -4,7 +4,7 @@ import pytest
 import references
 import tensorflow as tf
 
-from ortho_keras import DeltaOrthonormalInitializer, OrthonormalInitializer
+from ortho_keras import DeltaOrthonormalInitializer, DiracInitializer, OrthonormalInitializer
 
 SHAPES = [
     ((40, 12), "standard"),
@@ -30,7 +30,7 @@ def test_columns_are_orthonormal_to_1e_5(shape, layout, gain):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("initializer", [OrthonormalInitializer, DeltaOrthonormalInitializer])
+@pytest.mark.parametrize("initializer", [OrthonormalInitializer, DeltaOrthonormalInitializer, DiracInitializer])
 def test_every_float_dtype(dtype, initializer):
     kernel = initializer(seed=1)((3, 3, 8, 8), dtype=dtype)
     assert kernel.dtype == dtype
@@ -92,11 +92,42 @@ def test_delta_layouts():
 
 
 @pytest.mark.parametrize(
+    "layer",
+    [
+        keras.layers.Conv2D(6, 3, padding="same"),
+        keras.layers.Conv2D(6, (2, 5), padding="same", groups=3),
+        keras.layers.Conv2DTranspose(6, 3, padding="same"),
+        keras.layers.DepthwiseConv2D(3, padding="same"),
+        keras.layers.Dense(6),
+    ],
+)
+def test_dirac_layers_return_their_input(layer):
+    layouts = {keras.layers.Conv2DTranspose: "transposed", keras.layers.DepthwiseConv2D: "depthwise"}
+    initializer = DiracInitializer(layout=layouts.get(type(layer), "standard"), groups=getattr(layer, "groups", 1))
+    attribute = "depthwise_initializer" if hasattr(layer, "depthwise_initializer") else "kernel_initializer"
+    setattr(layer, attribute, initializer)
+    x = np.random.default_rng(0).normal(size=(2, 7, 6, 6)).astype("float32")
+    np.testing.assert_allclose(layer(x), x, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 3, 16), (3, 3, 16, 32), (3, 3, 32, 16), (8, 4)])
+def test_dirac_draws_what_is_not_square(shape):
+    np.testing.assert_array_equal(DiracInitializer(0.5, seed=3)(shape), OrthonormalInitializer(0.5, seed=3)(shape))
+
+
+def test_dirac_gain():
+    kernel = DiracInitializer(1.5)((3, 3, 4, 4)).numpy()
+    np.testing.assert_array_equal(kernel[1, 1], 1.5 * np.eye(4))
+    assert np.count_nonzero(kernel) == 4
+
+
+@pytest.mark.parametrize(
     "initializer",
     [
         OrthonormalInitializer(0.5, 3, "transposed"),
         OrthonormalInitializer(seed=keras.random.SeedGenerator(4), layout=(1,)),
         DeltaOrthonormalInitializer(2.0, 9, groups=2),
+        DiracInitializer(2.0, 9),
     ],
 )
 def test_serialization(initializer):
