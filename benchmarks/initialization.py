@@ -31,6 +31,9 @@ NETS = {
     "orthonormal, max(x, -3)": {"relu_shift": 3.0},
     "orthonormal, max(x, -5)": {"relu_shift": 5.0},
     "delta-orthonormal, max(x, -2)": {"initializer": "delta_orthonormal", "relu_shift": 2.0},
+    "Dirac, ReLU": {"initializer": "dirac"},
+    "Dirac, max(x, -1)": {"initializer": "dirac", "relu_shift": 1.0},
+    "Dirac, max(x, -2)": {"initializer": "dirac", "relu_shift": 2.0},
 }
 DATA = {"digits": 8, "cifar10": 16}
 

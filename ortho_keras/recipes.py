@@ -140,10 +140,17 @@ _PAPER = Recipe(
 )
 # 45,000 training images are 351 steps of 128 an epoch.
 _SHORT = dataclasses.replace(_PAPER, epochs=5, max_steps=0, schedule="cosine", warmup_steps=100, precision="mixed_bfloat16")
-# Ours, beyond the paper. Shift and learning rate were picked by hand after one epoch of seven runs at 16x16 pixels, 44 layers,
-# one seed (Muon at 0.005 to 0.05, shifts of 0.5 to 1.5): the highest training accuracy, the second in validation accuracy.
+# Ours, beyond the paper. Picked by hand after some fifteen trial runs of three epochs at 16x16 pixels, 44 layers, one seed, by
+# training and validation accuracy: Muon's rates, shifts of 0.5 to 1.5, orthonormal against Dirac, 64 and 128 images.
 _FAST = dataclasses.replace(
-    _SHORT, epochs=16, relu_shift=1.5, optimizer="muon", factor=1e-3, learning_rate=0.007, rate_depth=44
+    _SHORT,
+    epochs=16,
+    initializer="dirac",
+    relu_shift=1.0,
+    optimizer="muon",
+    factor=1e-3,
+    learning_rate=0.01,
+    rate_depth=44,
 )
 
 
@@ -201,7 +208,7 @@ RECIPES = {
     ),
     **_with_control(
         "plain44_cifar10_fast",
-        _preset(_FAST, "44 layers in 16 epochs: shifted ReLU and Muon (ours) beside orthonormality"),
+        _preset(_FAST, "44 layers in 16 epochs: identities, shifted ReLU and Muon (ours) beside orthonormality"),
         **_SGD,
     ),
     **_with_control(
@@ -230,9 +237,8 @@ RECIPES = {
         "plain110_cifar10_fast",
         _preset(
             _FAST,
-            "110 layers in 16 epochs: shifted ReLU and Muon (ours) beside orthonormality",
+            "110 layers in 16 epochs: identities, shifted ReLU and Muon (ours) beside orthonormality",
             depth=110,
-            relu_shift=-1.0,
         ),
         **_SGD,
     ),

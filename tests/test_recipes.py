@@ -58,7 +58,7 @@ def test_every_recipe_has_a_control(name):
         "rate_depth",
     }
     assert {"initializer", "regularizer"} <= differences(method, control) <= allowed
-    assert method.initializer in ("orthonormal", "delta_orthonormal") and method.regularizer == "orthonormal"
+    assert method.initializer in ("orthonormal", "dirac") and method.regularizer == "orthonormal"
     assert (control.initializer, control.regularizer) == ("he_normal", "l2")
     assert (control.modulation, control.bn_shift) == ("off", 0)
     assert method.factor > 0 and control.factor > 0
