@@ -4,7 +4,7 @@ import pytest
 import references
 import tensorflow as tf
 
-from ortho_keras import DeltaOrthonormalInitializer, DiracInitializer, OrthonormalInitializer
+from ortho_keras import DeltaOrthonormalInitializer, DiracInitializer, OrthonormalInitializer, plain_cnn, signal_report
 
 SHAPES = [
     ((40, 12), "standard"),
@@ -153,3 +153,18 @@ def test_other_wrong_arguments():
         DeltaOrthonormalInitializer(layout=(1,))
     with pytest.raises(ValueError, match="`groups` must divide"):
         OrthonormalInitializer(groups=3)((2, 4))
+
+
+@pytest.mark.parametrize("depth", [20, 68])
+def test_dirac_keeps_the_error_where_random_kernels_let_it_grow(depth):
+    rng = np.random.default_rng(depth)
+    x, y = rng.normal(size=(64, 8, 8, 1)).astype("float32"), rng.integers(10, size=64)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    def growth(initializer, shift):
+        model = plain_cnn(depth, (8, 8, 1), initializer=initializer, relu_shift=shift, seed=0)
+        return signal_report(model, x, y, loss, singular_values=False).growth[0]
+
+    assert 0.3 < growth("dirac", 1.0) < 3
+    assert growth("dirac", 0.0) < 30
+    assert growth("orthonormal", 0.0) > 1.08 ** (depth - 3)
