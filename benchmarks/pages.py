@@ -155,7 +155,7 @@ def draw_ablation(rung, runs):
     from matplotlib import colormaps
 
     figure, panels = new_figure((5.5 * len(runs) + 2, 4.5), len(runs))
-    colors = dict(zip(ARMS, [*colormaps["tab20"].colors]))
+    colors = dict(zip(ARMS, [*colormaps["tab20"].colors, *colormaps["tab20b"].colors], strict=False))
     for axes, (depth, arms) in zip(panels, runs.items()):
         for name in (name for name in ARMS if name in arms):
             searched = {rate: seeds[SEARCH_SEED] for rate, seeds in arms[name].items() if SEARCH_SEED in seeds}
