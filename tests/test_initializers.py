@@ -4,7 +4,14 @@ import pytest
 import references
 import tensorflow as tf
 
-from ortho_keras import DeltaOrthonormalInitializer, DiracInitializer, OrthonormalInitializer, plain_cnn, signal_report
+from ortho_keras import (
+    DeltaOrthonormalInitializer,
+    DiracInitializer,
+    OrthonormalInitializer,
+    plain_cnn,
+    residual_cnn,
+    signal_report,
+)
 
 SHAPES = [
     ((40, 12), "standard"),
@@ -153,6 +160,43 @@ def test_other_wrong_arguments():
         DeltaOrthonormalInitializer(layout=(1,))
     with pytest.raises(ValueError, match="`groups` must divide"):
         OrthonormalInitializer(groups=3)((2, 4))
+
+
+def network_kernels(initializer, build=plain_cnn, width=4):
+    """The kernels of a small network, by layer."""
+    model = build(8, (8, 8, 3), width=width, initializer=initializer)
+    return {layer.name: layer.kernel.numpy() for layer in model.layers if hasattr(layer, "kernel")}
+
+
+@pytest.mark.parametrize("build", [plain_cnn, residual_cnn])
+@pytest.mark.parametrize(
+    ("initializer", "gain"), [("orthonormal", 1.0), (OrthonormalInitializer(gain=1.5), 1.5), ("dirac", 1.0)]
+)
+def test_orthonormal_networks(build, initializer, gain):
+    for kernel in network_kernels(initializer, build).values():
+        assert references.largest_deviation(kernel, "standard", gain) <= 1e-5
+
+
+def test_delta_orthonormal_networks():
+    found = network_kernels("delta_orthonormal")
+    assert references.largest_deviation(found.pop("classifier"), "standard") <= 1e-5
+    for kernel in found.values():
+        assert references.largest_deviation(kernel[1, 1], "standard") <= 1e-5
+        assert np.count_nonzero(kernel) == np.count_nonzero(kernel[1, 1])
+
+
+def test_dirac_networks():
+    found = network_kernels("dirac")
+    identities = {name for name, kernel in found.items() if np.count_nonzero(kernel) == kernel.shape[-1]}
+    assert identities == {"stage1_conv01", "stage1_conv02", "stage2_conv02", "stage3_conv02"}
+    for name in identities:
+        np.testing.assert_array_equal(found[name][1, 1], np.eye(found[name].shape[-1]))
+
+
+def test_he_normal_networks():
+    for initializer in ("he_normal", keras.initializers.HeNormal(), keras.initializers.HeNormal(seed=1)):
+        kernel = network_kernels(initializer, width=16)["stage3_conv02"]
+        assert abs(kernel.std() / np.sqrt(2 / (9 * 64)) - 1) < 4 / np.sqrt(2 * kernel.size)
 
 
 @pytest.mark.parametrize("depth", [20, 68])
