@@ -10,10 +10,10 @@ from ortho_keras.kernels import walk_layers
 class FusedBatchNormalization(keras.layers.BatchNormalization):
     """`keras.layers.BatchNormalization`, computed by TensorFlow's one fused operation instead of a chain of small ones.
 
-    The same arguments, variables and values up to rounding, in less time and memory: Keras 3 (3.15) casts half-precision
-    activations to float32 and writes several intermediate tensors of their size for the backward pass. Statistics are float32
-    here too. What the fused operation does not cover is left to Keras: `synchronized=True`, `renorm=True`, a mask, an
-    `axis` other than the last, inputs that are not of rank 4, and float64.
+    The same arguments, variables and values up to rounding, in less time (`benchmarks/step_time.py`): Keras 3 (3.15) casts
+    half-precision activations to float32 and writes several tensors of their size. Statistics are float32 here too. What the
+    fused operation does not cover is left to Keras: `synchronized=True`, `renorm=True`, a mask, an `axis` other than the
+    last, inputs that are not of rank 4, and float64.
     """
 
     def call(self, inputs, training=None, mask=None):

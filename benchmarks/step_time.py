@@ -1,0 +1,105 @@
+"""The time of a training step, arm against arm: interleaved in one process, so that what disturbs the machine disturbs both.
+
+python benchmarks/step_time.py --depth=44 --precision=mixed_bfloat16 --rounds=20
+
+Each round runs one step of each arm, in an order that alternates. The ratio is that of an arm to the first in the same
+round; its median and quartiles go to `results/step_time/<depth>-<size>-<batch>-<precision>.json`.
+"""
+
+import importlib.metadata
+import json
+import os
+import shlex
+import sys
+import time
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import app, flags
+from runs import ROOT, commit
+
+from ortho_keras import FusedBatchNormalization, plain_cnn
+
+FLAGS = flags.FLAGS
+RESULTS = ROOT / "benchmarks" / "results" / "step_time"
+
+flags.DEFINE_integer("depth", 44, "Layers.", lower_bound=8)
+flags.DEFINE_integer("image_size", 32, "Pixels a side.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 128, "Images a step.", lower_bound=1)
+flags.DEFINE_enum("precision", "mixed_bfloat16", ["float32", "mixed_bfloat16", "mixed_float16"], "Type of the arithmetic.")
+flags.DEFINE_integer("rounds", 20, "Steps of each arm that count.", lower_bound=1)
+
+
+def with_keras_batchnorm(model):
+    """The same model with Keras's own BatchNormalization."""
+
+    def clone(layer):
+        kind = keras.layers.BatchNormalization if isinstance(layer, FusedBatchNormalization) else type(layer)
+        return kind.from_config(layer.get_config())
+
+    return keras.models.clone_model(model, clone_function=clone)
+
+
+ARMS = {"keras.layers.BatchNormalization": with_keras_batchnorm, "FusedBatchNormalization": lambda model: model}
+
+
+def training_step(model):
+    """A function of images and labels that trains `model` by one step and returns the loss."""
+    optimizer = keras.optimizers.SGD(0.01, 0.9)
+    optimizer.build(model.trainable_variables)
+
+    @tf.function
+    def step(images, labels):
+        with tf.GradientTape() as tape:
+            logits = model(images, training=True)
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)) + sum(model.losses)
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+        return loss
+
+    return step
+
+
+def main(_):
+    keras.config.set_dtype_policy(FLAGS.precision)
+    rng = np.random.default_rng(0)
+    shape = (FLAGS.image_size, FLAGS.image_size, 3)
+    images = tf.constant(rng.normal(size=(FLAGS.batch_size, *shape)).astype("float32"))
+    labels = tf.constant(rng.integers(10, size=FLAGS.batch_size))
+    steps, first, seconds = {}, {}, {name: [] for name in ARMS}
+    for name, make in ARMS.items():
+        steps[name] = training_step(make(plain_cnn(FLAGS.depth, shape, initializer="dirac", relu_shift=1.0, seed=0)))
+        started = time.perf_counter()
+        steps[name](images, labels).numpy()
+        first[name] = time.perf_counter() - started
+    for number in range(FLAGS.rounds + 1):
+        for name in list(ARMS)[:: 1 if number % 2 else -1]:
+            started = time.perf_counter()
+            steps[name](images, labels).numpy()
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - started)
+    base = np.array(seconds[next(iter(ARMS))])
+    arms = {
+        name: {
+            "first_step_seconds": round(first[name], 2),
+            "median_seconds": round(float(np.median(values)), 4),
+            "ratio_quartiles": [round(float(q), 3) for q in np.percentile(np.array(values) / base, (25, 50, 75))],
+        }
+        for name, values in seconds.items()
+    }
+    path = RESULTS / f"{FLAGS.depth}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "command": shlex.join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
+        "commit": commit(),
+        "rounds": FLAGS.rounds,
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "versions": {name: importlib.metadata.version(name) for name in ("tensorflow", "keras")},
+        "arms": arms,
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(arms, indent=1))
+
+
+if __name__ == "__main__":
+    app.run(main)
