@@ -193,7 +193,7 @@ RECIPES = {
     ),
     **_with_control(
         "plain1004_digits",
-        _preset(_SMALL_DIGITS, "1,004 layers on digits of 8x8 pixels", depth=1004, epochs=40, evaluate_every=20),
+        _preset(_SMALL_DIGITS, "1,004 layers on digits of 8x8 pixels", depth=1004, epochs=10, evaluate_every=5),
     ),
     **_with_control(
         "plain44_cifar10",
