@@ -92,7 +92,9 @@ def ablation_table(runs):
             best = max(searched, key=lambda rate: quality(searched[rate]), default=None)
             finals = [r for seed, r in sorted(rates.get(best, {}).items()) if seed != SEARCH_SEED]
             if not finals:
-                cells.append("")
+                cells.append(
+                    f"(search only: validation {100 * quality(searched[best])[0]:.2f} at {best:g})" if searched else ""
+                )
                 continue
             diverged = sum("diverged" in result for result in finals)
             reached = (
@@ -166,6 +168,8 @@ def draw_ablation(rung, runs):
         axes.set(title=f"{depth} layers", xlabel="step", ylim=(0, 1.02))
     panels[0].set_ylabel("training accuracy")
     handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    if not handles:
+        return  # nothing but searches so far
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
     figure.savefig(RESULTS / f"ablation_{rung}.png", dpi=110)
 
