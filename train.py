@@ -110,6 +110,7 @@ def list_recipes():
         if preset.paper:
             print(f"    paper: {preset.paper} % test accuracy")
         results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-seed*.json"))]
+        results = [result for result in results if preset.gave(result)]
         if results:
             accuracy = statistics.mean(result["test_accuracy"] for result in results)
             seconds = statistics.mean(result["seconds"] for result in results)

@@ -52,7 +52,7 @@ _BASE = {
 }
 _L2 = {"initializer": "he_normal", "regularizer": "l2", "factor": 1e-4}
 _SHIFT = {"relu_shift": 2.0}
-_DIRAC = {"initializer": "dirac", "relu_shift": 1.0}
+_DIRAC = {**_SHIFT, "initializer": "dirac"}
 
 ARMS = {
     "he_l2": Arm("He initialization, L2", "control", _L2),
@@ -71,7 +71,7 @@ ARMS = {
         {"modulation": "anchor", "tolerance": 2.0, "modulation_steps": "third"},
     ),
     "bn_shift": Arm("orthonormal, BatchNormalization's beta from 1", "ours", {"bn_shift": 1.0}),
-    "relu_shift": Arm("orthonormal, shifted ReLU", "ours", _SHIFT),
+    "relu_shift": Arm("orthonormal, shifted ReLU: max(x, -2)", "ours", _SHIFT),
     "relu_shift_anchor": Arm(
         "orthonormal, shifted ReLU, loose anchor", "ours", {**_SHIFT, "modulation": "anchor", "tolerance": 8.0}
     ),

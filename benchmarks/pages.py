@@ -13,6 +13,8 @@ from ablation import ARMS, RUNGS, SEARCH_SEED, quality
 from absl import app, flags
 from runs import ROOT
 
+from ortho_keras.recipes import RECIPES
+
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
@@ -21,10 +23,12 @@ flags.DEFINE_bool("check", False, "Compare only.")
 
 
 def load_recipes():
-    """Returns `{recipe: [result of each seed]}`."""
+    """Returns `{recipe: [result of each seed]}`; a result of values that the recipe has no longer ends the script."""
     runs = {}
     for path in sorted((RESULTS / "recipes").glob("*.json")):
         result = json.loads(path.read_text())
+        if not RECIPES[result["recipe_name"]].gave(result):
+            sys.exit(f"{path.relative_to(ROOT)} is of other values than the recipe has: measure it again, or delete it")
         runs.setdefault(result["recipe_name"], []).append(result)
     return runs
 
@@ -116,8 +120,9 @@ def ablation_conditions(rung, runs):
     rates = sorted({rate for arms in runs.values() for arm in arms.values() for rate in arm})
     rates = ", ".join(f"{rate:g}" for rate in rates)
     return (
-        f"Test accuracy, % (mean ± deviation, seeds), at the learning rate chosen of {rates} (each times 44 / layers) by the "
-        f"validation accuracy of seed {SEARCH_SEED}. `train.py {' '.join(RUNGS[rung])}` and the arm's values; "
+        "Test accuracy, % (mean ± deviation, seeds; or the search's one run on validation images), at the learning rate chosen "
+        f"of {rates} (each times 44 / layers) by the validation accuracy of seed {SEARCH_SEED}. "
+        f"`train.py {' '.join(RUNGS[rung])}` and the arm's values; "
         f"{', '.join(map(str, steps))} steps; "
         f"commits {', '.join(commits)}; each run's command is in its file in `benchmarks/results/ablation/{rung}`."
     )
@@ -137,6 +142,18 @@ def initialization_table():
         for row in kept["rows"]
     ]
     return table(["data", "layers", "net", "error's growth a layer", "over the net", "lowest image share"], rows)
+
+
+def step_time_table():
+    rows = []
+    for path in sorted((RESULTS / "step_time").glob("*.json")):
+        result = json.loads(path.read_text())
+        for name, arm in result["arms"].items():
+            low, median, high = arm["ratio_quartiles"]
+            seconds = f"{1000 * arm['median_seconds']:.0f}"
+            ratio = f"{median:.2f} ({low:.2f} to {high:.2f})"
+            rows.append([f"`{name}`", f"`{result['command']}`", result["cpu_cores"], seconds, ratio, arm["first_step_seconds"]])
+    return table(["arm", "command", "cores", "step, ms", "ratio (quartiles)", "first step, s"], rows)
 
 
 def draw_recipes(runs):
@@ -204,6 +221,7 @@ def fill(text, contents):
 def main(_):
     recipes = load_recipes()
     contents = {"recipes": recipes_table(recipes), "conditions": conditions(recipes), "initialization": initialization_table()}
+    contents["step time"] = step_time_table()
     folders = {rung: RESULTS / "ablation" / rung for rung in RUNGS}
     rungs = {rung: load_ablation(folder) for rung, folder in folders.items() if folder.exists()}
     for rung, runs in rungs.items():

@@ -3,12 +3,13 @@
 python benchmarks/step_time.py --depth=44 --precision=mixed_bfloat16 --rounds=20
 
 Each round runs one step of each arm, in an order that alternates. The ratio is that of an arm to the first in the same
-round; its median and quartiles go to `results/step_time/<depth>-<size>-<batch>-<precision>.json`.
+round; its median and quartiles go to `results/step_time/<depth>-<size>-<batch>-<precision>-cores<cores>.json`.
 """
 
 import importlib.metadata
 import json
 import os
+import pathlib
 import shlex
 import sys
 import time
@@ -20,15 +21,18 @@ from absl import app, flags
 from runs import ROOT, commit
 
 from ortho_keras import FusedBatchNormalization, plain_cnn
+from ortho_keras.experiment import processor
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "step_time"
+SEED = 0
 
 flags.DEFINE_integer("depth", 44, "Layers.", lower_bound=8)
 flags.DEFINE_integer("image_size", 32, "Pixels a side.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 128, "Images a step.", lower_bound=1)
 flags.DEFINE_enum("precision", "mixed_bfloat16", ["float32", "mixed_bfloat16", "mixed_float16"], "Type of the arithmetic.")
 flags.DEFINE_integer("rounds", 20, "Steps of each arm that count.", lower_bound=1)
+flags.DEFINE_string("results", str(RESULTS), "Folder of the result files.")
 
 
 def with_keras_batchnorm(model):
@@ -62,13 +66,13 @@ def training_step(model):
 
 def main(_):
     keras.config.set_dtype_policy(FLAGS.precision)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(SEED)
     shape = (FLAGS.image_size, FLAGS.image_size, 3)
     images = tf.constant(rng.normal(size=(FLAGS.batch_size, *shape)).astype("float32"))
     labels = tf.constant(rng.integers(10, size=FLAGS.batch_size))
     steps, first, seconds = {}, {}, {name: [] for name in ARMS}
     for name, make in ARMS.items():
-        steps[name] = training_step(make(plain_cnn(FLAGS.depth, shape, initializer="dirac", relu_shift=1.0, seed=0)))
+        steps[name] = training_step(make(plain_cnn(FLAGS.depth, shape, initializer="dirac", relu_shift=1.0, seed=SEED)))
         started = time.perf_counter()
         steps[name](images, labels).numpy()
         first[name] = time.perf_counter() - started
@@ -87,13 +91,17 @@ def main(_):
         }
         for name, values in seconds.items()
     }
-    path = RESULTS / f"{FLAGS.depth}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}.json"
+    cores = len(os.sched_getaffinity(0))
+    name = f"{FLAGS.depth}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-cores{cores}.json"
+    path = pathlib.Path(FLAGS.results, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "command": shlex.join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
         "commit": commit(),
         "rounds": FLAGS.rounds,
-        "cpu_cores": len(os.sched_getaffinity(0)),
+        "seed": SEED,
+        "cpu_cores": cores,
+        "processor": processor(),
         "versions": {name: importlib.metadata.version(name) for name in ("tensorflow", "keras")},
         "arms": arms,
     }

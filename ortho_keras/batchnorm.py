@@ -13,12 +13,12 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
     The same arguments, variables and values up to rounding, in less time (`benchmarks/step_time.py`): Keras 3 (3.15) casts
     half-precision activations to float32 and writes several tensors of their size. Statistics are float32 here too. What the
     fused operation does not cover is left to Keras: `synchronized=True`, `renorm=True`, a mask, an `axis` other than the
-    last, inputs that are not of rank 4, and float64.
+    last, inputs that are not of rank 4 or not in the layer's compute type, and variables that are not float32.
     """
 
     def call(self, inputs, training=None, mask=None):
-        fused = not (self.synchronized or self.renorm) and mask is None and len(inputs.shape) == 4
-        if not fused or self.axis not in (-1, 3) or inputs.dtype not in (tf.float32, tf.float16, tf.bfloat16):
+        plain = not (self.synchronized or self.renorm) and mask is None and len(inputs.shape) == 4 and self.axis in (-1, 3)
+        if not plain or inputs.dtype != self.compute_dtype or self.variable_dtype != "float32":
             return super().call(inputs, training=training, mask=mask)
         moving_mean, moving_variance = (tf.convert_to_tensor(v) for v in (self.moving_mean, self.moving_variance))
         training = bool(training and self.trainable)

@@ -283,7 +283,7 @@ def _result(name, recipe, model, history, test, runtime):
             "type": device_names(),
             "cpu_cores": _cpu_cores(),
             "machine": platform.machine(),
-            "processor": _processor(),
+            "processor": processor(),
             "runtime": runtime.describe(),
         },
         "versions": {
@@ -305,7 +305,8 @@ def _cpu_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def _processor():
+def processor():
+    """The name of the machine's processor."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -108,10 +108,10 @@ class DiracInitializer(DeltaOrthonormalInitializer):
     """Starts convolutions as the identity where they can, `cin = cout`, and draws the others as `OrthonormalInitializer` does.
 
     The kernel is the identity matrix times `gain` at the centre and zero around it: with padding "same" and stride 1 the
-    output is the input. It is orthonormal, so `OrthonormalRegularizer` keeps what it starts. Between BatchNormalization and
-    `ShiftedReLU` a deep plain net so begins as little more than its widening layers, and what a layer learns is added to
-    what passes it: as in a residual net, without a shortcut. Where `cin` and `cout` differ (the first convolution, and
-    those that widen) an identity would drop channels or double them.
+    output is the input. With `gain=1` it is orthonormal, so `OrthonormalRegularizer`'s gradient starts at 0. Between
+    BatchNormalization and `ShiftedReLU` a deep plain net so begins as little more than its widening layers, and what a layer
+    learns is added to what passes it: as in a residual net, without a shortcut. Where `cin` and `cout` differ (the first
+    convolution, and those that widen) an identity would drop channels or double them.
 
     Args:
         gain: float, positive. The length of each filter.

@@ -67,8 +67,8 @@ def plain_cnn(
 
     Reference:
         He et al. 2016 ([arXiv:1512.03385](https://arxiv.org/abs/1512.03385)), section 4.2; Xie, Xiong, Pu 2017
-        ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)). `bn_shift`, `relu_shift`,
-        `"delta_orthonormal"` and `"dirac"` are ours.
+        ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)). `bn_shift` and `relu_shift` are
+        ours, `"delta_orthonormal"` is Xiao et al.'s and `"dirac"` after DiracNets (see the initializers).
     """
     builder = _Builder(regularizer, initializer, bn_shift, _shift(relu_shift, depth), bn_synchronized, seed)
     return _build(builder, False, depth, input_shape, num_classes, width, preprocessing, name or f"plain{depth}")

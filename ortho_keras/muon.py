@@ -28,7 +28,7 @@ class Muon(keras.optimizers.Optimizer):
     `keras.optimizers.Muon` moves kernels of rank 2 only, and convolutions by Adam.
 
     Args:
-        learning_rate: float or schedule. 0.005 to 0.05; the deeper the net, the less.
+        learning_rate: float or schedule. 0.003 to 0.02; the deeper the net, the less.
         momentum: float, from 0 to below 1.
         vector_rate: float, at least 0. The learning rate of variables of rank 0 and 1, over `learning_rate`.
         beta_2: float, from 0 to below 1. Adam's decay of squares, for these.

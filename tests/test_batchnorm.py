@@ -264,7 +264,10 @@ def test_fused_training_equals_the_oracle(shape):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=2e-4 if m > 1 else 1e-3)
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16", "float64"])
+POLICIES = ["float32", "mixed_bfloat16", "mixed_float16", "float64", "float16", "bfloat16"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("arguments", [{}, {"scale": False}, {"center": False}, {"axis": 3}, {"axis": 1}, {"renorm": True}])
 @pytest.mark.parametrize("training", [True, False])
 def test_fused_is_keras_own_layer_up_to_rounding(policy, arguments, training):
@@ -276,6 +279,40 @@ def test_fused_is_keras_own_layer_up_to_rounding(policy, arguments, training):
     tolerance = {"float32": 1e-5, "float64": 1e-12}.get(policy, 1e-2)  # one rounding of a half-precision output
     for found, wanted in zip(own, keras_own, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+def fused_operations(layer, x, **arguments):
+    """How many fused operations one training call of a layer is made of."""
+    traced = tf.function(lambda: layer(x, training=True, **arguments)).get_concrete_function()
+    return sum(operation.type == "FusedBatchNormV3" for operation in traced.graph.get_operations())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_fused_is_one_operation_where_it_can_be(policy):
+    shape = (4, 3, 3, 2)
+    x = tf.ones(shape, keras.DTypePolicy(policy).compute_dtype)
+    covered = policy in ("float32", "mixed_bfloat16", "mixed_float16")
+    for arguments in ({}, {"axis": 3}, {"scale": False}, {"center": False}):
+        assert fused_operations(fused_layer(shape, policy, **arguments), x) == covered
+    for arguments in ({"axis": 1}, {"renorm": True}, {"synchronized": True}):
+        assert fused_operations(fused_layer(shape, policy, **arguments), x) == 0
+
+
+def test_fused_leaves_masks_and_other_types_to_keras():
+    shape = (4, 3, 3, 2)
+    x, mask = (
+        np.random.default_rng(9).normal(size=shape),
+        np.array([1, 1, 1, 0], bool)[:, None, None] & np.ones(shape[:3], bool),
+    )
+    assert fused_operations(fused_layer(shape), tf.constant(x, "float32"), mask=mask) == 0
+    for layer_type, input_type in (("float64", "float32"), ("float32", "float64"), ("mixed_bfloat16", "float32")):
+        given = tf.constant(x, input_type)
+        own, keras_own = (
+            fused_layer(shape, layer_type, kind=kind, autocast=False)(given, training=True)
+            for kind in (FusedBatchNormalization, layers.BatchNormalization)
+        )
+        assert own.dtype == keras_own.dtype
+        np.testing.assert_array_equal(tf.cast(own, "float64"), tf.cast(keras_own, "float64"))
 
 
 @pytest.mark.parametrize("shape", [(8, 3), (8, 5, 3), (2, 2, 2, 2, 3)])

@@ -57,3 +57,26 @@ def test_what_the_ablation_refuses(tmp_path):
     wrong = ablation(tmp_path, "--arms=he_l2", "--rates=0")
     assert wrong.returncode == 1 and "--learning_rate must be more than 0" in wrong.stderr
     assert "Traceback" not in wrong.stderr and not (tmp_path / "results").exists()
+
+
+def test_step_time_writes_the_ratio_of_its_arms(tmp_path):
+    given = ["--depth=8", "--image_size=8", "--batch_size=4", "--rounds=3", f"--results={tmp_path}"]
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "step_time.py", *given], check=True, capture_output=True)
+    (path,) = tmp_path.iterdir()
+    result = json.loads(path.read_text())
+    assert result["command"].startswith("python benchmarks/step_time.py --depth=8 ") and result["rounds"] == 3
+    base, fused = result["arms"].values()
+    assert base["ratio_quartiles"] == [1, 1, 1] and fused["ratio_quartiles"] == sorted(fused["ratio_quartiles"])
+    assert min(base["median_seconds"], *fused["ratio_quartiles"]) > 0
+
+
+def test_pages_refuse_a_result_of_other_values(tmp_path):
+    result = {"recipe_name": "digits", "seed": 0, "recipe": {"dataset": "digits", "depth": 8}}
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "digits-seed0.json").write_text(json.dumps(result))
+    load = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import pages, pathlib; "
+        f"pages.ROOT = pages.RESULTS = pathlib.Path({str(tmp_path)!r}); pages.load_recipes()"
+    )
+    done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
+    assert done.returncode == 1 and "recipes/digits-seed0.json is of other values than the recipe has" in done.stderr
