@@ -156,6 +156,16 @@ def step_time_table():
     return table(["arm", "command", "cores", "step, ms", "ratio (quartiles)", "first step, s"], rows)
 
 
+def depth_table():
+    rows = []
+    for path in sorted((RESULTS / "depth").glob("*.json")):
+        r = json.loads(path.read_text())
+        figures = [f"{100 * r['test_accuracy']:.2f}", f"{r['seconds']:.0f}", f"{r['process_seconds']:.0f}"]
+        rows.append([r["recipe"]["depth"], r["steps"], r["seed"], *figures, r["device"]["cpu_cores"], r["commit"][:10]])
+    header = ["layers", "steps", "seed", "test accuracy, %", "training, s", "whole process, s", "cores", "commit"]
+    return table(header, sorted(rows))
+
+
 def draw_recipes(runs):
     """Draws training and validation accuracy of `digits` and its control over the steps, each seed a line."""
     figure, panels = new_figure((9, 3.6), 2)
@@ -221,7 +231,7 @@ def fill(text, contents):
 def main(_):
     recipes = load_recipes()
     contents = {"recipes": recipes_table(recipes), "conditions": conditions(recipes), "initialization": initialization_table()}
-    contents["step time"] = step_time_table()
+    contents |= {"step time": step_time_table(), "depth": depth_table()}
     folders = {rung: RESULTS / "ablation" / rung for rung in RUNGS}
     rungs = {rung: load_ablation(folder) for rung, folder in folders.items() if folder.exists()}
     for rung, runs in rungs.items():

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # scripts here use the package beside them
@@ -42,6 +43,7 @@ def run_to_file(flags, path, workdir, data_dir=None, cores=None, diverged_ok=Fal
     places = [f"--workdir={workdir}", *([f"--data_dir={data_dir}"] if data_dir else [])]
     workdir.parent.mkdir(parents=True, exist_ok=True)
     log = workdir.with_suffix(".log")
+    started = time.perf_counter()
     with open(log, "w") if quiet else open(os.devnull, "w") as file:
         done = subprocess.run(
             [sys.executable, ROOT / "train.py", *flags, *places],
@@ -54,6 +56,7 @@ def run_to_file(flags, path, workdir, data_dir=None, cores=None, diverged_ok=Fal
     if done.returncode == 0:
         result = json.loads((workdir / "result.json").read_text())
         history = json.loads((workdir / "history.json").read_text())
+        result["process_seconds"] = round(time.perf_counter() - started, 1)  # with building and evaluations; since a resumption
         result["history"] = {name: [row.get(name) for row in history] for name in KEPT}
     elif done.returncode == 1 and diverged_ok and "the loss became" in message:
         result = {"diverged": message.removeprefix("train.py: ")}
