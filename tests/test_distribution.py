@@ -81,6 +81,7 @@ def test_two_replicas_train_as_one(tmp_path, two_replicas):
 @pytest.mark.parametrize("modulation", ["off", "neighbour", "anchor"])
 def test_one_step_of_two_replicas_equals_one(tmp_path, two_replicas, modulation):
     changes = {"depth": 8, "max_steps": 1, "momentum": 0.0, "learning_rate": 0.1, "modulation": modulation, "bn_batches": 0}
+    changes["initializer"] = "orthonormal"  # through identities gamma's gradient is 0 at first, and its step a rounding error
     one = trained(tmp_path, tf.distribute.get_strategy(), **changes)
     two = trained(tmp_path, two_replicas, **changes)
     for start_, mine, expected in zip(one[2], two[3], one[3]):
