@@ -239,6 +239,5 @@ def test_input_size_is_image_size_and_the_recipe_fits_the_depth():
         train.parse_flags(["train.py", "--recipe=digits", "--depth=1004", "--input_size=8"])
         recipe, given = train.recipe_from_flags()
     assert given == {"depth": 1004, "image_size": 8}
-    assert (recipe.initializer, recipe.relu_shift) == ("dirac", 1) and recipe.peak_learning_rate == pytest.approx(
-        0.03 * 44 / 1004
-    )
+    assert (recipe.initializer, recipe.relu_shift) == ("dirac", 1)
+    assert recipe.peak_learning_rate == pytest.approx(0.03 * 44 / 1004)
