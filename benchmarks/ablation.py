@@ -81,9 +81,9 @@ ARMS = {
     "muon": Arm("orthonormal, Muon in place of SGD", "ours", {"optimizer": "muon"}),
     "relu_shift_muon": Arm("orthonormal, shifted ReLU, Muon", "ours", {**_SHIFT, "optimizer": "muon"}),
     "dirac": Arm("kernels that start as identities, the paper's ReLU and penalty", "ours", {"initializer": "dirac"}),
-    "relu_shift_dirac": Arm("the same, shifted ReLU", "ours", _DIRAC),
-    "relu_shift_dirac_l2": Arm("the same, L2 for the penalty", "ours", {**_DIRAC, "regularizer": "l2", "factor": 1e-4}),
-    "relu_shift_dirac_muon": Arm("identities, shifted ReLU, penalty, Muon", "ours", {**_DIRAC, "optimizer": "muon"}),
+    "relu_shift_dirac": Arm("identities, max(x, -2), the penalty", "ours", _DIRAC),
+    "relu_shift_dirac_l2": Arm("identities, max(x, -2), L2", "ours", {**_DIRAC, "regularizer": "l2", "factor": 1e-4}),
+    "relu_shift_dirac_muon": Arm("identities, max(x, -2), the penalty, Muon", "ours", {**_DIRAC, "optimizer": "muon"}),
     "residual_l2": Arm("the residual twin, He initialization, L2", "control", {**_L2, "network": "residual"}),
     "residual_orthonormal": Arm("the residual twin, orthonormal initialization and penalty", "paper", {"network": "residual"}),
 }
