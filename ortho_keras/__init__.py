@@ -21,6 +21,7 @@ from ortho_keras.models import plain_cnn, residual_cnn
 from ortho_keras.modulation import ErrorModulation, modulate, switch_modulation
 from ortho_keras.muon import Muon
 from ortho_keras.orthonormalize import OrthonormalizeReport, orthonormalize
+from ortho_keras.patch_pca import PatchPCAInitializer
 from ortho_keras.regularizers import OrthonormalRegularizer
 from ortho_keras.schedules import LearningRate
 from ortho_keras.signal_report import signal_report
@@ -42,6 +43,7 @@ __all__ = [
     "OrthonormalInitializer",
     "OrthonormalRegularizer",
     "OrthonormalizeReport",
+    "PatchPCAInitializer",
     "ShiftedReLU",
     "SignalMonitor",
     "SignalReport",

@@ -8,6 +8,7 @@ import pathlib
 import platform
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from ortho_keras.callbacks import ModulationSwitch, SignalMonitor
@@ -18,6 +19,7 @@ from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
 from ortho_keras.models import plain_cnn, residual_cnn
 from ortho_keras.modulation import modulate
 from ortho_keras.muon import Muon
+from ortho_keras.patch_pca import PatchPCAInitializer
 from ortho_keras.plots import plot_curves
 from ortho_keras.regularizers import OrthonormalRegularizer
 from ortho_keras.runtime import Runtime, device_names
@@ -25,6 +27,7 @@ from ortho_keras.schedules import LearningRate
 from ortho_keras.training import Trainer
 
 PROBE_IMAGES = 64
+STEM_IMAGES = 5000  # whose patches are enough for their principal components
 PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "scikit-learn")
 
 
@@ -154,6 +157,10 @@ def build_model(recipe, data, replicated=False):
     `replicated` says that there is more than one replica, so that there is something to synchronize.
     """
     mean, variance = data.channel_statistics()
+    stem_initializer = None
+    if recipe.stem_initializer == "pca":
+        images = (data.train.images[:STEM_IMAGES] - np.array(mean)) / np.sqrt(variance)
+        stem_initializer = PatchPCAInitializer.from_images(images)
     builder = plain_cnn if recipe.network == "plain" else residual_cnn
     model = builder(
         recipe.depth,
@@ -162,6 +169,7 @@ def build_model(recipe, data, replicated=False):
         width=recipe.width,
         regularizer=_regularizer(recipe),
         initializer=recipe.initializer,
+        stem_initializer=stem_initializer,
         bn_shift=recipe.bn_shift,
         relu_shift="auto" if recipe.relu_shift < 0 else recipe.relu_shift,
         bn_synchronized=replicated and recipe.bn_sync,

@@ -10,6 +10,7 @@ from ortho_keras.initializers import DeltaOrthonormalInitializer, DiracInitializ
 from ortho_keras.regularizers import OrthonormalRegularizer
 
 STAGES = 3
+STEM = "stem_conv"  # the first convolution
 # He et al. 2016 trained with these in Torch; Keras's own defaults are 0.99 and 1e-3.
 BATCH_NORMALIZATION = {"momentum": 0.9, "epsilon": 1e-5}
 
@@ -27,6 +28,7 @@ def plain_cnn(
     width=16,
     regularizer="orthonormal",
     initializer="orthonormal",
+    stem_initializer=None,
     bn_shift=0.0,
     relu_shift=0.0,
     bn_synchronized=False,
@@ -49,6 +51,8 @@ def plain_cnn(
             whatever `keras.regularizers.get` takes; `None` for none. One object is shared by all layers.
         initializer: `"orthonormal"`; `"delta_orthonormal"` or `"dirac"` (for convolutions; the Dense layer is orthonormal); or
             whatever `keras.initializers.get` takes; `None` is Keras's default. Each layer gets a copy with a seed of its own.
+        stem_initializer: How the first convolution starts: whatever `keras.initializers.get` takes, a `PatchPCAInitializer`
+            (ours), say. `None`: as the others.
         bn_shift: float. The initial value of every BatchNormalization's beta. The paper's is 0; near 1 the ReLUs are more
             linear, and the error keeps its magnitude going down, but zero-padded borders drown the images (ours).
         relu_shift: float, at least 0, or `"auto"`. The activations are `max(x, -relu_shift)`, see `ShiftedReLU`: the same
@@ -70,7 +74,7 @@ def plain_cnn(
         ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)). `bn_shift` and `relu_shift` are
         ours, `"delta_orthonormal"` is Xiao et al.'s and `"dirac"` after DiracNets (see the initializers).
     """
-    builder = _Builder(regularizer, initializer, bn_shift, _shift(relu_shift, depth), bn_synchronized, seed)
+    builder = _Builder(regularizer, initializer, stem_initializer, bn_shift, _shift(relu_shift, depth), bn_synchronized, seed)
     return _build(builder, False, depth, input_shape, num_classes, width, preprocessing, name or f"plain{depth}")
 
 
@@ -81,6 +85,7 @@ def residual_cnn(
     width=16,
     regularizer="orthonormal",
     initializer="orthonormal",
+    stem_initializer=None,
     bn_shift=0.0,
     relu_shift=0.0,
     bn_synchronized=False,
@@ -100,6 +105,7 @@ def residual_cnn(
         width: See `plain_cnn`.
         regularizer: See `plain_cnn`.
         initializer: See `plain_cnn`.
+        stem_initializer: See `plain_cnn`.
         bn_shift: See `plain_cnn`.
         relu_shift: See `plain_cnn`.
         bn_synchronized: See `plain_cnn`.
@@ -116,7 +122,7 @@ def residual_cnn(
     Reference:
         He et al. 2016 ([arXiv:1512.03385](https://arxiv.org/abs/1512.03385)), section 4.2, option A.
     """
-    builder = _Builder(regularizer, initializer, bn_shift, _shift(relu_shift, depth), bn_synchronized, seed)
+    builder = _Builder(regularizer, initializer, stem_initializer, bn_shift, _shift(relu_shift, depth), bn_synchronized, seed)
     return _build(builder, True, depth, input_shape, num_classes, width, preprocessing, name or f"residual{depth}")
 
 
@@ -134,12 +140,13 @@ def check_depth(depth):
 class _Builder:
     """Makes one layer after the other, each with its share of the seed."""
 
-    def __init__(self, regularizer, initializer, bn_shift, relu_shift, bn_synchronized, seed):
+    def __init__(self, regularizer, initializer, stem_initializer, bn_shift, relu_shift, bn_synchronized, seed):
         named = regularizer == "orthonormal"
         self.regularizer = OrthonormalRegularizer() if named else keras.regularizers.get(regularizer)
         if isinstance(initializer, str) and initializer in NAMED_INITIALIZERS:
             initializer = NAMED_INITIALIZERS[initializer]()
         self.initializer = keras.initializers.get("glorot_uniform" if initializer is None else initializer)
+        self.stem_initializer = keras.initializers.get(stem_initializer)
         if isinstance(bn_shift, bool) or not isinstance(bn_shift, (int, float)) or not np.isfinite(bn_shift):
             raise ValueError(f"`bn_shift` must be a finite number. Received: bn_shift={bn_shift!r}")
         self.relu_shift = checked_shift("relu_shift", relu_shift)
@@ -168,13 +175,16 @@ class _Builder:
 
     def convolution(self, x, filters, strides, name):
         """A 3x3 convolution and its BatchNormalization."""
+        initializer = self.next_initializer()
+        if name == STEM and self.stem_initializer is not None:
+            initializer = self.stem_initializer
         x = keras.layers.Conv2D(
             filters,
             3,
             strides=strides,
             padding="same",
             use_bias=False,  # BN's beta takes its place
-            kernel_initializer=self.next_initializer(),
+            kernel_initializer=initializer,
             kernel_regularizer=self.regularizer,
             name=name,
         )(x)
@@ -210,8 +220,8 @@ def _build(builder, residual, depth, input_shape, num_classes, width, preprocess
     allow_deep_graphs(4 * depth)
     inputs = keras.Input(input_shape, name="image")
     x = inputs if preprocessing is None else preprocessing(inputs)
-    x = builder.convolution(x, width, 1, "stem_conv")
-    x = builder.relu(x, "stem_conv_relu")
+    x = builder.convolution(x, width, 1, STEM)
+    x = builder.relu(x, f"{STEM}_relu")
     for stage in range(1, STAGES + 1):
         filters = width * 2 ** (stage - 1)
         for pair in range(1, pairs + 1):

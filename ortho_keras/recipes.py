@@ -29,6 +29,9 @@ class Recipe:
         "orthonormal", "kernels at the start (dirac: the identity where it fits, ours)",
         ("orthonormal", "delta_orthonormal", "dirac", "he_normal", "glorot_uniform"),
     )  # fmt: skip
+    stem_initializer: str = _field(
+        "same", "the first convolution at the start: as the others, or the images' principal patches (ours)", ("same", "pca")
+    )
     bn_shift: float = _field(0.0, "BatchNormalization's initial beta (the paper: 0; near 1: ours)")
     relu_shift: float = _field(
         0.0, "the ReLUs are max(x, -relu_shift) (ours; 0: the ReLU; -1: the shift for the depth)", least=-1
@@ -155,6 +158,7 @@ _FAST = dataclasses.replace(
     _SHORT,
     epochs=16,
     initializer="dirac",
+    stem_initializer="pca",
     relu_shift=1.0,
     optimizer="muon",
     factor=1e-3,
@@ -171,6 +175,7 @@ def _with_control(name, preset, **control):
     """A preset and its control: the same data, steps, seed and schedule; He initialization and L2 instead of the method."""
     l2 = {
         "initializer": "he_normal",
+        "stem_initializer": "same",
         "regularizer": "l2",
         "factor": 1e-4,
         "modulation": "off",

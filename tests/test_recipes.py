@@ -48,6 +48,7 @@ def test_every_recipe_has_a_control(name):
     method, control = RECIPES[name].recipe, RECIPES[f"{name}_l2"].recipe
     allowed = {
         "initializer",
+        "stem_initializer",
         "regularizer",
         "factor",
         "modulation",
@@ -110,9 +111,19 @@ def test_short_recipes_differ_in_length_and_schedule_only(name):
 def test_fast_recipes_and_their_controls_have_the_same_data_steps_and_schedule(name):
     fast, control = RECIPES[name].recipe, RECIPES[f"{name}_l2"].recipe
     assert (fast.epochs, fast.max_steps, fast.batch_size) == (16, 0, 128)
-    method = {"initializer", "regularizer", "factor", "relu_shift", "optimizer", "learning_rate", "rate_depth"}
+    method = {
+        "initializer",
+        "stem_initializer",
+        "regularizer",
+        "factor",
+        "relu_shift",
+        "optimizer",
+        "learning_rate",
+        "rate_depth",
+    }
     assert differences(fast, control) == method
     assert (control.optimizer, control.relu_shift, control.initializer) == ("sgd", 0.0, "he_normal")
+    assert control.stem_initializer == "same"
 
 
 @pytest.mark.parametrize(
