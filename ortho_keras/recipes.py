@@ -46,6 +46,9 @@ class Recipe:
     max_scale: float = _field(1000.0, "modulation: the largest rescaling of one layer", least=1)
     modulation_steps: int = _field(0, "modulation: switched off after this many steps; 0: never", least=0)
     modulation_sync: bool = _field(True, "moments of the modulation over all replicas, or each replica's own")
+    label_smoothing: float = _field(
+        0.0, "training: this share of each label is spread evenly over all classes", least=0, most=1
+    )
     optimizer: str = _field("sgd", "optimizer (muon: ours, orthonormal steps)", OPTIMIZERS)
     learning_rate: float = _field(0.1, "learning rate at its highest", above=0)
     rate_depth: int = _field(
@@ -160,8 +163,9 @@ _FAST = dataclasses.replace(
     initializer="dirac",
     stem_initializer="pca",
     relu_shift=1.0,
+    label_smoothing=0.1,
     optimizer="muon",
-    factor=1e-3,
+    factor=1e-2,
     learning_rate=0.0035,
     rate_depth=44,
 )

@@ -54,7 +54,7 @@ class Trainer:
         self.pad = recipe.padding if recipe.padding != "mean" else mean
         self.estimator = BatchNormalizationEstimator(model)
         self.callbacks = keras.callbacks.CallbackList(list(callbacks), model=model, epochs=self.epochs)
-        self._train = _train_function(model, recipe.batch_size, self.runtime)
+        self._train = _train_function(model, recipe.batch_size, recipe.label_smoothing, self.runtime)
         self._score = _score_function(model, self.runtime)
 
     def run(self):
@@ -216,13 +216,13 @@ def _new_epoch():
     return {"steps": 0, "seconds": 0.0, "crossentropy": 0.0, "accuracy": 0.0, "logs": {}}
 
 
-def _train_function(model, batch_size, runtime):
+def _train_function(model, batch_size, label_smoothing, runtime):
     """One training step: `(images, labels, stop)` to the sums over replicas `[cross-entropy, correct, penalty, stop]`."""
     optimizer, replicas, strategy = model.optimizer, runtime.replicas, runtime.strategy
 
     def step(images, labels, stop):
         with tf.GradientTape() as tape:
-            crossentropy, correct = _scores(labels, model(images, training=True))
+            crossentropy, correct = _scores(labels, model(images, training=True), label_smoothing)
             total = tf.reduce_sum(crossentropy)
             penalty = tf.cast(sum(model.losses), tf.float32) / replicas  # each replica has the whole penalty
             loss = optimizer.scale_loss(total / batch_size + penalty)
@@ -254,9 +254,13 @@ def _score_function(model, runtime):
     return score
 
 
-def _scores(labels, logits):
-    """Cross-entropy and correctness of each image, two float32 tensors `(batch,)`."""
-    crossentropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, tf.cast(logits, tf.float32))
+def _scores(labels, logits, label_smoothing=0.0):
+    """Cross-entropy (against smoothed labels) and correctness of each image, two float32 tensors `(batch,)`."""
+    logits = tf.cast(logits, tf.float32)
+    crossentropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+    if label_smoothing:
+        over_all = -tf.reduce_mean(tf.nn.log_softmax(logits), -1)
+        crossentropy = (1 - label_smoothing) * crossentropy + label_smoothing * over_all
     return crossentropy, tf.cast(tf.equal(tf.argmax(logits, -1), labels), tf.float32)
 
 

@@ -112,22 +112,34 @@ def test_tensorboard_has_loss_and_penalty_apart(finished):
     assert {"crossentropy", "penalty", "accuracy", "validation/accuracy", "learning_rate"} <= tags
 
 
-@pytest.mark.parametrize("regularizer", ["orthonormal", "l2", "none"])
-def test_training_step_equals_a_plain_loop(tmp_path, regularizer):
-    recipe = dataclasses.replace(RECIPE, regularizer=regularizer, factor=0.1, max_steps=3, bn_batches=0, schedule="constant")
+@pytest.mark.parametrize(("regularizer", "smoothing"), [("orthonormal", 0.0), ("l2", 0.2), ("none", 0.0)])
+def test_training_step_equals_a_plain_loop(tmp_path, regularizer, smoothing):
+    recipe = dataclasses.replace(
+        RECIPE,
+        regularizer=regularizer,
+        factor=0.1,
+        label_smoothing=smoothing,
+        max_steps=3,
+        bn_batches=0,
+        schedule="constant",
+    )
     data = load_data("digits")
     model, total_steps = compiled_model(recipe, data)
     by_hand, _ = compiled_model(recipe, data)
     by_hand.set_weights(model.get_weights())
-    Trainer(model, recipe, data, tmp_path, total_steps, log=lambda line: None).run()
+    history = Trainer(model, recipe, data, tmp_path, total_steps, log=lambda line: None).run()
+    crossentropies = []
     for images, labels in training_batches(data.train, 64, recipe.augment, recipe.seed, 0, 3, "symmetric"):
         with tf.GradientTape() as tape:
             logits = by_hand(images, training=True)
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            targets = (1 - smoothing) * tf.one_hot(labels, 10) + smoothing / 10
+            losses = -tf.reduce_sum(targets * tf.math.log(tf.nn.softmax(logits)), -1)
+            crossentropies.append(float(tf.reduce_mean(losses)))
             penalty = sum(by_hand.losses) if by_hand.losses else 0.0
             loss = tf.reduce_mean(losses) + penalty
         gradients = tape.gradient(loss, by_hand.trainable_variables)
         by_hand.optimizer.apply(gradients, by_hand.trainable_variables)
+    assert history[0]["crossentropy"] == pytest.approx(np.mean(crossentropies), rel=1e-4)
     for mine, expected in zip(model.get_weights(), by_hand.get_weights()):
         np.testing.assert_allclose(mine, expected, rtol=1e-3, atol=1e-5)
 
