@@ -22,6 +22,27 @@ def test_values_and_gradient_by_hand():
     np.testing.assert_array_equal(ortho_keras.ShiftedReLU(0)(x), tf.nn.relu(x))
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_gradient_is_that_of_a_maximum(dtype, jit_compile):
+    rng = np.random.default_rng(0)
+    x, upstream = (tf.constant(rng.normal(size=(4, 5, 6, 3)), dtype) for _ in range(2))
+    layer = ortho_keras.ShiftedReLU(0.6, dtype=dtype)
+
+    @tf.function(jit_compile=jit_compile)
+    def gradients(x, upstream):
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch([x, upstream])
+            first = tape.gradient(layer(x), x, upstream)
+            total = tf.reduce_sum(first)
+        return first, tape.gradient(total, upstream)
+
+    first, second = (np.asarray(tf.cast(g, tf.float64)) for g in gradients(x, upstream))
+    passes = np.asarray(tf.cast(x, tf.float64)) > -0.6
+    np.testing.assert_array_equal(first, np.where(passes, tf.cast(upstream, tf.float64), 0.0))
+    np.testing.assert_array_equal(second, passes)
+
+
 def test_it_is_a_relu_net_with_another_border():
     # max(x, -s) before a zero-padded convolution and BN = relu(x + s) before the same convolution padded with s, and BN.
     rng = np.random.default_rng(0)
