@@ -43,6 +43,7 @@ class Arm:
 _BASE = {
     "network": "plain",
     "initializer": "orthonormal",
+    "stem_initializer": "same",
     "bn_shift": 0.0,
     "relu_shift": 0.0,
     "regularizer": "orthonormal",
@@ -84,6 +85,14 @@ ARMS = {
     "relu_shift_dirac": Arm("identities, max(x, -2), the penalty", "ours", _DIRAC),
     "relu_shift_dirac_l2": Arm("identities, max(x, -2), L2", "ours", {**_DIRAC, "regularizer": "l2", "factor": 1e-4}),
     "relu_shift_dirac_muon": Arm("identities, max(x, -2), the penalty, Muon", "ours", {**_DIRAC, "optimizer": "muon"}),
+    "relu_shift_dirac_muon_pca": Arm(
+        "identities, max(x, -2), the penalty, Muon, principal patches in the first convolution",
+        "ours",
+        {**_DIRAC, "optimizer": "muon", "stem_initializer": "pca"},
+    ),
+    "relu_shift_dirac_moving": Arm(
+        "identities, max(x, -2), the penalty; BatchNormalization's moving averages", "ours", {**_DIRAC, "bn_batches": 0}
+    ),
     "residual_l2": Arm("the residual twin, He initialization, L2", "control", {**_L2, "network": "residual"}),
     "residual_orthonormal": Arm("the residual twin, orthonormal initialization and penalty", "paper", {"network": "residual"}),
 }

@@ -20,7 +20,7 @@ import tensorflow as tf
 from absl import app, flags
 from runs import ROOT, commit
 
-from ortho_keras import FusedBatchNormalization, plain_cnn
+from ortho_keras import FusedBatchNormalization, ShiftedReLU, plain_cnn
 from ortho_keras.experiment import processor
 
 FLAGS = flags.FLAGS
@@ -35,17 +35,29 @@ flags.DEFINE_integer("rounds", 20, "Steps of each arm that count.", lower_bound=
 flags.DEFINE_string("results", str(RESULTS), "Folder of the result files.")
 
 
-def with_keras_batchnorm(model):
-    """The same model with Keras's own BatchNormalization."""
+class Maximum(ShiftedReLU):
+    """The same values with TensorFlow's own gradient."""
+
+    def call(self, inputs):
+        return tf.maximum(inputs, tf.cast(-self.shift, inputs.dtype))
+
+
+def with_layers(replaced):
+    """A function from a model to the same model with other layers: `replaced` maps types to the types in their place."""
 
     def clone(layer):
-        kind = keras.layers.BatchNormalization if isinstance(layer, FusedBatchNormalization) else type(layer)
-        return kind.from_config(layer.get_config())
+        return replaced.get(type(layer), type(layer)).from_config(layer.get_config())
 
-    return keras.models.clone_model(model, clone_function=clone)
+    return lambda model: keras.models.clone_model(model, clone_function=clone)
 
 
-ARMS = {"keras.layers.BatchNormalization": with_keras_batchnorm, "FusedBatchNormalization": lambda model: model}
+ARMS = {
+    "keras.layers.BatchNormalization, tf.maximum": with_layers(
+        {FusedBatchNormalization: keras.layers.BatchNormalization, ShiftedReLU: Maximum}
+    ),
+    "FusedBatchNormalization, tf.maximum": with_layers({ShiftedReLU: Maximum}),
+    "FusedBatchNormalization, ShiftedReLU": with_layers({}),
+}
 
 
 def training_step(model):
