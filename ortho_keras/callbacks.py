@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import os
 import pathlib
 import random
 import time
@@ -11,6 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from ortho_keras.files import whole_file
 from ortho_keras.modulation import ErrorModulation, switch_modulation
 from ortho_keras.plots import plot_heat_map
 from ortho_keras.signal_report import Probe
@@ -30,7 +32,9 @@ class SignalMonitor(keras.callbacks.Callback):
     A run that is taken up again keeps the lines of the steps before.
 
     By default the cost is bounded: a measurement is taken as soon as it leaves all of them together at `max_share` of the time
-    since training began, and in any case before the first step and after the last. `share` is what it came to.
+    since training began. Before the first step and after the last there is one in any case, which in a short run is more than
+    that: the first records the model's graph, some seconds for a hundred layers. `share` is what it came to. A second `fit`
+    with the same object goes on with what the first one has.
 
     Args:
         x: See `signal_report`; 64 to 128 samples do.
@@ -43,7 +47,8 @@ class SignalMonitor(keras.callbacks.Callback):
         singular_values: bool. See `signal_report`; slower.
 
     Raises:
-        ValueError: If `every` or `max_share` is outside its range; at the start of training, as `signal_report`.
+        ValueError: If `every` or `max_share` is outside its range, or `directory` is no path of a folder; at the start of
+            training, as `signal_report`, before anything is written.
 
     Example:
 
@@ -59,6 +64,8 @@ class SignalMonitor(keras.callbacks.Callback):
             raise ValueError(f"`every` must be an integer, at least 1, or None. Received: every={every!r}")
         if isinstance(max_share, bool) or not isinstance(max_share, (int, float)) or not max_share > 0:
             raise ValueError(f"`max_share` must be a number above 0. Received: max_share={max_share!r}")
+        if not isinstance(directory, (str, os.PathLike)) or (os.path.exists(directory) and not os.path.isdir(directory)):
+            raise ValueError(f"`directory` must be the path of a folder. Received: directory={directory!r}")
         self.x = x
         self.y = y
         self.directory = pathlib.Path(directory)
@@ -66,6 +73,8 @@ class SignalMonitor(keras.callbacks.Callback):
         self.every = every
         self.max_share = max_share
         self.singular_values = singular_values
+        self._probe = None
+        self._spent = self._duration = 0.0
 
     @property
     def path(self):
@@ -73,41 +82,46 @@ class SignalMonitor(keras.callbacks.Callback):
 
     @property
     def share(self):
-        """Time of the measurements over the time since training began."""
-        return self._spent / max(time.perf_counter() - self._began, 1e-9)
+        """Time of the measurements over the time of the last training so far; 0 before any."""
+        return self._spent / max(self._duration, 1e-9)
 
     def on_train_begin(self, logs=None):
-        self._began, self._spent = time.perf_counter(), 0.0
+        self._began, self._spent, step = time.perf_counter(), 0.0, steps_taken(self.model)
+        self._rows = [row for row in read_signals(self.path) if row["step"] <= step] if step else []
+        if not self.model.built:
+            self.model.build(np.shape(self.x))
+        goes_on = self._probe is not None and self._trained is self.model and self._rows and self._rows[-1]["step"] == step
+        if not goes_on:
+            self._probe, self._trained, self._rule = self._new_probe(), self.model, ErrorModulation()
+            self._rows = [row for row in self._rows if row["step"] < step]
+            report = self._report()
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._last = steps_taken(self.model)
-        self._rows = [row for row in read_signals(self.path) if row["step"] < self._last] if self._last else []
         self._writer = tf.summary.create_file_writer(str(self.directory / "tensorboard"))
-        self._probe = None
-        partial = self.path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
+        with whole_file(self.path) as own, own.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self._rows)
-        partial.replace(self.path)
-        if not self.model.built:
-            self.model.build(np.shape(self.x))
-        self._measure()
+        if not goes_on:
+            self._write(report)
+        self._duration = time.perf_counter() - self._began
 
     def __deepcopy__(self, memo):
         arguments = (self.x, self.y, self.directory, self.loss, self.every, self.max_share, self.singular_values)
         return SignalMonitor(*copy.deepcopy(arguments, memo))
 
     def on_train_batch_end(self, batch, logs=None):
+        self._duration = time.perf_counter() - self._began
         if self.every is None:
-            due = self._spent + self._latest <= self.max_share * (time.perf_counter() - self._began)
+            due = self._spent + self._latest <= self.max_share * self._duration
         else:
             due = steps_taken(self.model) - self._last >= self.every
         if due:
-            self._measure()
+            self._write(self._report())
 
     def on_train_end(self, logs=None):
         if steps_taken(self.model) > self._last:
-            self._measure()
+            self._write(self._report())
+        self._duration = time.perf_counter() - self._began
         self._writer.close()
         steps = {step: column for column, step in enumerate(sorted({row["step"] for row in self._rows}))}
         names = {name: line for line, name in enumerate(dict.fromkeys(row["name"] for row in self._rows))}
@@ -129,13 +143,13 @@ class SignalMonitor(keras.callbacks.Callback):
             random.setstate(state)
         return Probe(model, self.x, self.y, loss)
 
-    def _measure(self):
-        started, self._last = time.perf_counter(), steps_taken(self.model)
-        if self._probe is None:
-            self._probe, self._rule = self._new_probe(), ErrorModulation()
+    def _report(self):
+        self._started, self._last = time.perf_counter(), steps_taken(self.model)
         if self._probe.model is not self.model:
             self._probe.model.set_weights(self.model.get_weights())
-        report = self._probe.measure(self._rule, self.singular_values)
+        return self._probe.measure(self._rule, self.singular_values)
+
+    def _write(self, report):
         rows = [{"step": self._last, **dataclasses.asdict(layer)} for layer in report.layers]
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, list(rows[0])).writerows(rows)
@@ -146,7 +160,7 @@ class SignalMonitor(keras.callbacks.Callback):
                 for name in _SUMMARIES:
                     tf.summary.scalar(f"{name}/{layer.name}", getattr(layer, name))
         self._writer.flush()
-        self._latest = time.perf_counter() - started
+        self._latest = time.perf_counter() - self._started
         self._spent += self._latest
 
 

@@ -1,9 +1,12 @@
 """What goes wrong by a user's input or a machine's state, and is told in one line."""
 
+import re
+
 
 def first_line(error):
-    """Returns an error's first line, or its type where it says nothing."""
-    lines = str(error).strip().splitlines()
+    """Returns the first line of an error that says something, without terminal colours, or its type where none does."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m|\{\{function_node .*?\}\} ?", "", str(error)).splitlines()]
+    lines = [line for line in lines if line and not line.startswith("Exception encountered when calling ")]
     return lines[0][:400] if lines else type(error).__name__
 
 

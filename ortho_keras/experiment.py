@@ -14,6 +14,7 @@ import tensorflow as tf
 from ortho_keras.callbacks import ModulationSwitch, SignalMonitor
 from ortho_keras.data import load_data
 from ortho_keras.errors import InputError, WorkerLostError, first_line
+from ortho_keras.files import whole_file
 from ortho_keras.kernels import layer_kernels, model_kernels, orthonormality_error
 from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
 from ortho_keras.models import plain_cnn, residual_cnn
@@ -323,12 +324,10 @@ def processor():
 
 
 def _write_json(path, content):
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    with whole_file(path) as own:
+        own.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _save_model(model, path):
-    partial = path.with_name(f"partial-{path.name}")
-    model.save(partial, include_optimizer=False)
-    os.replace(partial, path)
+    with whole_file(path) as own:
+        model.save(own, include_optimizer=False)

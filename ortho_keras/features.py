@@ -2,12 +2,12 @@
 
 import difflib
 import math
-import pathlib
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from ortho_keras.files import whole_file
 from ortho_keras.graphs import Graph
 from ortho_keras.kernels import as_matrices, layer_kernels
 from ortho_keras.spectra import mean_cosines
@@ -295,6 +295,5 @@ class _Sheet:
         for words, x, y, size, weight in self.texts:
             axes.text(x, y, words, fontsize=size, fontweight=weight, va="top", parse_math=False)
         axes.set(xlim=(0, width), ylim=(height, 0))
-        partial = pathlib.Path(path).with_suffix(".partial")
-        figure.savefig(partial, format="png", dpi=DPI)
-        partial.replace(path)
+        with whole_file(path) as own:
+            figure.savefig(own, format="png", dpi=DPI)

@@ -15,7 +15,7 @@ class Graph:
         model: A built Functional or Sequential model.
 
     Raises:
-        ValueError: If the model is of another kind; its layers' order is then not known.
+        ValueError: If the model is of another kind, or has a `call` of its own; its layers' order is then not known.
     """
 
     def __init__(self, model):
@@ -23,6 +23,11 @@ class Graph:
             raise ValueError(
                 "`model` must be a Functional or Sequential model, whose layers are known. "
                 f"Received: {getattr(model, 'name', model)!r}, a {type(model).__name__}"
+            )
+        if not type(model).call.__module__.startswith("keras."):
+            raise ValueError(
+                "`model` must not have a `call` of its own, which its graph does not show. "
+                f"Received: {model.name!r}, a {type(model).__name__}"
             )
         self.model = model
         self.steps = []  # (layer or the nested model's Graph, args, kwargs, outputs), with symbolic tensors

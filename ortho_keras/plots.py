@@ -1,9 +1,10 @@
 """Pictures: a run's curves, a net's signal."""
 
-import pathlib
 import textwrap
 
 import numpy as np
+
+from ortho_keras.files import whole_file
 
 
 def plot_curves(history, path, title):
@@ -113,9 +114,8 @@ def _figure(size, rows, columns):
 
 
 def _save(figure, path):
-    partial = pathlib.Path(path).with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(path)
+    with whole_file(path) as own:
+        figure.savefig(own, format="png", dpi=120)
 
 
 def _has_zero(series):

@@ -22,16 +22,18 @@ def signal_report(model, x, y, loss=None, tolerance=2.0, max_scale=1000.0, refer
     """Measures one batch on its way up and its error on the way down, at each parametric layer, and changes nothing.
 
     The model runs as in training (BatchNormalization by the batch's statistics, dropout on); weights, BatchNormalization's
-    averages, the optimizer and random states are afterwards what they were. The error is that of the loss alone, the mean
+    averages, the optimizer and the layers' random states are afterwards what they were. (A layer of one's own that draws
+    without a seed generator moves Keras's or TensorFlow's global one.) The error is that of the loss alone, the mean
     over the batch, without penalties, and it is taken before a layer's own activation, where it has one. A layer that is called
     more than once has one entry for each call; "next" and "top" go by the order of calls. A layer of one's own, or a
-    subclassed model inside, is one layer.
+    subclassed model inside, is one layer. Recurrent layers and embeddings are not measured, but named.
 
     Args:
         model: A built Functional or Sequential Keras model of any shape, nested and branching ones included.
         x: Inputs, arrays `(batch, ...)`, a batch of at least 2: one, a list in the model's order, or a dict by inputs' names.
-        y: Targets, as the loss takes them.
-        loss: A Keras loss, its name, or a function of `(y, outputs)`. Defaults to `None`, the compiled model's.
+        y: Targets, as the loss takes them; a list or dict of arrays for a model of several outputs.
+        loss: A Keras loss, its name, or a function of `(y, outputs)`. Defaults to `None`, the compiled model's. For several
+            outputs, give a function.
         tolerance: See `ErrorModulation`; this and the next two say what modulation would do. Where the model has
             `ErrorModulation` layers, the report shows what they did, and the error behind them.
         max_scale: See `ErrorModulation`.
@@ -75,10 +77,14 @@ class Probe:
         self.graph = Graph(model)
         self.model = model
         self.x = _checked_inputs(model, x)
-        self.y = keras.tree.map_structure(np.asarray, np.asarray(y) if isinstance(y, (list, tuple)) else y)
+        whole = isinstance(y, (list, tuple)) and len(model.outputs) == 1
+        self.y = np.asarray(y) if whole else keras.tree.map_structure(np.asarray, y)
         if loss is None and not model.compiled:
             raise ValueError("`loss` must be given for a model that is not compiled. Received: loss=None")
         self.loss = _checked_loss(model.loss if loss is None else loss)
+        size, sizes = len(keras.tree.flatten(self.x)[0]), {np.shape(leaf)[:1] for leaf in keras.tree.flatten(self.y)}
+        if _is_keras(self.loss) and sizes != {(size,)}:
+            raise ValueError(f"`y` must hold a target for each of the {size} samples. Received: y of shape {_shapes(self.y)}")
         self.half = any(getattr(layer, "compute_dtype", "") == "float16" for layer, _ in walk_layers(model))
 
     def measure(self, rule, singular_values=True):
@@ -100,8 +106,8 @@ class Probe:
         trace = Trace(self.x)
         with tf.GradientTape(persistent=True) as tape:
             # Inside a layer's call, so that layers that take no `training` argument pass it on.
-            outputs = _InTraining(lambda: self.graph.run(self.x, trace.call, training=True), name="probe")(None, training=True)
-            loss = tf.reduce_mean(tf.cast(self._loss(outputs), tf.float32))
+            outputs = self._outputs(trace)
+            loss = self._loss(outputs)
         if not trace.calls:
             raise ValueError(f"`model` must call a convolution, dense or einsum layer. Received: model={self.model.name!r}")
         calls, variables = trace.calls, {id(k.variable): k.variable.value for call in trace.calls for k in call.kernels}
@@ -143,14 +149,23 @@ class Probe:
                     fired=fired[index],
                 )
             )
-        return SignalReport(self.model.name, float(loss), tuple(layers), trace.modulated)
+        return SignalReport(self.model.name, float(loss), tuple(layers), trace.modulated, tuple(trace.unmeasured))
+
+    def _outputs(self, trace):
+        probe = _InTraining(lambda: self.graph.run(self.x, trace.call, training=True), name="probe")
+        try:
+            return probe(None, training=True)
+        except Exception as error:  # a layer may raise anything
+            raise ValueError(
+                f"`x` must suit the model's layers. Received: x of shape {_shapes(self.x)} ({first_line(error)})"
+            ) from error
 
     def _loss(self, outputs):
         name = getattr(self.loss, "__name__", "")
         try:
             if name.endswith("crossentropy") and (tf.reduce_min(outputs) < 0 or tf.reduce_max(outputs) > 1):
                 raise ValueError("these outputs are logits: give the loss object, with from_logits=True")
-            return self.loss(self.y, outputs)
+            return tf.reduce_mean(tf.cast(self.loss(self.y, outputs), tf.float32))
         except Exception as error:  # a loss of one's own may raise anything
             raise ValueError(
                 f"`y` and `loss` must suit the model's outputs {_shapes(outputs)}. Received: y of shape {_shapes(self.y)}, "
@@ -174,6 +189,8 @@ def _checked_inputs(model, x):
     expected = list(model.inputs)
     if isinstance(x, dict):
         names = [tensor.name for tensor in expected]
+        if isinstance(model.input, dict):
+            names = [next(name for name, own in model.input.items() if own is tensor) for tensor in expected]
         missing = [name for name in names if name not in x]
         if missing:
             raise ValueError(f"`x` must have an entry for each of the inputs {names}. Received: a dict with {sorted(x)}")
@@ -211,13 +228,20 @@ def _agree(expected, received):
 
 
 def _checked_loss(loss):
-    message = f"`loss` must be one Keras loss, its name, or a function of (y, outputs). Received: loss={loss!r}"
+    message = (
+        "`loss` must be one Keras loss, its name, or (for several outputs, say) a function of (y, outputs). "
+        f"Received: loss={loss!r}"
+    )
     if loss is None or isinstance(loss, (dict, list, tuple)):
         raise ValueError(message)
     try:
         return keras.losses.get(loss)
     except (ValueError, TypeError) as error:
         raise ValueError(message) from error
+
+
+def _is_keras(loss):
+    return isinstance(loss, keras.losses.Loss) or getattr(loss, "__module__", "").startswith("keras.")
 
 
 def _magnitude(tensor, scale=1.0):

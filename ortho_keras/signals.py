@@ -3,8 +3,9 @@
 import csv
 import dataclasses
 import math
-import pathlib
+import statistics
 
+from ortho_keras.files import whole_file
 from ortho_keras.plots import plot_signals
 
 LINES = 120  # of a printed table
@@ -42,22 +43,28 @@ class SignalReport:
     loss: float
     layers: tuple  # of LayerSignal, from input to output
     modulated: bool  # `scale` is what modulation did, not what it would do
+    unmeasured: tuple = ()  # names of layers with weights of other kinds: recurrent ones, embeddings
 
     @property
     def growth(self):
-        """The error's growth going down, `(total, per layer, number of steps)`.
+        """The error's growth going down, `(total, per layer, number of steps)`: the trend over a kind's layers.
 
-        Told between convolutions (layers whose output has positions) where there are several, or else between the other
-        layers, never from one kind to the other: pooling shrinks the error by arithmetic alone. Of three or more, the lowest is
-        left out: it reads the input, whose scale is arbitrary, and so is its error's. NaN where there is nothing to compare.
+        The trend is a straight line through the logarithms of the magnitudes, by least squares, so that no single layer tells
+        for all. There are two kinds, convolutions (layers whose output has positions) and the others, and the one whose error
+        changes most is told; there is no trend from one kind to the other: pooling shrinks the error by arithmetic alone. Of
+        three or more layers the lowest is left out: it reads the input, whose scale is arbitrary, and so is its error's. NaN
+        where there is nothing to compare.
         """
+        trends = [_trend(kind) for kind in self._kinds]
+        return max(trends, key=lambda trend: abs(math.log(trend[0])), default=(math.nan, math.nan, 0))
+
+    @property
+    def _kinds(self):
+        """Layers between which errors compare, where an error reaches them: those with positions, and those without."""
         kinds = [[layer for layer in self.layers if layer.positions is positions] for positions in (True, False)]
-        chosen = next((kind for kind in kinds if len(kind) > 1), [])
-        chosen = chosen[1:] if len(chosen) > 2 else chosen
-        if not chosen:
-            return math.nan, math.nan, 0
-        total, steps = ratio(chosen[0].backward_moment, chosen[-1].backward_moment) ** 0.5, len(chosen) - 1
-        return total, total ** (1 / steps) if total > 0 else math.nan, steps
+        kinds = [kind[1:] if len(kind) > 2 else kind for kind in kinds]
+        kinds = [[layer for layer in kind if 0 < layer.backward_moment < math.inf] for kind in kinds]
+        return [kind for kind in kinds if len(kind) > 1]
 
     @property
     def findings(self):
@@ -65,18 +72,24 @@ class SignalReport:
         found = []
         if not math.isfinite(self.loss):
             found.append(f"the loss is {self.loss}: nothing below it can be trusted")
+        blown = [layer.name for layer in self.layers if not math.isfinite(layer.forward_moment)]
+        if blown:
+            found.append(f"the activations are not finite at {_count(blown, 'layer')}, from {blown[0]!r} up")
         broken = [layer.name for layer in self.layers if not math.isfinite(layer.backward_moment)]
         if broken:
             found.append(f"the error is not finite at {_count(broken, 'layer')}, from {broken[-1]!r} down")
         silent = [layer.name for layer in self.layers if layer.backward_moment == 0]
         if silent:
             found.append(f"no error reaches {len(silent)} of {len(self.layers)} layers: {_named(silent)}")
+        for kind in self._kinds:
+            low, *_, high = sorted(kind, key=lambda layer: layer.backward_moment)
+            apart = ratio(high.backward_moment, low.backward_moment) ** 0.5
+            if apart > 1000 and apart > 10 * max(_trend(kind)[0], 1 / _trend(kind)[0]):
+                found.append(f"the error is {apart:.2g} times as large at {high.name!r} as at {low.name!r}")
         total, per_layer, steps = self.growth
         if steps and not silent and not broken and not 0.1 <= total <= 10:
-            verb = "grows" if total > 1 else "shrinks"
-            found.append(
-                f"the error {verb} {per_layer:.3g} times a layer going down: {total:.2g} over {_count(steps, 'layer')}"
-            )
+            change = f"grows {per_layer:.3g} times" if total > 1 else f"shrinks to {per_layer:.3g} of itself"
+            found.append(f"the error {change} a layer going down: {total:.2g} over {_count(steps, 'layer')}")
         shares = [(layer.image_share, layer.name) for layer in self.layers if layer.image_share < 0.2]
         if shares:
             share, name = min(shares)
@@ -94,11 +107,15 @@ class SignalReport:
         total, _, steps = self.growth
         healthy = f"nothing is wrong: the error keeps its magnitude ({total:.2g} over {_count(steps, 'layer')} going down)"
         healthy = healthy if steps else "nothing is wrong, and there are too few layers to tell the error's growth"
-        did = "modulation did" if self.modulated else "modulation would do"
         fired = sum(layer.fired for layer in self.layers)
+        did = f"modulation {'did' if self.modulated else 'would do'}: {fired} layers rescaled"
+        if all(math.isnan(layer.scale) for layer in self.layers):
+            did = "modulation does not apply, the model branches"
         lines = [f"{self.model}: {'; '.join(self.findings) or healthy}"]
+        if self.unmeasured:
+            lines[0] += f" (not measured: {_named(self.unmeasured)})"
         lines.append(
-            f"{len(self.layers)} parametric layers, loss {self.loss:.4g}; {did}: {fired} layers rescaled. Top layer first; "
+            f"{len(self.layers)} parametric layers, loss {self.loss:.4g}; {did}. Top layer first; "
             "error: its magnitude over the top layer's; gradient: the kernel's, over its norm; W, operator: singular values"
         )
         width = max(len(layer.name) for layer in self.layers)
@@ -127,12 +144,10 @@ class SignalReport:
 
     def to_csv(self, path):
         """Writes one line for each layer, with a header, to a file."""
-        partial = pathlib.Path(path).with_suffix(".partial")
-        with partial.open("w", newline="") as file:
+        with whole_file(path) as own, own.open("w", newline="") as file:
             writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(LayerSignal)])
             writer.writeheader()
             writer.writerows(dataclasses.asdict(layer) for layer in self.layers)
-        partial.replace(path)
 
     def to_pandas(self):
         """Returns a `pandas.DataFrame` with one row for each layer.
@@ -149,6 +164,13 @@ class SignalReport:
     def plot(self, path):
         """Draws the figures over the layers, as a PNG file."""
         plot_signals(self, path)
+
+
+def _trend(layers):
+    """`(total, per layer, number of steps)` of the error's magnitude, going down, from a line through its logarithms."""
+    logarithms = [0.5 * math.log(layer.backward_moment) for layer in layers]
+    steps, slope = len(layers) - 1, statistics.linear_regression(range(len(layers)), logarithms).slope
+    return math.exp(-slope * steps), math.exp(-slope), steps
 
 
 def ratio(numerator, denominator):

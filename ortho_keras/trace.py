@@ -39,6 +39,7 @@ class Trace:
         self.calls = []
         self.branches = False
         self.modulated = False
+        self.unmeasured = []  # names of layers with weights that are no kernels: recurrent ones, embeddings
         self.kernels = {}  # id of a layer -> the LayerKernels in it
         # id of a tensor -> [the tensor, index of the call it comes from or None, whether it was taken]
         self.tensors = {id(tensor): [tensor, None, False] for tensor in keras.tree.flatten(inputs)}
@@ -63,6 +64,8 @@ class Trace:
             source = len(self.calls) - 1
         elif isinstance(layer, ErrorModulation) and source is not None:
             self.calls[source].behind, self.modulated = first, True
+        elif isinstance(layer, keras.Layer) and any(len(weight.shape) > 1 for weight in layer.trainable_weights):
+            self.unmeasured += [layer.name] * (layer.name not in self.unmeasured)
         # The operations of keras.ops and keras.activations are no layers: they tell by their names.
         activates = bool(linear) or isinstance(layer, _ACTIVATIONS) or type(layer).__name__.lower() in ("relu", "relu6")
         if activates and source is not None and math.isnan(self.calls[source].dead_share):

@@ -82,6 +82,34 @@ def test_a_copy_works(tmp_path):
     assert (tmp_path / "second" / "signals.png").exists()
 
 
+def test_a_second_fit_does_not_measure_the_same_weights_again(tmp_path):
+    monitor, model = ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path, every=100), compiled()
+    for steps in ([0, 8], [0, 8, 16]):
+        fit(model, monitor, epochs=1)
+        rows = read_signals(tmp_path / "signals.csv")
+        assert [row["step"] for row in rows if row["name"] == "stem_conv"] == steps
+    share = monitor.share
+    assert 0 < share == monitor.share  # of the training, which is over
+
+
+def test_a_batch_that_does_not_fit_leaves_an_earlier_file_alone(tmp_path):
+    fit(compiled(), ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path))
+    before = (tmp_path / "signals.csv").read_text()
+    for x, y in ((X[:16], Y[:15]), (X[:16, :5], Y[:16])):
+        with pytest.raises(ValueError, match="`[xy]` must .* Received: "):
+            fit(compiled(), ortho_keras.SignalMonitor(x, y, tmp_path))
+        with pytest.raises(ValueError, match="`[xy]` must .* Received: "):
+            fit(compiled(), ortho_keras.SignalMonitor(x, y, tmp_path / "new"))
+    assert (tmp_path / "signals.csv").read_text() == before and not (tmp_path / "new").exists()
+
+
+def test_a_directory_that_is_none(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for directory in (tmp_path / "file", None, 3):
+        with pytest.raises(ValueError, match="`directory` must be the path of a folder. Received: directory="):
+            ortho_keras.SignalMonitor(X[:16], Y[:16], directory)
+
+
 def test_a_file_with_other_columns_is_refused(tmp_path):
     model = compiled()
     fit(model, epochs=1)

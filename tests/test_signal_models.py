@@ -212,6 +212,35 @@ def subclassed():
 DENSE = [keras.Input((4,)), keras.layers.Dense(10)]
 
 
+class OwnCall(keras.Model):
+    """A Functional model that computes something else than its graph."""
+
+    def __init__(self, inputs, units):
+        super().__init__(inputs, keras.layers.Dense(units)(inputs))
+
+    def call(self, x):
+        return 1000 * super().call(x)
+
+
+def test_several_inputs_and_outputs_in_dicts_and_lists():
+    left, right = keras.Input((4,)), keras.Input((6,))
+    x = keras.layers.Concatenate()([keras.layers.Dense(5, name="l")(left), keras.layers.Dense(5, name="r")(right)])
+    model = keras.Model({"right": right, "left": left}, [keras.layers.Dense(10)(x), keras.layers.Dense(1)(x)])
+    rng = np.random.default_rng(0)
+    x = {"left": rng.normal(size=(8, 4)), "right": rng.normal(size=(8, 6)), "unused": np.zeros(8)}
+    y = [rng.integers(10, size=8), rng.normal(size=(8, 1)).astype("float32")]
+
+    def loss(y, outputs):
+        return LOGITS(y[0], outputs[0]) + keras.losses.mean_squared_error(y[1], outputs[1])
+
+    report = ortho_keras.signal_report(model, x, y, loss)
+    outputs = model({name: x[name] for name in ("left", "right")})
+    expected = float(LOGITS(y[0], outputs[0])) + np.mean((outputs[1].numpy() - y[1]) ** 2)
+    assert report.loss == pytest.approx(expected, rel=1e-5) and len(report.layers) == 4
+    with pytest.raises(ValueError, match="`x` must have an entry for each of the inputs .*'right'"):
+        ortho_keras.signal_report(model, {"left": x["left"]}, y, loss)
+
+
 @pytest.mark.parametrize(
     "model,x,y,loss,message",
     [
@@ -228,7 +257,13 @@ DENSE = [keras.Input((4,)), keras.layers.Dense(10)]
             "nonsense",
             "`loss` must be one Keras loss, .* Received: loss='nonsense'",
         ),
-        (lambda: keras.Sequential(list(DENSE)), 8, 8, {"a": "mse"}, "`loss` must be one Keras loss, its name, or a function"),
+        (
+            lambda: keras.Sequential(list(DENSE)),
+            8,
+            8,
+            {"a": "mse"},
+            "`loss` must be one Keras loss, its name, or .* a function",
+        ),
         (
             lambda: keras.Sequential([keras.Input((5,)), keras.layers.Dense(10)]),
             8,
@@ -236,7 +271,9 @@ DENSE = [keras.Input((4,)), keras.layers.Dense(10)]
             LOGITS,
             r"`x` .* \(None, 5\). .* \(8, 4\)",
         ),
-        (lambda: keras.Sequential(list(DENSE)), 8, 5, LOGITS, r"`y` and `loss` must suit .*\(8, 10\)"),
+        (lambda: keras.Sequential(list(DENSE)), 8, 5, LOGITS, r"`y` must hold a target for each of the 8 samples.*\(5,\)"),
+        (lambda: keras.Sequential(list(DENSE)), 8, (8, 3), "mse", r"`y` and `loss` must suit .*\(8, 10\)"),
+        (lambda: OwnCall(keras.Input((4,)), 10), 8, 8, LOGITS, "`model` must not have a `call` of its own"),
         (lambda: keras.Sequential(list(DENSE)), 8, 8, "sparse_categorical_crossentropy", "give the loss object, with from_"),
     ],
     ids=[
@@ -249,10 +286,13 @@ DENSE = [keras.Input((4,)), keras.layers.Dense(10)]
         "unknown loss",
         "two losses",
         "other inputs",
+        "too few targets",
         "other targets",
+        "a call of its own",
         "probabilities",
     ],
 )
 def test_bad_input(model, x, y, loss, message):
+    """`x` and `y` are the number of samples, or a shape."""
     with pytest.raises(ValueError, match=message):
         ortho_keras.signal_report(model(), np.ones((x, 4), np.float32), np.zeros(y, np.int64), loss)

@@ -10,7 +10,6 @@ import pytest
 import references
 
 import ortho_keras
-from ortho_keras.signals import LayerSignal, SignalReport
 
 LOGITS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -170,19 +169,3 @@ def test_files_and_table(tmp_path):
             report.to_pandas()
     else:
         assert isinstance(report.to_pandas(), pandas.DataFrame)
-
-
-def test_growth_of_made_up_layers():
-    def layer(name, positions, moment):
-        values = {field: math.nan for field in LayerSignal.__dataclass_fields__}
-        return LayerSignal(**{**values, "name": name, "positions": positions, "backward_moment": moment, "fired": False})
-
-    layers = [layer("stem", True, 1e9), *(layer(f"c{k}", True, 4.0 ** (6 - k)) for k in range(7)), layer("top", False, 1e6)]
-    report = SignalReport("made_up", 1.0, tuple(layers), False)
-    assert report.growth == (64.0, pytest.approx(2.0), 6)
-    assert report.findings == ["the error grows 2 times a layer going down: 64 over 6 layers"]
-    assert len(str(report).splitlines()) == 3 + 9
-    deep = SignalReport("deep", 1.0, tuple(layer(f"c{k}", True, 1.0) for k in range(1000)), False)
-    lines = str(deep).splitlines()[3:]
-    assert len(lines) == 121 and lines[0] == "c999" and lines[-1] == "c0"
-    assert lines[59] == "c940" and lines[60].startswith("... 880 layers between") and lines[61] == "c59"
