@@ -4,8 +4,11 @@ import math
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from ortho_keras.kernels import as_matrices
+
+WRITTEN_OUT = 2048  # inputs of the largest map whose matrix is written out
 
 _CONVOLUTIONS = (
     keras.layers.Conv1D,
@@ -64,8 +67,10 @@ def operator_extremes(layer, input_shape):
     A convolution with periodic borders is block-diagonal over frequencies, so its singular values are those of one small
     matrix for each frequency, the kernel's Fourier transform there. Keras pads with zeros or not at all; the difference is
     confined to the border. With a stride, the frequencies that it folds onto each other share a matrix. An input size that the
-    stride does not divide is rounded up. A Dense layer's map is its kernel. The values come from the eigenvalues of Gram
-    matrices: one below 1e-7 of the largest is not resolved. A kernel that is not finite gives NaN.
+    stride does not divide is rounded up. On inputs less than twice as wide as the window there is little else than border:
+    there the map itself is written out, with the layer's own padding, where a group has up to 2,048 inputs; above, NaN. A
+    Dense layer's map is its kernel. The values come from the eigenvalues of Gram matrices: one below 1e-7 of the largest is
+    not resolved. A kernel that is not finite gives NaN.
 
     Args:
         layer: A built convolution of any kind, or Dense.
@@ -86,8 +91,13 @@ def operator_extremes(layer, input_shape):
     sizes = tuple(input_shape[2:] if first else input_shape[1:-1])
     strides, dilations = layer.strides, layer.dilation_rate
     if isinstance(layer, (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)):
-        sizes = tuple(size * stride for size, stride in zip(sizes, strides))  # the adjoint's input: the same singular values
-    return convolution_extremes(*_as_grouped(layer), sizes, strides, dilations)
+        outputs = layer.compute_output_shape((1, *input_shape[1:]))  # the adjoint's input: the same singular values
+        sizes = tuple(outputs[2:] if first else outputs[1:-1])
+    kernel, groups = _as_grouped(layer)
+    spans = [(size - 1) * dilation + 1 for size, dilation in zip(kernel.shape, dilations)]
+    if any(span > 1 and size < 2 * span for size, span in zip(sizes, spans)):
+        return _extremes_written_out(kernel, groups, sizes, strides, dilations, layer.padding)
+    return convolution_extremes(kernel, groups, sizes, strides, dilations)
 
 
 def convolution_extremes(kernel, groups, sizes, strides, dilations):
@@ -125,6 +135,23 @@ def convolution_extremes(kernel, groups, sizes, strides, dilations):
         values = np.linalg.eigvalsh(np.conj(matrices.swapaxes(2, 3)) @ matrices) / math.prod(strides)
         smallest, largest = min(smallest, values.min()), max(largest, values.max())
     return math.sqrt(max(0.0, smallest)), math.sqrt(max(0.0, largest))
+
+
+def _extremes_written_out(kernel, groups, sizes, strides, dilations, padding):
+    """The same with the padding that a layer has, from each group's whole matrix."""
+    inputs, outputs = math.prod(sizes) * kernel.shape[-2], kernel.shape[-1] // groups
+    if inputs > WRITTEN_OUT or not np.isfinite(kernel).all():
+        return math.nan, math.nan
+    basis = np.eye(inputs).reshape(inputs, *sizes, kernel.shape[-2])
+    if padding == "causal":
+        basis, padding = np.pad(basis, [(0, 0), ((kernel.shape[0] - 1) * dilations[0], 0), (0, 0)]), "valid"
+    # All groups read the same inputs here, so one convolution gives every group's rows.
+    rows = tf.nn.convolution(basis, kernel, strides, padding.upper(), dilations=dilations).numpy()
+    matrices = np.moveaxis(rows.reshape(inputs, -1, groups, outputs), 2, 0).reshape(groups, inputs, -1)
+    if matrices.shape[1] > matrices.shape[2]:
+        matrices = matrices.swapaxes(1, 2)
+    values = np.linalg.eigvalsh(matrices @ matrices.swapaxes(1, 2))
+    return math.sqrt(max(0.0, values.min())), math.sqrt(max(0.0, values.max()))
 
 
 def _grid(counts):

@@ -80,23 +80,23 @@ def separable_map(layer):
     "layer,shape,whole",
     [
         (keras.layers.Conv2D(3, 3, strides=2), (6, 6, 2), lambda n: whole_map(kernel_of(n), 1, (6, 6), (2, 2), (1, 1))),
-        (keras.layers.Conv2D(4, 3, groups=2), (4, 4, 4), lambda n: whole_map(kernel_of(n), 2, (4, 4), (1, 1), (1, 1))),
+        (keras.layers.Conv2D(4, 3, groups=2), (6, 6, 4), lambda n: whole_map(kernel_of(n), 2, (6, 6), (1, 1), (1, 1))),
         (
-            keras.layers.Conv2DTranspose(3, 3, strides=2),
+            keras.layers.Conv2DTranspose(3, 3, strides=2, padding="same"),
             (3, 3, 2),
             lambda n: whole_map(kernel_of(n), 1, (6, 6), (2, 2), (1, 1)),
         ),
         (
             keras.layers.DepthwiseConv2D(3, depth_multiplier=2),
-            (4, 4, 3),
-            lambda n: whole_map(kernel_of(n).reshape(3, 3, 1, 6), 3, (4, 4), (1, 1), (1, 1)),
+            (6, 6, 3),
+            lambda n: whole_map(kernel_of(n).reshape(3, 3, 1, 6), 3, (6, 6), (1, 1), (1, 1)),
         ),
         (
             keras.layers.SeparableConv2D(5, 3, depth_multiplier=2),
-            (4, 4, 3),
-            lambda n: whole_map(separable_map(n), 1, (4, 4), (1, 1), (1, 1)),
+            (6, 6, 3),
+            lambda n: whole_map(separable_map(n), 1, (6, 6), (1, 1), (1, 1)),
         ),
-        (keras.layers.Conv1D(3, 3, dilation_rate=2), (6, 2), lambda n: whole_map(kernel_of(n), 1, (6,), (1,), (2,))),
+        (keras.layers.Conv1D(3, 3, dilation_rate=2), (10, 2), lambda n: whole_map(kernel_of(n), 1, (10,), (1,), (2,))),
         (keras.layers.Dense(3), (5,), kernel_of),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, keras.Layer) else "",
@@ -108,9 +108,44 @@ def test_operator_extremes_of_layers(layer, shape, whole):
     np.testing.assert_allclose([smallest, largest], [values[-1], values[0]], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "layer,shape",
+    [
+        (keras.layers.Conv2D(5, 3, padding="same"), (2, 2, 4)),
+        (keras.layers.Conv2D(5, 3, padding="same", strides=2), (4, 4, 3)),
+        (keras.layers.Conv2D(2, 3, padding="same"), (1, 1, 2)),
+        (keras.layers.Conv2D(3, 3, padding="same", dilation_rate=4), (8, 8, 2)),
+        (keras.layers.Conv2D(4, 5), (8, 8, 2)),
+        (keras.layers.Conv2D(6, 3, padding="same", groups=2), (3, 5, 4)),
+        (keras.layers.DepthwiseConv2D(3, padding="same", depth_multiplier=2), (2, 3, 3)),
+        (keras.layers.SeparableConv2D(5, 3, padding="same"), (3, 3, 2)),
+        (keras.layers.Conv1D(3, 3, padding="causal", dilation_rate=2), (5, 2)),
+        (keras.layers.Conv2DTranspose(4, 4), (1, 1, 3)),
+        (keras.layers.Conv2DTranspose(3, 3, strides=2, padding="same"), (2, 2, 2)),
+        (keras.layers.Conv3D(2, 3, padding="same"), (2, 3, 2, 2)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, keras.Layer) else str(value),
+)
+def test_a_map_that_is_nearly_all_border_is_the_layers_own(layer, shape):
+    size = int(np.prod(shape))
+    basis = np.eye(size, dtype=np.float32).reshape(size, *shape)
+    layer.use_bias = False
+    matrix = np.asarray(layer(basis), np.float64).reshape(size, -1)  # each basis vector through the layer
+    values = np.linalg.svd(matrix, compute_uv=False)
+    smallest, largest = operator_extremes(layer, (None, *shape))
+    np.testing.assert_allclose(largest, values[0], rtol=1e-5)
+    np.testing.assert_allclose(smallest, values[-1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_wide_map_that_is_nearly_all_border_is_left_out():
+    layer = build(keras.layers.Conv2D(4, 3, padding="same"), (3, 3, 256))
+    assert np.isnan(operator_extremes(layer, (None, 3, 3, 256))).all()
+    assert operator_extremes(layer, (None, 8, 8, 256))[1] > 0
+
+
 def test_an_input_that_the_stride_does_not_divide_is_rounded_up():
-    layer = build(keras.layers.Conv2D(3, 3, strides=2), (5, 5, 2))
-    assert operator_extremes(layer, (None, 5, 5, 2)) == operator_extremes(layer, (None, 6, 6, 2))
+    layer = build(keras.layers.Conv2D(3, 3, strides=2), (7, 7, 2))
+    assert operator_extremes(layer, (None, 7, 7, 2)) == operator_extremes(layer, (None, 8, 8, 2))
 
 
 def test_orthonormal_filters_are_not_an_isometry():
@@ -122,9 +157,9 @@ def test_orthonormal_filters_are_not_an_isometry():
 
 
 def test_channels_first_and_unknown_layers():
-    layer = build(keras.layers.Conv2D(3, 3, data_format="channels_first"), (2, 6, 4))
-    values = np.linalg.svd(whole_map(kernel_of(layer), 1, (6, 4), (1, 1), (1, 1)), compute_uv=False)
-    assert operator_extremes(layer, (None, 2, 6, 4))[1] == pytest.approx(values[0], rel=1e-6)
+    layer = build(keras.layers.Conv2D(3, 3, data_format="channels_first"), (2, 6, 7))
+    values = np.linalg.svd(whole_map(kernel_of(layer), 1, (6, 7), (1, 1), (1, 1)), compute_uv=False)
+    assert operator_extremes(layer, (None, 2, 6, 7))[1] == pytest.approx(values[0], rel=1e-6)
     assert np.isnan(operator_extremes(keras.layers.ReLU(), (None, 4))).all()
 
 
