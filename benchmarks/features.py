@@ -125,6 +125,10 @@ def draw():
     kernels.pop(None, None)
     if not kernels:
         raise InputError(f"--layers must be convolutions, or stand behind one, for the picture of filters. Received: {layers}")
+    for path, model in zip(paths, models.values()):
+        missing = sorted(set(kernels) - {layer.name for layer in model.layers})
+        if missing:
+            raise InputError(f"--models must all have the layers {', '.join(missing)}. Received: {path}, which has not")
     output = pathlib.Path(FLAGS.output).expanduser()
     filters_output = output.with_name(f"{output.stem}_filters.png")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -304,6 +304,10 @@ def test_command(tmp_path):
         (both, "--image_size=9"): "`images` must fit",
         (both, "--layers=stem"): "nearest are 'stem_conv",
         (both, "--layers=stage1_conv03_relu"): "of model 'plain8' itself",
+        (
+            f"--models={tmp_path / 'second'},{tmp_path / 'first'}",
+            "--layers=stage1_conv03",
+        ): "must all have the layers stage1_conv03",
         (both, "--leyers=stem"): "leyers",
         (both, "stem"): "every argument must be a flag",
     }
@@ -322,4 +326,10 @@ def test_command(tmp_path):
 
     both, one = read(tmp_path / "new" / "both.png"), read(tmp_path / "one.png")
     assert both.shape[0] > 2 * one.shape[0] and both.shape[1] > 3 * one.shape[1]
+    assert sorted(path.name for path in tmp_path.rglob("*.png")) == [
+        "both.png",
+        "both_filters.png",
+        "one.png",
+        "one_filters.png",
+    ]
     assert read(tmp_path / "new" / "both_filters.png").shape[0] > 3 * read(tmp_path / "one_filters.png").shape[0]
