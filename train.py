@@ -158,10 +158,9 @@ def main(_):
         return 128 + signal.SIGINT
     if not machine.is_chief:
         return 0
-    print(
-        f"test accuracy {result['test_accuracy']:.4f}, validation accuracy {result['validation_accuracy']:.4f}, "
-        f"{result['steps']} steps in {result['seconds']:.0f} s: {workdir}/result.json, curves.png, final.keras"
-    )
+    accuracy = {name: result[f"{name}_accuracy"] for name in ("test", "validation")}
+    shown = ", ".join(f"{name} accuracy {value:.4f}" for name, value in accuracy.items() if value is not None)
+    print(f"{shown}, {result['steps']} steps in {result['seconds']:.0f} s: {workdir}/result.json, curves.png, final.keras")
     return 0
 
 

@@ -25,10 +25,10 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class ImageData:
-    """A data set in memory, with the split that chooses (validation) apart from the one that judges (test)."""
+    """A data set in memory, with the split that chooses (validation, if any) apart from the one that judges (test)."""
 
     train: Split
-    validation: Split
+    validation: Split | None
     test: Split
     class_names: tuple
 
@@ -45,7 +45,7 @@ class ImageData:
         return mean.tolist(), np.maximum(variance, 1e-12).tolist()
 
 
-def load_data(name, data_dir=None, image_size=0):
+def load_data(name, data_dir=None, image_size=0, hold_out=True):
     """Loads a data set into memory.
 
     Args:
@@ -53,11 +53,12 @@ def load_data(name, data_dir=None, image_size=0):
             one folder for each class, or `train` and `test` (and `val`) with one folder for each class in each.
         data_dir: TFDS's folder of prepared data. Defaults to TFDS's own, `~/tensorflow_datasets`.
         image_size: int. Resizes to this many pixels a side; 0 keeps the size, which must then be the same for all images.
+        hold_out: bool. Whether a data set without a validation split gets one.
 
     Returns:
         An `ImageData`. What the data set does not come with is cut off the training split, the same at every run: a tenth for
-        the test of a folder without `test`, then a tenth for validation. A TFDS set that has a validation split and no test
-        split is tested on the former.
+        the test of a folder without `test`, then, with `hold_out`, a tenth for validation. A TFDS set that has a validation
+        split and no test split is tested on the former.
 
     Raises:
         InputError: If the data set is unknown, cannot be had or read, or holds no images of one size.
@@ -73,15 +74,15 @@ def load_data(name, data_dir=None, image_size=0):
     shapes = {key: split.images.shape[1:] for key, split in splits.items()}
     if len(set(shapes.values())) > 1:
         raise InputError(f"{flag} must hold images of one size, or --image_size must be given. Received: {shapes}")
-    cuts = [key for key in ("test", "validation") if key not in splits]
+    cuts = [key for key in ("test", "validation") if key not in splits and (hold_out or key == "test")]
     if len(splits["train"]) < 1 + len(cuts):
         raise InputError(
-            f"{flag} must have at least {1 + len(cuts)} training images, to hold out {' and '.join(cuts)}. "
+            f"{flag} must have at least {1 + len(cuts)} training images, to hold out {' and '.join(cuts) or 'none'}. "
             f"Received: {len(splits['train'])}"
         )
     for key in cuts:
         splits["train"], splits[key] = _cut(splits["train"])
-    return ImageData(splits["train"], splits["validation"], splits["test"], tuple(class_names))
+    return ImageData(splits["train"], splits.get("validation"), splits["test"], tuple(class_names))
 
 
 def training_batches(split, batch_size, augment, seed, start=0, stop=None, pad=0.0, replicas=1, own=(0,)):

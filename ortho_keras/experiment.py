@@ -95,8 +95,8 @@ def _run(recipe, workdir, data_dir, name, runtime, callbacks, keep_checkpoints, 
         _write_json(workdir / "run.json", {"recipe": recipe.to_json()})
     log(f"computing on {runtime.describe()}")
     log(
-        f"{recipe.dataset}: {len(data.train)} training, {len(data.validation)} validation and {len(data.test)} test images "
-        f"{data.image_shape}, {len(data.class_names)} classes"
+        f"{recipe.dataset}: {len(data.train)} training, {len(data.validation or ())} validation and {len(data.test)} test "
+        f"images {data.image_shape}, {len(data.class_names)} classes"
     )
     with _precision(recipe.precision), runtime.strategy.scope():
         keras.utils.set_random_seed(recipe.seed)
@@ -144,7 +144,7 @@ def _load(recipe, data_dir, replicas):
     """Returns the recipe's `ImageData`, of which the replicas can share a batch."""
     if recipe.batch_size % replicas:
         raise InputError(f"--batch_size must be divisible by the {replicas} replicas. Received: {recipe.batch_size}")
-    data = load_data(recipe.dataset, data_dir, recipe.image_size)
+    data = load_data(recipe.dataset, data_dir, recipe.image_size, recipe.hold_out)
     if len(data.train) < recipe.batch_size:
         raise InputError(
             f"--batch_size must be at most the number of training images, {len(data.train)}. Received: {recipe.batch_size}"
@@ -276,7 +276,7 @@ def _result(name, recipe, model, history, test, runtime):
         "recipe_name": name,
         "recipe": recipe.to_json(),
         "seed": recipe.seed,
-        "validation_accuracy": last["validation_accuracy"],
+        "validation_accuracy": last.get("validation_accuracy"),
         "test_accuracy": test["accuracy"],
         "test_crossentropy": test["crossentropy"],
         "training_accuracy": last["accuracy"],

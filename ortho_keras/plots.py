@@ -23,11 +23,11 @@ def plot_curves(history, path, title):
     figure, (loss, accuracy, rate) = _figure((12, 3.8), 1, 3)
     marker = "o" if len(history) == 1 else ""
     for name, label in (("crossentropy", "training"), ("validation_crossentropy", "validation"), ("penalty", "penalty")):
-        loss.plot(*series(name), marker=marker, label=label)
+        loss.plot(*series(name), marker=marker, label=label if series(name).size else None)
     loss.set(title="cross-entropy and penalty", xlabel="step", yscale="symlog" if _has_zero(series("penalty")) else "log")
     loss.legend()
     for name, label in (("accuracy", "training"), ("validation_accuracy", "validation")):
-        accuracy.plot(*series(name), marker=marker, label=label)
+        accuracy.plot(*series(name), marker=marker, label=label if series(name).size else None)
     accuracy.set(title="accuracy", xlabel="step", ylim=(0, 1.02))
     accuracy.legend()
     rate.plot(*series("learning_rate"), marker=marker, color="0.3")

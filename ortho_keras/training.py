@@ -196,7 +196,7 @@ class Trainer:
                     f"the loss scale fell to {figures['loss_scale']} by step {step}: gradients are not finite at any scale; "
                     "try --precision mixed_bfloat16 or float32"
                 )
-        if step == self.total_steps or number % self.recipe.evaluate_every == 0:
+        if self.data.validation and (step == self.total_steps or number % self.recipe.evaluate_every == 0):
             validation = self.evaluate(self.data.validation)
             figures |= {f"validation_{name}": validation[name] for name in ("crossentropy", "accuracy")}
         parts = [f"epoch {number}/{self.epochs}", f"step {step}", f"{figures['seconds']:.1f}s"]

@@ -73,6 +73,14 @@ def test_digits_are_the_same_at_every_load(digits):
         np.testing.assert_array_equal(getattr(again, name).labels, getattr(digits, name).labels)
 
 
+def test_without_a_hold_out_all_training_images_train(digits):
+    data = load_data("digits", hold_out=False)
+    assert data.validation is None and len(data.train) == len(digits.train) + len(digits.validation)
+    np.testing.assert_array_equal(data.test.images, digits.test.images)
+    both = [*digits.train.images, *digits.validation.images]
+    assert sorted(image.tobytes() for image in both) == sorted(image.tobytes() for image in data.train.images)
+
+
 @pytest.mark.parametrize("size", [4, 5, 8, 20])
 def test_image_size_resizes_by_the_antialiased_triangle_filter(digits, size):
     data = load_data("digits", image_size=size)

@@ -242,6 +242,16 @@ def test_a_stop_at_an_epochs_last_step_keeps_the_epoch(tmp_path):
             assert row[key] == pytest.approx(expected[key], rel=1e-4)
 
 
+def test_a_run_without_held_out_images(tmp_path):
+    lines = []
+    result = run(dataclasses.replace(RECIPE, hold_out=False, epochs=2), tmp_path / "run", log=lines.append)
+    assert result["validation_accuracy"] is None and result["steps"] == 2 * (1437 // 64) and result["test_accuracy"] > 0.2
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert len(history) == 2 and not any(name.startswith("validation") for row in history for name in row)
+    assert any("1437 training, 0 validation and 360 test images" in line for line in lines)
+    assert (tmp_path / "run" / "curves.png").exists()
+
+
 def test_the_signal_is_watched_and_nothing_else_changes(tmp_path, finished):
     lines = []
     result = run(RECIPE, tmp_path / "run", name="digits", signal_every=50, log=lines.append)
