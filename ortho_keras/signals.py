@@ -47,16 +47,16 @@ class SignalReport:
 
     @property
     def growth(self):
-        """The error's growth going down, `(total, per layer, number of steps)`: the trend over a kind's layers.
+        """The error's growth going down, `(total, per layer, number of steps)`: its magnitude at one end over the other.
 
-        The trend is a straight line through the logarithms of the magnitudes, by least squares, so that no single layer tells
-        for all. There are two kinds, convolutions (layers whose output has positions) and the others, and the one whose error
-        changes most is told; there is no trend from one kind to the other: pooling shrinks the error by arithmetic alone. Of
-        three or more layers the lowest is left out: it reads the input, whose scale is arbitrary, and so is its error's. NaN
-        where there is nothing to compare.
+        There are two kinds of layers, convolutions (whose output has positions) and the others, and the one whose error changes
+        most is told; never from one kind to the other: pooling shrinks the error by arithmetic alone. Of three or more layers
+        the lowest is left out: it reads the input, whose scale is arbitrary, and so is its error's. Where the ends are more
+        than 10 times apart and the layers between bear out less than half of that (in logarithms, by the least-squares line),
+        one odd layer stands at an end, and the line is told instead. NaN where there is nothing to compare.
         """
-        trends = [_trend(kind) for kind in self._kinds]
-        return max(trends, key=lambda trend: abs(math.log(trend[0])), default=(math.nan, math.nan, 0))
+        growths = [_growth(kind) for kind in self._kinds]
+        return max(growths, key=lambda growth: abs(math.log(growth[0])), default=(math.nan, math.nan, 0))
 
     @property
     def _kinds(self):
@@ -84,7 +84,7 @@ class SignalReport:
         for kind in self._kinds:
             low, *_, high = sorted(kind, key=lambda layer: layer.backward_moment)
             apart = ratio(high.backward_moment, low.backward_moment) ** 0.5
-            if apart > 1000 and apart > 10 * max(_trend(kind)[0], 1 / _trend(kind)[0]):
+            if apart > 1000 and apart > 10 * max(_growth(kind)[0], 1 / _growth(kind)[0]):
                 found.append(f"the error is {apart:.2g} times as large at {high.name!r} as at {low.name!r}")
         total, per_layer, steps = self.growth
         if steps and not silent and not broken and not 0.1 <= total <= 10:
@@ -166,11 +166,13 @@ class SignalReport:
         plot_signals(self, path)
 
 
-def _trend(layers):
-    """`(total, per layer, number of steps)` of the error's magnitude, going down, from a line through its logarithms."""
+def _growth(layers):
+    """See `SignalReport.growth`; of layers of one kind, from input to output."""
     logarithms = [0.5 * math.log(layer.backward_moment) for layer in layers]
-    steps, slope = len(layers) - 1, statistics.linear_regression(range(len(layers)), logarithms).slope
-    return math.exp(-slope * steps), math.exp(-slope), steps
+    steps, ends = len(layers) - 1, logarithms[0] - logarithms[-1]
+    line = -steps * statistics.linear_regression(range(len(layers)), logarithms).slope
+    total = ends if abs(ends) <= math.log(10) or line / ends >= 0.5 else line
+    return math.exp(total), math.exp(total / steps), steps
 
 
 def ratio(numerator, denominator):

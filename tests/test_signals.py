@@ -45,12 +45,17 @@ def test_growth_and_table():
     assert lines[59].startswith("c940 ") and lines[60].startswith("... 880 layers between") and lines[61].startswith("c59 ")
 
 
-def test_growth_is_the_least_squares_line_through_logarithms():
-    magnitudes = np.exp(np.random.default_rng(0).normal(size=9))
+def test_one_odd_layer_at_an_end_does_not_tell_for_all():
+    magnitudes = np.exp(np.random.default_rng(0).normal(size=9) / 2)
+    magnitudes[0] = 300 * magnitudes[-1]
     report = report_of(layer("lowest", True, 1e5), *(layer(f"c{k}", True, m) for k, m in enumerate(magnitudes)))
     design = np.stack([np.ones(9), np.arange(9)], 1)
     slope = np.linalg.lstsq(design, np.log(magnitudes), rcond=None)[0][1]
     assert report.growth == (pytest.approx(np.exp(-8 * slope)), pytest.approx(np.exp(-slope)), 8)
+    steady = magnitudes.copy()
+    steady[:] = 300.0 ** np.linspace(1, 0, 9) * np.array([1, 2, 1, 0.5, 1, 2, 1, 0.5, 1])
+    report = report_of(layer("lowest", True, 1e5), *(layer(f"c{k}", True, m) for k, m in enumerate(steady)))
+    assert report.growth == (pytest.approx(300), pytest.approx(300 ** (1 / 8)), 8)
 
 
 def test_growth_is_told_of_the_kind_that_changes_most():
@@ -93,7 +98,7 @@ def test_modulation_does_not_apply_where_the_model_branches():
     assert "; modulation does not apply, the model branches. Top layer first" in str(report).splitlines()[1]
 
 
-def test_the_trend_of_a_net_whose_layers_are_of_unlike_widths():
+def test_a_net_whose_layers_are_of_unlike_widths():
     """Narrow and wide convolutions by turns, as in MobileNet: an error's magnitude alternates, and does not grow."""
     layers = []
     for _ in range(8):
