@@ -46,17 +46,18 @@ def plot_signals(report, path):
     def series(name):
         return np.array([getattr(layer, name) for layer in report.layers], float)
 
-    error.plot(at, series("error_to_top"), label="error, over the top layer's")
-    error.plot(at, np.sqrt(series("forward_moment")), color="0.5", label="activation")
+    points = {"marker": ".", "markersize": 4}  # a line alone would not show a layer between two that have no figure
+    error.plot(at, series("error_to_top"), label="error, over the top layer's", **points)
+    error.plot(at, np.sqrt(series("forward_moment")), color="0.5", label="activation", **points)
     fired = series("fired") > 0
     word = "rescaled by modulation" if report.modulated else "modulation would rescale"
     if fired.any():
         error.plot(at[fired], series("error_to_top")[fired], "o", color="tab:red", markersize=4, label=word)
     error.set(title="magnitudes (root mean square)", yscale="log")
-    gradient.plot(at, series("gradient_ratio"), label="gradient norm / kernel norm")
+    gradient.plot(at, series("gradient_ratio"), label="gradient norm / kernel norm", **points)
     gradient.set(title="kernel gradients", yscale="log")
     cosine = gradient.twinx()
-    cosine.plot(at, series("mean_abs_cosine"), color="tab:green", label="mean |cosine| of filters")
+    cosine.plot(at, series("mean_abs_cosine"), color="tab:green", label="mean |cosine| of filters", **points)
     cosine.set_ylim(0, None)
     cosine.legend(loc="upper right")
     for kind, color in (("kernel", "tab:blue"), ("operator", "tab:orange")):
@@ -65,13 +66,14 @@ def plot_signals(report, path):
             label = "W" if kind == "kernel" else "the layer's linear map"
             values.fill_between(at, low, high, color=color, alpha=0.3, label=label)
             for edge in (low, high):
-                values.plot(at, edge, color=color, linewidth=1)
+                values.plot(at, edge, color=color, linewidth=1, **points)
     values.set(title="singular values, smallest to largest", ylim=(0, None))
-    shares.plot(at, 100 * series("image_share"), label="between-image share of the variance")
-    shares.plot(at, 100 * series("dead_share"), color="0.3", label="dead channels")
+    shares.plot(at, 100 * series("image_share"), label="between-image share of the variance", **points)
+    shares.plot(at, 100 * series("dead_share"), color="0.3", label="dead channels", **points)
     shares.set(title="shares, %", ylim=(-2, 102))
     for axes in (error, gradient, values, shares):
         axes.set_xlabel("layer, from the input up")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="upper left" if axes is gradient else "best")
