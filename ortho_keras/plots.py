@@ -59,7 +59,7 @@ def plot_signals(report, path):
     cosine = gradient.twinx()
     cosine.plot(at, series("mean_abs_cosine"), color="tab:green", label="mean |cosine| of filters", **points)
     cosine.set_ylim(0, None)
-    cosine.legend(loc="upper right")
+    cosine.legend(handles=[*gradient.lines, *cosine.lines], loc="upper right")  # where it grows going down, this corner is free
     for kind, color in (("kernel", "tab:blue"), ("operator", "tab:orange")):
         low, high = series(f"{kind}_smallest"), series(f"{kind}_largest")
         if np.isfinite(low).any():
@@ -72,11 +72,11 @@ def plot_signals(report, path):
     shares.plot(at, 100 * series("dead_share"), color="0.3", label="dead channels", **points)
     shares.set(title="shares, %", ylim=(-2, 102))
     for axes in (error, gradient, values, shares):
-        axes.set_xlabel("layer, from the input up")
+        axes.set(xlabel="layer, from the input up", xlim=(0.5, len(at) + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="upper left" if axes is gradient else "best")
+        if axes is not gradient and axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="best")
     figure.suptitle("\n".join(textwrap.wrap(str(report).splitlines()[0], 150)), fontsize=11)
     _save(figure, path)
 
