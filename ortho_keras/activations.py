@@ -47,9 +47,10 @@ class ShiftedReLU(keras.layers.Layer):
 
 @tf.custom_gradient
 def _cut_below(inputs, corner):
-    """`max(x, corner)` with a gradient that keeps nothing but the output, which the next layer keeps anyway.
+    """`max(x, corner)` with a gradient that reads nothing but the output, which the next layer keeps anyway.
 
-    TensorFlow's own keeps the input too, and its SelectV2 with a scalar zero takes several times as long on a CPU.
+    TensorFlow's own reads the input, and selects by an operation that broadcasts, which is slow on a CPU
+    (`benchmarks/step_time.py`). At the corner itself nothing passes, as in TensorFlow's ReLU.
     """
     outputs = tf.maximum(inputs, corner)
 
@@ -72,9 +73,16 @@ def error_growth(shift):
     Args:
         shift: float, at least 0. 0 gives sqrt(pi / (pi - 1)) = 1.211.
 
+    Returns:
+        float, at least 1.
+
+    Raises:
+        ValueError: If `shift` is negative or not finite.
+
     Reference:
         Yang et al. 2019 ([arXiv:1902.08129](https://arxiv.org/abs/1902.08129)) for the ReLU; the shift is ours.
     """
+    shift = checked_shift("shift", shift)
     passing = 0.5 * (1 + math.erf(shift / math.sqrt(2)))
     density = math.exp(-(shift**2) / 2) / math.sqrt(2 * math.pi)
     mean = density - shift * (1 - passing)
@@ -93,11 +101,13 @@ def shift_for_depth(depth, growth=3.0):
         float, at least 0.
 
     Raises:
-        ValueError: If `growth` is not above 1.
+        ValueError: If `growth` is not above 1 or `depth` is no integer above 0.
 
     Reference:
         `error_growth`. Not a part of Xie et al. 2017.
     """
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+        raise ValueError(f"`depth` must be an integer, at least 1. Received: depth={depth!r}")
     if not growth > 1:
         raise ValueError(f"`growth` must be above 1. Received: growth={growth!r}")
     low, high = 0.0, 8.0  # at 8 not a double's last bit grows

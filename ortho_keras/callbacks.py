@@ -73,7 +73,7 @@ class SignalMonitor(keras.callbacks.Callback):
         self.every = every
         self.max_share = max_share
         self.singular_values = singular_values
-        self._probe = None
+        self._probe = self._recorded = None  # what the probe is of: a model's id and a loss
         self._spent = self._duration = 0.0
 
     @property
@@ -82,19 +82,22 @@ class SignalMonitor(keras.callbacks.Callback):
 
     @property
     def share(self):
-        """Time of the measurements over the time of the last training so far; 0 before any."""
+        """Time of the measurements (and of the graph's recording and the picture) over that of the last training; 0 before."""
         return self._spent / max(self._duration, 1e-9)
 
     def on_train_begin(self, logs=None):
         self._began, self._spent, step = time.perf_counter(), 0.0, steps_taken(self.model)
+        loss = self.model.loss if self.loss is None else self.loss
         self._rows = [row for row in read_signals(self.path) if row["step"] <= step] if step else []
         if not self.model.built:
             self.model.build(np.shape(self.x))
-        goes_on = self._probe is not None and self._trained is self.model and self._rows and self._rows[-1]["step"] == step
+        goes_on = self._recorded == (id(self.model), loss) and self._rows and self._rows[-1]["step"] == step
         if not goes_on:
-            self._probe, self._trained, self._rule = self._new_probe(), self.model, ErrorModulation()
+            self._recorded, self._probe, self._rule = None, self._new_probe(loss), ErrorModulation()
+            self._spent = time.perf_counter() - self._began
             self._rows = [row for row in self._rows if row["step"] < step]
             report = self._report()
+            self._recorded = (id(self.model), loss)
         self.directory.mkdir(parents=True, exist_ok=True)
         self._writer = tf.summary.create_file_writer(str(self.directory / "tensorboard"))
         with whole_file(self.path) as own, own.open("w", newline="") as file:
@@ -107,7 +110,7 @@ class SignalMonitor(keras.callbacks.Callback):
 
     def __deepcopy__(self, memo):
         arguments = (self.x, self.y, self.directory, self.loss, self.every, self.max_share, self.singular_values)
-        return SignalMonitor(*copy.deepcopy(arguments, memo))
+        return type(self)(*copy.deepcopy(arguments, memo))
 
     def on_train_batch_end(self, batch, logs=None):
         self._duration = time.perf_counter() - self._began
@@ -121,7 +124,7 @@ class SignalMonitor(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         if steps_taken(self.model) > self._last:
             self._write(self._report())
-        self._duration = time.perf_counter() - self._began
+        drawing = time.perf_counter()
         self._writer.close()
         steps = {step: column for column, step in enumerate(sorted({row["step"] for row in self._rows}))}
         names = {name: line for line, name in enumerate(dict.fromkeys(row["name"] for row in self._rows))}
@@ -131,9 +134,11 @@ class SignalMonitor(keras.callbacks.Callback):
         plot_heat_map(
             list(steps), list(names), ratios, self.directory / "signals.png", f"{self.model.name}: the error on its way down"
         )
+        self._spent += time.perf_counter() - drawing
+        self._duration = time.perf_counter() - self._began
 
-    def _new_probe(self):
-        model, loss = self.model, self.model.loss if self.loss is None else self.loss
+    def _new_probe(self, loss):
+        model = self.model
         if model.distribute_strategy.num_replicas_in_sync > 1:
             # One replica cannot be differentiated alone: a copy outside the strategy takes its weights at each measurement.
             if tf.distribute.has_strategy():
@@ -147,6 +152,9 @@ class SignalMonitor(keras.callbacks.Callback):
         self._started, self._last = time.perf_counter(), steps_taken(self.model)
         if self._probe.model is not self.model:
             self._probe.model.set_weights(self.model.get_weights())
+            for layer, copied in zip(self.model.layers, self._probe.model.layers):
+                if isinstance(layer, ErrorModulation):
+                    copied.enabled = layer.enabled
         return self._probe.measure(self._rule, self.singular_values)
 
     def _write(self, report):

@@ -77,7 +77,7 @@ def load_data(name, data_dir=None, image_size=0, hold_out=True):
     cuts = [key for key in ("test", "validation") if key not in splits and (hold_out or key == "test")]
     if len(splits["train"]) < 1 + len(cuts):
         raise InputError(
-            f"{flag} must have at least {1 + len(cuts)} training images, to hold out {' and '.join(cuts) or 'none'}. "
+            f"{flag} must have at least {1 + len(cuts)} training images, to hold out {' and '.join(cuts)}. "
             f"Received: {len(splits['train'])}"
         )
     for key in cuts:

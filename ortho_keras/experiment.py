@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -22,13 +23,14 @@ from ortho_keras.modulation import modulate
 from ortho_keras.muon import Muon
 from ortho_keras.patch_pca import PatchPCAInitializer
 from ortho_keras.plots import plot_curves
+from ortho_keras.recipes import Recipe
 from ortho_keras.regularizers import OrthonormalRegularizer
 from ortho_keras.runtime import Runtime, device_names
 from ortho_keras.schedules import LearningRate
-from ortho_keras.training import Trainer
+from ortho_keras.training import Trainer, scores
 
 PROBE_IMAGES = 64
-STEM_IMAGES = 5000  # whose patches are enough for their principal components
+STEM_PIXELS = 5000 * 32 * 32  # whose patches are enough for their principal components
 PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "scikit-learn")
 
 
@@ -108,7 +110,12 @@ def _run(recipe, workdir, data_dir, name, runtime, callbacks, keep_checkpoints, 
     monitor = None
     if signal_every and runtime.is_chief:
         probe = data.train.take(slice(PROBE_IMAGES))
-        monitor = SignalMonitor(probe.images.astype("float32"), probe.labels, workdir, every=signal_every)
+        images = probe.images.astype("float32")
+
+        def loss(labels, logits):
+            return scores(labels, logits, recipe.label_smoothing)[-1]
+
+        monitor = SignalMonitor(images, probe.labels, workdir, loss, every=signal_every)
         callbacks = [*callbacks, monitor]
     trainer = Trainer(model, recipe, data, workdir, total_steps, runtime, callbacks, keep_checkpoints, log)
     history = trainer.run()
@@ -160,8 +167,11 @@ def build_model(recipe, data, replicated=False):
     mean, variance = data.channel_statistics()
     stem_initializer = None
     if recipe.stem_initializer == "pca":
-        images = (data.train.images[:STEM_IMAGES] - np.array(mean)) / np.sqrt(variance)
-        stem_initializer = PatchPCAInitializer.from_images(images)
+        images = data.train.images[: max(1, STEM_PIXELS // math.prod(data.image_shape[:2]))]
+        try:
+            stem_initializer = PatchPCAInitializer.from_images((images - np.array(mean)) / np.sqrt(variance))
+        except ValueError as error:
+            raise InputError(f"--stem_initializer=pca must have images with patches that differ: {error}") from error
     builder = plain_cnn if recipe.network == "plain" else residual_cnn
     model = builder(
         recipe.depth,
@@ -252,6 +262,7 @@ def _check_workdir(workdir, recipe):
         return None
     try:
         held = json.loads((workdir / "run.json").read_text())["recipe"]
+        held = Recipe(**held).to_json()  # a value that is younger than the run had its default then
     except FileNotFoundError:
         raise InputError(f"--workdir must be empty or hold this very run. Received: {shown!r}, with other files") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

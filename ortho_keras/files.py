@@ -3,31 +3,34 @@
 import contextlib
 import os
 import pathlib
+import uuid
 
 
 @contextlib.contextmanager
-def whole_file(path, name="path"):
+def whole_file(path):
     """Yields the path of a file of its own beside `path`, and renames it to `path` at the end; an error leaves nothing behind.
 
     Args:
-        path: String or path, of a file in a folder that exists. What stands there is replaced.
-        name: String, what the caller calls it, for the message.
+        path: String or path, of a file in a folder that exists. A file that stands there is replaced, through a link the one
+            that it points to.
 
     Raises:
         ValueError: If `path` is no such path, or the folder cannot be written.
     """
-    message = f"`{name}` must be the path of a file in a folder that exists and can be written. Received: {name}={path!r}"
+    message = f"`path` must be the path of a file in a folder that exists and can be written. Received: path={path!r}"
     try:
-        target = pathlib.Path(path)
+        target = pathlib.Path(os.path.realpath(path))
     except TypeError as error:
         raise ValueError(message) from error
-    if not target.name or target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
+    if not str(path) or (target.exists() and not target.is_file()):
         raise ValueError(message)
-    own = target.with_name(f".{os.getpid()}-{target.name}")
+    own = target.with_name(f".{uuid.uuid4().hex[:12]}-{target.name}")  # ends as `path` does: Keras goes by that
+    try:
+        own.touch()
+    except OSError as error:
+        raise ValueError(message) from error
     try:
         yield own
         own.replace(target)
-    except FileNotFoundError as error:  # a folder that is no real one, as in /proc
-        raise ValueError(message) from error
     finally:
         own.unlink(missing_ok=True)

@@ -143,7 +143,16 @@ def gram_deviations(kernel, layout="standard", groups=1):
 
 
 def orthonormality_error(kernel, layout="standard", groups=1):
-    """Returns the largest `|W^T W - I|` entry of a kernel, a float: 0 where all its columns are orthonormal."""
+    """Returns the largest `|W^T W - I|` entry of a kernel, a float: 0 where all its columns are orthonormal.
+
+    Args:
+        kernel: Tensor or variable of rank 2 to 5.
+        layout: See `OrthonormalRegularizer`.
+        groups: See `OrthonormalRegularizer`.
+
+    Raises:
+        ValueError: If the kernel has another rank, or layout or groups do not fit it.
+    """
     largest = [tf.reduce_max(tf.abs(deviation)) for deviation in gram_deviations(kernel, layout, groups)]
     return float(tf.reduce_max(tf.stack(largest)))  # Python's max would lose a NaN
 

@@ -160,24 +160,23 @@ class _Builder:
         self.seed = seed
         self.layers = 0
 
-    def next_initializer(self):
+    def next_initializer(self, initializer=None):
         """A copy of the initializer for the next layer. Without a seed of its own every layer would draw the same kernel."""
         self.layers += 1
-        if not isinstance(self.initializer, keras.initializers.Initializer):
-            return self.initializer
-        config = self.initializer.get_config()
+        initializer = self.initializer if initializer is None else initializer
+        if not isinstance(initializer, keras.initializers.Initializer):
+            return initializer
+        config = initializer.get_config()
         seed = self.seed if self.seed is not None else config.get("seed")
         if "seed" not in config or not (seed is None or isinstance(seed, int)):
-            return self.initializer  # a SeedGenerator moves on with each draw
+            return initializer  # a SeedGenerator moves on with each draw
         if seed is not None:
             config["seed"] = int(np.random.SeedSequence([seed, self.layers]).generate_state(1)[0] >> 1)
-        return type(self.initializer).from_config(config)
+        return type(initializer).from_config(config)
 
     def convolution(self, x, filters, strides, name):
         """A 3x3 convolution and its BatchNormalization."""
-        initializer = self.next_initializer()
-        if name == STEM and self.stem_initializer is not None:
-            initializer = self.stem_initializer
+        initializer = self.next_initializer(self.stem_initializer if name == STEM else None)
         x = keras.layers.Conv2D(
             filters,
             3,

@@ -1,10 +1,12 @@
 """Where the first convolution starts: the principal components of the images' patches."""
 
+import operator
+
 import keras
 import numpy as np
 import tensorflow as tf
 
-CHUNK = 250  # images at a time: their patches are kh * kw times as large
+CHUNK = 250 * 32 * 32  # pixels at a time: their patches are kh * kw times as large
 LEAST_VARIANCE = 1e-6  # of the first component's: less is rounding, which BatchNormalization would blow up
 
 
@@ -18,7 +20,8 @@ class PatchPCAInitializer(keras.initializers.Initializer):
     orthonormal, so `OrthonormalRegularizer`'s gradient is 0 at them.
 
     Made from images by `PatchPCAInitializer.from_images`, and for one kernel size. A kernel with more filters than there are
-    components takes their negatives next, then the components again.
+    components takes their negatives next, then the components again; these are not orthonormal to each other, unless all
+    directions vary and so the components are a whole group of `OrthonormalRegularizer`'s.
 
     Args:
         components: Array or nested lists `(kh, kw, channels, n)`, n at least 1: filters, as they come.
@@ -57,11 +60,17 @@ class PatchPCAInitializer(keras.initializers.Initializer):
             kernel_size: int, or tuple of two: height and width of the kernel.
 
         Raises:
-            ValueError: If the images are not of rank 4, are smaller than the kernel, not finite, or all patches are the same.
+            ValueError: If the images are not numbers of rank 4, are smaller than the kernel, not finite, or all patches are the
+                same; or if `kernel_size` is not one or two positive integers.
         """
         images = np.asarray(images)
-        size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-        if len(size) != 2 or not all(isinstance(value, int) and value > 0 for value in size):
+        if images.dtype.kind not in "uif":
+            raise ValueError(f"`images` must be real numbers. Received: images of type {images.dtype}")
+        try:
+            size = tuple(map(operator.index, np.broadcast_to(kernel_size, 2)))
+        except (TypeError, ValueError):
+            size = (0, 0)
+        if min(size) < 1 or isinstance(kernel_size, bool):
             raise ValueError(f"`kernel_size` must be a positive integer or two. Received: kernel_size={kernel_size!r}")
         if images.ndim != 4 or not images.size or images.shape[1] < size[0] or images.shape[2] < size[1]:
             raise ValueError(
@@ -69,7 +78,7 @@ class PatchPCAInitializer(keras.initializers.Initializer):
                 f"Received: images of shape {images.shape}"
             )
         covariance = _patch_covariance(images, size)
-        if not np.isfinite(covariance).all() or not covariance.any():
+        if not np.isfinite(covariance).all() or covariance.max() <= 1e-12 * np.square(images, dtype=np.float64).mean():
             raise ValueError(
                 "`images` must be finite, and not all of their patches the same. "
                 f"Received: images of shape {images.shape} from {images.min()} to {images.max()}"
@@ -99,8 +108,9 @@ def _patch_covariance(images, size):
     length = size[0] * size[1] * images.shape[-1]
     centre = images.mean((0, 1, 2), dtype=np.float64)
     count, total, squares = 0, np.zeros(length), np.zeros((length, length))
-    for start in range(0, len(images), CHUNK):
-        chunk = images[start : start + CHUNK].astype(np.float64) - centre
+    step = max(1, CHUNK // (images.shape[1] * images.shape[2]))
+    for start in range(0, len(images), step):
+        chunk = images[start : start + step].astype(np.float64) - centre
         patches = np.lib.stride_tricks.sliding_window_view(chunk, size, axis=(1, 2))  # batch, rows, columns, channels, kh, kw
         patches = patches.transpose(0, 1, 2, 4, 5, 3).reshape(-1, length)
         count, total, squares = count + len(patches), total + patches.sum(0), squares + patches.T @ patches

@@ -50,7 +50,7 @@ class Recipe:
     modulation_steps: int = _field(0, "modulation: switched off after this many steps; 0: never", least=0)
     modulation_sync: bool = _field(True, "moments of the modulation over all replicas, or each replica's own")
     label_smoothing: float = _field(
-        0.0, "training: this share of each label is spread evenly over all classes", least=0, most=1
+        0.0, "training: this share of each label is spread evenly over all classes", least=0, most=0.9
     )
     optimizer: str = _field("sgd", "optimizer (muon: ours, orthonormal steps)", OPTIMIZERS)
     learning_rate: float = _field(0.1, "learning rate at its highest", above=0)
@@ -76,7 +76,9 @@ class Recipe:
         least=0,
     )  # fmt: skip
     bn_sync: bool = _field(True, "BatchNormalization's statistics over all replicas, or each replica's own")
-    evaluate_every: int = _field(1, "epochs from one validation to the next (the last epoch always has one)", least=1)
+    evaluate_every: int = _field(
+        1, "epochs from one validation to the next (the last always has one, where images are held out)", least=1
+    )
     seed: int = _field(0, "seed of kernels, order of images and augmentation", least=0, most=2**31 - 1)
 
     def check(self):

@@ -51,19 +51,19 @@ class SignalReport:
 
         There are two kinds of layers, convolutions (whose output has positions) and the others, and the one whose error changes
         most is told; never from one kind to the other: pooling shrinks the error by arithmetic alone. Of three or more layers
-        the lowest is left out: it reads the input, whose scale is arbitrary, and so is its error's. Where the ends are more
-        than 10 times apart and the layers between bear out less than half of that (in logarithms, by the least-squares line),
-        one odd layer stands at an end, and the line is told instead. NaN where there is nothing to compare.
+        the lowest is left out: it reads the input, whose scale is arbitrary, and so is its error's. Where the least-squares
+        line through all layers' logarithms has more than twice or less than half of the ends' slope, and either comes to more
+        than a factor of 10, one odd layer stands at an end, and the line is told instead. NaN where nothing compares.
         """
         growths = [_growth(kind) for kind in self._kinds]
         return max(growths, key=lambda growth: abs(math.log(growth[0])), default=(math.nan, math.nan, 0))
 
     @property
     def _kinds(self):
-        """Layers between which errors compare, where an error reaches them: those with positions, and those without."""
+        """Layers between which errors compare, each with its place: those with positions, and the others."""
         kinds = [[layer for layer in self.layers if layer.positions is positions] for positions in (True, False)]
         kinds = [kind[1:] if len(kind) > 2 else kind for kind in kinds]
-        kinds = [[layer for layer in kind if 0 < layer.backward_moment < math.inf] for kind in kinds]
+        kinds = [[pair for pair in enumerate(kind) if 0 < pair[1].backward_moment < math.inf] for kind in kinds]
         return [kind for kind in kinds if len(kind) > 1]
 
     @property
@@ -82,7 +82,7 @@ class SignalReport:
         if silent:
             found.append(f"no error reaches {len(silent)} of {len(self.layers)} layers: {_named(silent)}")
         for kind in self._kinds:
-            low, *_, high = sorted(kind, key=lambda layer: layer.backward_moment)
+            low, *_, high = sorted((layer for _, layer in kind), key=lambda layer: layer.backward_moment)
             apart = ratio(high.backward_moment, low.backward_moment) ** 0.5
             if apart > 1000 and apart > 10 * max(_growth(kind)[0], 1 / _growth(kind)[0]):
                 found.append(f"the error is {apart:.2g} times as large at {high.name!r} as at {low.name!r}")
@@ -143,7 +143,14 @@ class SignalReport:
         return "\n".join(lines + table)
 
     def to_csv(self, path):
-        """Writes one line for each layer, with a header, to a file."""
+        """Writes one line for each layer, with a header.
+
+        Args:
+            path: Path of the file, in a folder that exists.
+
+        Raises:
+            ValueError: If there cannot be a file.
+        """
         with whole_file(path) as own, own.open("w", newline="") as file:
             writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(LayerSignal)])
             writer.writeheader()
@@ -162,16 +169,25 @@ class SignalReport:
         return pandas.DataFrame([dataclasses.asdict(layer) for layer in self.layers])
 
     def plot(self, path):
-        """Draws the figures over the layers, as a PNG file."""
+        """Draws the figures over the layers, as a PNG file.
+
+        Args:
+            path: Path of the file, in a folder that exists.
+
+        Raises:
+            ValueError: If there cannot be a file.
+        """
         plot_signals(self, path)
 
 
 def _growth(layers):
-    """See `SignalReport.growth`; of layers of one kind, from input to output."""
+    """See `SignalReport.growth`; of `(place, layer)` of one kind, from input to output."""
+    places, layers = zip(*layers)
     logarithms = [0.5 * math.log(layer.backward_moment) for layer in layers]
-    steps, ends = len(layers) - 1, logarithms[0] - logarithms[-1]
-    line = -steps * statistics.linear_regression(range(len(layers)), logarithms).slope
-    total = ends if abs(ends) <= math.log(10) or line / ends >= 0.5 else line
+    steps, ends = places[-1] - places[0], logarithms[0] - logarithms[-1]
+    line = -steps * statistics.linear_regression(places, logarithms).slope
+    borne_out = max(abs(ends), abs(line)) <= math.log(10) or 0.5 <= ratio(line, ends) <= 2
+    total = ends if borne_out else line
     return math.exp(total), math.exp(total / steps), steps
 
 

@@ -121,7 +121,8 @@ class Trainer:
         if runtime.is_chief:
             restored = restore_checkpoint(directory, self.model, self.log)
             if restored:
-                step, (history, epoch) = restored
+                step, (history, begun) = restored
+                epoch |= begun
                 self.log(f"resuming after step {step} of {self.total_steps}")
         if runtime.workers > 1:
             variables = state_variables(self.model)
@@ -157,18 +158,19 @@ class Trainer:
         started, first, traced, stopped = time.perf_counter() - epoch["seconds"], None, 0.0, 0.0
         while step < end and not self.model.stop_training:
             self.callbacks.on_train_batch_begin(step)
-            crossentropy, correct, penalty, stopped = self._train(*next(batches), float(stop.signum > 0)).numpy()
+            smoothed, crossentropy, correct, penalty, stopped = self._train(*next(batches), float(stop.signum > 0)).numpy()
             step += 1
-            if not np.isfinite(crossentropy + penalty):
+            if not np.isfinite(smoothed + penalty):
                 raise NonFiniteLossError(
-                    f"the loss became {crossentropy / batch_size + penalty} at step {step} of {self.total_steps}: try a lower "
+                    f"the loss became {smoothed / batch_size + penalty} at step {step} of {self.total_steps}: try a lower "
                     f"--learning_rate ({self.recipe.learning_rate} now), --warmup_steps, or --modulation anchor"
                 )
             epoch["steps"] += 1
+            epoch["smoothed"] += float(smoothed) / batch_size
             epoch["crossentropy"] += float(crossentropy) / batch_size
             epoch["accuracy"] += float(correct) / batch_size
             logs = {name: epoch[name] / epoch["steps"] for name in ("crossentropy", "accuracy")}
-            logs |= {"penalty": float(penalty), "loss": logs["crossentropy"] + float(penalty)}
+            logs |= {"penalty": float(penalty), "loss": epoch["smoothed"] / epoch["steps"] + float(penalty)}
             now = time.perf_counter()
             if first is None:
                 first, traced = step, now  # the first step traces the graph: its time is not a step's
@@ -212,23 +214,23 @@ class Trainer:
 
 
 def _new_epoch():
-    """What an epoch sums up: steps, seconds, and over steps the batch means of cross-entropy and accuracy."""
-    return {"steps": 0, "seconds": 0.0, "crossentropy": 0.0, "accuracy": 0.0, "logs": {}}
+    """What an epoch sums up: steps, seconds, and over steps the batch means of both cross-entropies and of accuracy."""
+    return {"steps": 0, "seconds": 0.0, "smoothed": 0.0, "crossentropy": 0.0, "accuracy": 0.0, "logs": {}}
 
 
 def _train_function(model, batch_size, label_smoothing, runtime):
-    """One training step: `(images, labels, stop)` to the sums over replicas `[cross-entropy, correct, penalty, stop]`."""
+    """One training step: `(images, labels, stop)` to sums over replicas `[smoothed, cross-entropy, correct, penalty, stop]`."""
     optimizer, replicas, strategy = model.optimizer, runtime.replicas, runtime.strategy
 
     def step(images, labels, stop):
         with tf.GradientTape() as tape:
-            crossentropy, correct = _scores(labels, model(images, training=True), label_smoothing)
-            total = tf.reduce_sum(crossentropy)
+            crossentropy, correct, smoothed = scores(labels, model(images, training=True), label_smoothing)
+            total = tf.reduce_sum(smoothed)
             penalty = tf.cast(sum(model.losses), tf.float32) / replicas  # each replica has the whole penalty
             loss = optimizer.scale_loss(total / batch_size + penalty)
         gradients = tape.gradient(loss, model.trainable_variables)
         optimizer.apply(gradients, model.trainable_variables)  # sums the gradients over replicas
-        return tf.stack([total, tf.reduce_sum(correct), penalty, stop])
+        return tf.stack([total, tf.reduce_sum(crossentropy), tf.reduce_sum(correct), penalty, stop])
 
     if runtime.jit_compile:
         step = tf.function(step, jit_compile=True)
@@ -244,8 +246,8 @@ def _score_function(model, runtime):
     """One evaluation step: `(images, labels, weights)` to the sums over replicas `[cross-entropy, correct, weight]`."""
 
     def step(images, labels, weights):
-        scores = _scores(labels, model(images, training=False))
-        return tf.stack([tf.reduce_sum(weights * score) for score in (*scores, tf.ones_like(weights))])
+        crossentropy, correct, _ = scores(labels, model(images, training=False))
+        return tf.stack([tf.reduce_sum(weights * score) for score in (crossentropy, correct, tf.ones_like(weights))])
 
     @tf.function(reduce_retracing=True)
     def score(images, labels, weights):
@@ -254,14 +256,14 @@ def _score_function(model, runtime):
     return score
 
 
-def _scores(labels, logits, label_smoothing=0.0):
-    """Cross-entropy (against smoothed labels) and correctness of each image, two float32 tensors `(batch,)`."""
+def scores(labels, logits, label_smoothing=0.0):
+    """Cross-entropy, correctness, and cross-entropy against smoothed labels of each image: three float32 tensors `(batch,)`."""
     logits = tf.cast(logits, tf.float32)
-    crossentropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+    crossentropy = smoothed = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
     if label_smoothing:
         over_all = -tf.reduce_mean(tf.nn.log_softmax(logits), -1)
-        crossentropy = (1 - label_smoothing) * crossentropy + label_smoothing * over_all
-    return crossentropy, tf.cast(tf.equal(tf.argmax(logits, -1), labels), tf.float32)
+        smoothed = (1 - label_smoothing) * crossentropy + label_smoothing * over_all
+    return crossentropy, tf.cast(tf.equal(tf.argmax(logits, -1), labels), tf.float32), smoothed
 
 
 def _average_over_replicas(variables, strategy):

@@ -131,6 +131,16 @@ def test_under_a_strategy(tmp_path, two_replicas):
     )
 
 
+def test_under_a_strategy_a_switch_of_the_modulation_is_followed(tmp_path, two_replicas):
+    with two_replicas.scope():
+        model = ortho_keras.modulate(ortho_keras.plain_cnn(8, (8, 8, 1), seed=0), tolerance=1.0)
+        model.compile(keras.optimizers.SGD(0.05), LOGITS)
+    fit(model, ortho_keras.ModulationSwitch(4), ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path, every=8), epochs=1)
+    rows = read_signals(tmp_path / "signals.csv")
+    assert any(row["fired"] for row in rows if row["step"] == 0)
+    assert rows[-1]["step"] == 8 and not any(row["fired"] for row in rows if row["step"] == 8)
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [

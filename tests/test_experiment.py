@@ -128,18 +128,20 @@ def test_training_step_equals_a_plain_loop(tmp_path, regularizer, smoothing):
     by_hand, _ = compiled_model(recipe, data)
     by_hand.set_weights(model.get_weights())
     history = Trainer(model, recipe, data, tmp_path, total_steps, log=lambda line: None).run()
-    crossentropies = []
+    crossentropies, smoothed = [], []
     for images, labels in training_batches(data.train, 64, recipe.augment, recipe.seed, 0, 3, "symmetric"):
         with tf.GradientTape() as tape:
             logits = by_hand(images, training=True)
             targets = (1 - smoothing) * tf.one_hot(labels, 10) + smoothing / 10
             losses = -tf.reduce_sum(targets * tf.math.log(tf.nn.softmax(logits)), -1)
-            crossentropies.append(float(tf.reduce_mean(losses)))
+            smoothed.append(float(tf.reduce_mean(losses)))
+            crossentropies.append(-np.mean(np.log(tf.nn.softmax(logits).numpy()[range(64), labels])))
             penalty = sum(by_hand.losses) if by_hand.losses else 0.0
             loss = tf.reduce_mean(losses) + penalty
         gradients = tape.gradient(loss, by_hand.trainable_variables)
         by_hand.optimizer.apply(gradients, by_hand.trainable_variables)
     assert history[0]["crossentropy"] == pytest.approx(np.mean(crossentropies), rel=1e-4)
+    assert history[0]["loss"] - history[0]["penalty"] == pytest.approx(np.mean(smoothed), rel=1e-4)
     for mine, expected in zip(model.get_weights(), by_hand.get_weights()):
         np.testing.assert_allclose(mine, expected, rtol=1e-3, atol=1e-5)
 

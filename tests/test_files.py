@@ -36,5 +36,15 @@ def test_paths_that_are_none(tmp_path, monkeypatch, path):
 
 
 def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(ValueError, match="`output` must be .* Received: output="), whole_file(tmp_path, "output"):
+    with pytest.raises(ValueError, match="`path` must be .* Received: path="), whole_file(tmp_path):
         pass
+
+
+def test_a_device_is_left_alone_and_a_link_stays_a_link(tmp_path):
+    with pytest.raises(ValueError, match="`path` must be the path of a file"), whole_file("/dev/null"):
+        pass
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    with whole_file(tmp_path / "link") as own:
+        own.write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"

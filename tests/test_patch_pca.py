@@ -103,6 +103,11 @@ def test_a_large_offset_does_not_blur_the_components():
         (np.ones((4, 8, 2, 3)), 3, "no smaller than the kernel, 3x3. Received: images of shape .4, 8, 2, 3."),
         (np.ones((4, 8, 8, 3)), 3, "`images` must be finite, and not all of their patches the same"),
         (np.full((4, 8, 8, 3), np.nan), 3, "`images` must be finite"),
+        (np.full((4, 8, 8, 3), 0.1, np.float32), 3, "not all of their patches the same"),
+        (np.ones((4, 8, 8, 3), complex), 3, "`images` must be real numbers. Received: images of type complex128"),
+        (np.ones((4, 8, 8, 3)), 3.0, "`kernel_size` must be a positive integer or two. Received: kernel_size=3.0"),
+        (np.ones((4, 8, 8, 3)), True, "`kernel_size` must be a positive integer or two. Received: kernel_size=True"),
+        (np.ones((4, 8, 8, 3)), None, "`kernel_size` must be a positive integer or two. Received: kernel_size=None"),
         (np.ones((4, 8, 8, 3)), 0, "`kernel_size` must be a positive integer or two. Received: kernel_size=0"),
         (np.ones((4, 8, 8, 3)), (3, 3, 3), "`kernel_size` must be .* Received: kernel_size=.3, 3, 3."),
     ],
@@ -122,6 +127,14 @@ def test_components_that_are_none(components):
 def test_a_kernel_of_another_shape(shape):
     with pytest.raises(ValueError, match="holds patches of shape .3, 3, 3.: a kernel must be .* Received: shape="):
         PatchPCAInitializer.from_images(correlated_images())(shape)
+
+
+def test_a_stems_random_kernel_is_fixed_by_the_nets_seed():
+    kernels = [
+        plain_cnn(8, (8, 8, 3), stem_initializer="he_normal", seed=seed).get_layer("stem_conv").kernel for seed in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(kernels[0], kernels[1])
+    assert np.abs(np.asarray(kernels[0]) - np.asarray(kernels[2])).max() > 0.01
 
 
 @pytest.mark.parametrize("builder", [plain_cnn, residual_cnn])

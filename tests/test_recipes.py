@@ -141,7 +141,7 @@ def test_fast_recipes_and_their_controls_have_the_same_data_steps_and_schedule(n
         ({"warmup_steps": -1}, "--warmup_steps must be at least 0. Received: -1"),
         ({"learning_rate": 0.0}, "--learning_rate must be more than 0. Received: 0.0"),
         ({"learning_rate": math.nan}, "--learning_rate must be a finite number. Received: nan"),
-        ({"label_smoothing": 1.1}, "--label_smoothing must be at most 1. Received: 1.1"),
+        ({"label_smoothing": 1.0}, "--label_smoothing must be at most 0.9. Received: 1.0"),
         ({"momentum": 1.5}, "--momentum must be at most 1. Received: 1.5"),
         ({"weight_decay": -0.1}, "--weight_decay must be at least 0. Received: -0.1"),
         ({"tolerance": 0.5}, "--tolerance must be at least 1. Received: 0.5"),

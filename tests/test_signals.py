@@ -65,6 +65,19 @@ def test_growth_is_told_of_the_kind_that_changes_most():
     assert report.findings == ["the error shrinks to 0.333 of itself a layer going down: 0.012 over 4 layers"]
 
 
+def test_an_odd_layer_does_not_hide_a_growth():
+    magnitudes = [2.0**k for k in range(9, 0, -1)]
+    magnitudes[0] = magnitudes[-1]
+    report = report_of(layer("lowest", True, 1e5), *(layer(f"c{k}", True, m) for k, m in enumerate(magnitudes)))
+    slope = np.polyfit(range(9), np.log(magnitudes), 1)[0]
+    assert report.growth == (pytest.approx(np.exp(-8 * slope)), pytest.approx(np.exp(-slope)), 8)
+
+
+def test_layers_that_no_error_reaches_keep_their_places():
+    report = report_of(*(layer(f"d{k}", False, m) for k, m in enumerate([9e9, 16.0, 0.0, 0.0, 2.0, 1.0])))
+    assert report.growth == (pytest.approx(16.0), pytest.approx(2.0), 4)
+
+
 def test_a_hump_between_sound_ends_is_named():
     magnitudes = [1.0, 1.0, 50.0, 5000.0, 50.0, 1.0]
     report = report_of(*(layer(f"d{k}", False, m) for k, m in enumerate(magnitudes)))
