@@ -32,8 +32,8 @@ def signal_report(model, x, y, loss=None, tolerance=2.0, max_scale=1000.0, refer
         model: A built Functional or Sequential Keras model of any shape, nested and branching ones included.
         x: Inputs, arrays `(batch, ...)`, a batch of at least 2: one, a list in the model's order, or a dict by inputs' names.
         y: Targets, as the loss takes them; a list or dict of arrays for a model of several outputs.
-        loss: A Keras loss, its name, or a function of `(y, outputs)`. Defaults to `None`, the compiled model's. For several
-            outputs, give a function.
+        loss: A Keras loss, its name, or a function of `(y, outputs)`. Defaults to `None`, the compiled model's, which may be
+            several with weights.
         tolerance: See `ErrorModulation`; this and the next two say what modulation would do. Where the model has
             `ErrorModulation` layers, the report shows what they did, and the error behind them.
         max_scale: See `ErrorModulation`.
@@ -81,7 +81,8 @@ class Probe:
         self.y = np.asarray(y) if whole else keras.tree.map_structure(np.asarray, y)
         if loss is None and not model.compiled:
             raise ValueError("`loss` must be given for a model that is not compiled. Received: loss=None")
-        self.loss = _checked_loss(model.loss if loss is None else loss)
+        several = loss is None and isinstance(model.loss, (list, tuple, dict))
+        self.loss = self._compiled_loss if several else _checked_loss(model.loss if loss is None else loss)
         size, sizes = len(keras.tree.flatten(self.x)[0]), {np.shape(leaf)[:1] for leaf in keras.tree.flatten(self.y)}
         if _is_keras(self.loss) and sizes != {(size,)}:
             raise ValueError(f"`y` must hold a target for each of the {size} samples. Received: y of shape {_shapes(self.y)}")
@@ -95,10 +96,13 @@ class Probe:
             singular_values: bool.
         """
         # A call in training mode moves BatchNormalization's averages, dropout's seeds, a SpectralNormalization's kernel.
-        state = [(variable, tf.identity(variable.value)) for variable in self.model.variables]
+        # `compute_loss` counts in metrics, which it makes at its first call.
+        state = [(variable, tf.identity(variable.value)) for variable in (*self.model.variables, *_counters(self.model))]
         try:
             return self._measure(rule, singular_values)
         finally:
+            known = {id(variable) for variable, _ in state}
+            state += [(new, tf.zeros_like(new.value)) for new in _counters(self.model) if id(new) not in known]
             for variable, value in state:
                 variable.assign(value)
 
@@ -159,6 +163,9 @@ class Probe:
             raise ValueError(
                 f"`x` must suit the model's layers. Received: x of shape {_shapes(self.x)} ({first_line(error)})"
             ) from error
+
+    def _compiled_loss(self, y, outputs):
+        return self.model.compute_loss(y=y, y_pred=outputs) - sum(self.model.losses)  # without penalties
 
     def _loss(self, outputs):
         name = getattr(self.loss, "__name__", "")
@@ -229,7 +236,7 @@ def _agree(expected, received):
 
 def _checked_loss(loss):
     message = (
-        "`loss` must be one Keras loss, its name, or (for several outputs, say) a function of (y, outputs). "
+        "`loss` must be one Keras loss, its name, or a function of (y, outputs); several are taken from a compiled model. "
         f"Received: loss={loss!r}"
     )
     if loss is None or isinstance(loss, (dict, list, tuple)):
@@ -238,6 +245,10 @@ def _checked_loss(loss):
         return keras.losses.get(loss)
     except (ValueError, TypeError) as error:
         raise ValueError(message) from error
+
+
+def _counters(model):
+    return [variable for metric in model.metrics for variable in metric.variables]
 
 
 def _is_keras(loss):

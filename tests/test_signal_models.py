@@ -240,6 +240,17 @@ def test_several_inputs_and_outputs_in_dicts_and_lists():
     with pytest.raises(ValueError, match="`x` must have an entry for each of the inputs .*'right'"):
         ortho_keras.signal_report(model, {"left": x["left"]}, y, loss)
 
+    ortho_keras.orthonormalize(model, 0.1, verbose=False)  # a penalty, which is no part of the error
+    model.compile("sgd", [LOGITS, "mean_squared_error"], loss_weights=[1.0, 0.5])
+    compiled = ortho_keras.signal_report(model, x, y)
+    halved = ortho_keras.signal_report(
+        model, x, y, lambda y, out: LOGITS(y[0], out[0]) + 0.5 * keras.losses.mean_squared_error(y[1], out[1])
+    )
+    assert compiled.loss == pytest.approx(halved.loss, rel=1e-5)
+    magnitudes = [[layer.backward_moment for layer in report.layers] for report in (compiled, halved)]
+    np.testing.assert_allclose(*magnitudes, rtol=1e-4)
+    assert not any(variable.numpy() for metric in model.metrics for variable in metric.variables)
+
 
 @pytest.mark.parametrize(
     "model,x,y,loss,message",
@@ -262,7 +273,7 @@ def test_several_inputs_and_outputs_in_dicts_and_lists():
             8,
             8,
             {"a": "mse"},
-            "`loss` must be one Keras loss, its name, or .* a function",
+            "`loss` must be one Keras loss, its name, or a function",
         ),
         (
             lambda: keras.Sequential([keras.Input((5,)), keras.layers.Dense(10)]),
