@@ -169,8 +169,13 @@ class Probe:
 
     def _loss(self, outputs):
         name = getattr(self.loss, "__name__", "")
+        likelihood = (name or type(self.loss).__name__).lower().endswith("crossentropy")
         try:
-            if name.endswith("crossentropy") and (tf.reduce_min(outputs) < 0 or tf.reduce_max(outputs) > 1):
+            if (
+                likelihood
+                and not getattr(self.loss, "from_logits", False)
+                and (tf.reduce_min(outputs) < 0 or tf.reduce_max(outputs) > 1)
+            ):
                 raise ValueError("these outputs are logits: give the loss object, with from_logits=True")
             return tf.reduce_mean(tf.cast(self.loss(self.y, outputs), tf.float32))
         except Exception as error:  # a loss of one's own may raise anything

@@ -286,6 +286,7 @@ def test_several_inputs_and_outputs_in_dicts_and_lists():
         (lambda: keras.Sequential(list(DENSE)), 8, (8, 3), "mse", r"`y` and `loss` must suit .*\(8, 10\)"),
         (lambda: OwnCall(keras.Input((4,)), 10), 8, 8, LOGITS, "`model` must not have a `call` of its own"),
         (lambda: keras.Sequential(list(DENSE)), 8, 8, "sparse_categorical_crossentropy", "give the loss object, with from_"),
+        (lambda: keras.Sequential(list(DENSE)), 8, 8, keras.losses.SparseCategoricalCrossentropy(), "with from_logits=True"),
     ],
     ids=[
         "no model",
@@ -301,6 +302,7 @@ def test_several_inputs_and_outputs_in_dicts_and_lists():
         "other targets",
         "a call of its own",
         "probabilities",
+        "probabilities for an object",
     ],
 )
 def test_bad_input(model, x, y, loss, message):
