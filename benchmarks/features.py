@@ -150,7 +150,7 @@ def parse_flags(argv):
     """absl's parser, with an unknown or unreadable flag told in one line."""
     try:
         rest = FLAGS(argv)
-    except flags.Error as error:
+    except (flags.Error, ValueError) as error:  # the latter at --noname=value
         print(f"features.py: {' '.join(str(error).split())} (--help lists the flags)", file=sys.stderr)
         sys.exit(2)
     if len(rest) > 1:

@@ -63,6 +63,7 @@ def wait_for_line(process, text):
         (["--batch_size=0"], ["--batch_size must be at least 1", "0"]),
         (["--batch_size=5000"], ["--batch_size must be at most the number of training images, 1293", "5000"]),
         (["--network=residual", "--modulation=anchor"], ["--modulation must be off for --network residual", "'anchor'"]),
+        (["--nobn_sync=3"], ["--nobn_sync=3 does not take an argument"]),
         (["--learning_rat=0.1"], ["Unknown command line flag 'learning_rat'"]),
         (["0.1"], ["every argument must be a flag", "0.1"]),
         (["--keep_checkpoints=0"], ["--keep_checkpoints must be at least 1", "0"]),
