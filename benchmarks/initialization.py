@@ -8,7 +8,6 @@ One batch of 128 training images, `signal_report` on nets at their initial weigh
 
 import importlib.metadata
 import json
-import os
 import statistics
 
 import keras
@@ -17,6 +16,7 @@ from runs import ROOT, commit
 
 import ortho_keras
 from ortho_keras.data import load_data
+from ortho_keras.files import whole_file
 
 FLAGS = flags.FLAGS
 PATH = ROOT / "benchmarks" / "results" / "initialization.json"
@@ -71,9 +71,8 @@ def main(_):
                 versions = {"tensorflow": importlib.metadata.version("tensorflow"), "keras": keras.__version__}
                 kept |= {"command": "python benchmarks/initialization.py", "versions": versions}
                 print(dataset, depth, net, {name: f"{row[name]:.3g}" for name in runs[0]}, flush=True)
-                partial = PATH.with_suffix(".partial")
-                partial.write_text(json.dumps(kept, indent=1) + "\n")
-                os.replace(partial, PATH)
+                with whole_file(PATH) as own:
+                    own.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

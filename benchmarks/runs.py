@@ -11,6 +11,9 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # scripts here use the package beside them
+
+from ortho_keras.files import whole_file
+
 KEPT = ("step", "crossentropy", "accuracy", "validation_crossentropy", "validation_accuracy", "penalty")
 
 
@@ -63,9 +66,9 @@ def run_to_file(flags, path, workdir, data_dir=None, cores=None, diverged_ok=Fal
     else:
         raise RuntimeError(f"{shlex.join(command)} ended with status {done.returncode}: {message}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"command": shlex.join(["python", *command]), "commit": revision, **result}, indent=1) + "\n")
-    os.replace(partial, path)
+    content = {"command": shlex.join(["python", *command]), "commit": revision, **result}
+    with whole_file(path) as own:
+        own.write_text(json.dumps(content, indent=1) + "\n")
     return result
 
 

@@ -83,9 +83,16 @@ def test_a_copy_works(tmp_path):
 
 
 def test_a_second_fit_does_not_measure_the_same_weights_again(tmp_path):
-    monitor, model = ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path, every=100), compiled()
+    losses = []
+
+    def loss(y, outputs):  # called once in each measurement
+        losses.append(LOGITS(y, outputs))
+        return losses[-1]
+
+    monitor, model = ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path, loss, every=100), compiled()
     for steps in ([0, 8], [0, 8, 16]):
         fit(model, monitor, epochs=1)
+        assert len(losses) == len(steps)
         rows = read_signals(tmp_path / "signals.csv")
         assert [row["step"] for row in rows if row["name"] == "stem_conv"] == steps
     share = monitor.share
