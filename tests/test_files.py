@@ -1,6 +1,7 @@
 """Files that are whole or not there: what is written, what is refused, and that nothing is left over."""
 
 import os
+import stat
 
 import pytest
 
@@ -40,9 +41,12 @@ def test_a_folder_is_no_file(tmp_path):
         pass
 
 
-def test_a_device_is_left_alone_and_a_link_stays_a_link(tmp_path):
-    with pytest.raises(ValueError, match="`path` must be the path of a file"), whole_file("/dev/null"):
+def test_what_is_no_plain_file_is_left_alone_and_a_link_stays_a_link(tmp_path):
+    pipe = tmp_path / "pipe"  # as a device, which a test must not risk
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match="`path` must be the path of a file"), whole_file(pipe):
         pass
+    assert stat.S_ISFIFO(os.stat(pipe).st_mode) and os.listdir(tmp_path) == ["pipe"]
     (tmp_path / "file").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "file")
     with whole_file(tmp_path / "link") as own:
