@@ -23,10 +23,11 @@ from absl import app, flags, logging
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's notes on what its build could do
 _NOTES = re.compile(r"before absl::InitializeLog|oneDNN custom operations|Could not find cuda drivers|failed call to cuInit")
+_DEFAULT_RECIPE = "digits"
 
 
 @contextlib.contextmanager
-def _without_start_up_notes():
+def without_start_up_notes():
     """Drops what TensorFlow's start-up says on a machine without a GPU, which no setting of its own turns off."""
     sys.stderr.flush()
     kept = os.dup(2)
@@ -43,7 +44,7 @@ def _without_start_up_notes():
                     print(line, file=sys.stderr)
 
 
-with _without_start_up_notes():
+with without_start_up_notes():
     import tensorflow as tf
 
     tf.config.list_physical_devices()
@@ -52,12 +53,19 @@ with _without_start_up_notes():
     from ortho_keras import runtime
     from ortho_keras.errors import InputError, Interrupted, NonFiniteLossError, WorkerLostError
     from ortho_keras.experiment import run
-    from ortho_keras.recipes import RECIPES, Recipe, find_preset
+    from ortho_keras.recipes import RECIPES, Recipe, find_preset, read_recipe
 
 FLAGS = flags.FLAGS
 RESULTS = pathlib.Path(__file__).resolve().parent / "benchmarks" / "results" / "recipes"
 
-flags.DEFINE_string("recipe", "digits", "A frozen set of values, see --list_recipes. The flags below override its values.")
+flags.DEFINE_string(
+    "recipe",
+    None,
+    f"A frozen set of values, see --list_recipes; {_DEFAULT_RECIPE} by default. The flags below override its values.",
+)
+flags.DEFINE_string(
+    "recipe_file", None, "The recipe in a JSON file instead: a search's best.json, a run's run.json or result.json."
+)
 flags.DEFINE_bool("list_recipes", False, "Print the recipes, with what each reaches and in how long, and end.")
 flags.DEFINE_string("workdir", "", "Folder of the run; by default runs/<recipe>, with the overridden values behind.")
 flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS data; by default TFDS's own.")
@@ -90,16 +98,22 @@ flags.DEFINE_alias("input_size", "image_size")
 
 
 def recipe_from_flags():
-    """Returns the recipe with the flags' values in it, and the values that were overridden, a dict."""
-    recipe = find_preset(FLAGS.recipe).recipe
+    """Returns the recipe with the flags' values in it, its name, and the values that were overridden, a dict."""
+    if FLAGS.recipe and FLAGS.recipe_file:
+        raise InputError(f"--recipe and --recipe_file must not both be given. Received: {FLAGS.recipe}, {FLAGS.recipe_file}")
+    if FLAGS.recipe_file:
+        name, recipe = read_recipe(FLAGS.recipe_file)
+    else:
+        name = FLAGS.recipe or _DEFAULT_RECIPE
+        recipe = find_preset(name).recipe
     given = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Recipe)}
     given = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(recipe, **given).check(), given
+    return dataclasses.replace(recipe, **given).check(), name, given
 
 
-def default_workdir(given):
-    values = (f"{name}={str(value).replace('/', '_')}" for name, value in given.items())
-    return pathlib.Path("runs", "-".join([FLAGS.recipe, *values]))
+def default_workdir(name, given):
+    values = (f"{key}={str(value).replace('/', '_')}" for key, value in given.items())
+    return pathlib.Path("runs", "-".join([name, *values]))
 
 
 def list_recipes():
@@ -128,8 +142,8 @@ def main(_):
         list_recipes()
         return 0
     try:
-        recipe, given = recipe_from_flags()
-        workdir = FLAGS.workdir or default_workdir(given)
+        recipe, name, given = recipe_from_flags()
+        workdir = FLAGS.workdir or default_workdir(name, given)
         if FLAGS.keep_checkpoints < 1:
             raise InputError(f"--keep_checkpoints must be at least 1. Received: {FLAGS.keep_checkpoints}")
         if FLAGS.signal_every < 0:
@@ -139,7 +153,7 @@ def main(_):
             recipe,
             workdir,
             FLAGS.data_dir,
-            FLAGS.recipe,
+            name,
             machine,
             keep_checkpoints=FLAGS.keep_checkpoints,
             signal_every=FLAGS.signal_every,
@@ -164,15 +178,15 @@ def main(_):
     return 0
 
 
-def parse_flags(argv):
+def parse_flags(argv, program="train.py"):
     """absl's parser, with an unknown or unreadable flag told in one line."""
     try:
         rest = FLAGS(argv)
     except (flags.Error, ValueError) as error:  # the latter at --noname=value
-        print(f"train.py: {' '.join(str(error).split())} (--help lists the flags)", file=sys.stderr)
+        print(f"{program}: {' '.join(str(error).split())} (--help lists the flags)", file=sys.stderr)
         sys.exit(2)
     if len(rest) > 1:
-        print(f"train.py: every argument must be a flag, --name=value. Received: {' '.join(rest[1:])}", file=sys.stderr)
+        print(f"{program}: every argument must be a flag, --name=value. Received: {' '.join(rest[1:])}", file=sys.stderr)
         sys.exit(2)
     return rest
 

@@ -15,7 +15,7 @@ import tensorflow as tf
 from ortho_keras.callbacks import ModulationSwitch, SignalMonitor
 from ortho_keras.data import load_data
 from ortho_keras.errors import InputError, WorkerLostError, first_line
-from ortho_keras.files import whole_file
+from ortho_keras.files import check_folder, whole_file, write_json
 from ortho_keras.kernels import layer_kernels, model_kernels, orthonormality_error
 from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
 from ortho_keras.models import plain_cnn, residual_cnn
@@ -94,7 +94,7 @@ def _run(recipe, workdir, data_dir, name, runtime, callbacks, keep_checkpoints, 
     data = _agreed(runtime, lambda: _load(recipe, data_dir, runtime.replicas))
     if runtime.is_chief:
         workdir.mkdir(parents=True, exist_ok=True)
-        _write_json(workdir / "run.json", {"recipe": recipe.to_json()})
+        write_json(workdir / "run.json", {"recipe": recipe.to_json()})
     log(f"computing on {runtime.describe()}")
     log(
         f"{recipe.dataset}: {len(data.train)} training, {len(data.validation or ())} validation and {len(data.test)} test "
@@ -126,9 +126,9 @@ def _run(recipe, workdir, data_dir, name, runtime, callbacks, keep_checkpoints, 
     result = _result(name, recipe, model, history, test, runtime)
     if runtime.is_chief:
         _save_model(model, workdir / "final.keras")
-        _write_json(workdir / "history.json", history)
+        write_json(workdir / "history.json", history)
         plot_curves(history, workdir / "curves.png", f"{name or recipe.network} (depth {recipe.depth}, seed {recipe.seed})")
-        _write_json(workdir / "result.json", result)
+        write_json(workdir / "result.json", result)
     return result
 
 
@@ -255,9 +255,7 @@ def _precision(policy):
 def _check_workdir(workdir, recipe):
     """Makes sure that a run may use the workdir; returns its result if it is finished there already."""
     shown = str(workdir)
-    nearest = next(path for path in (workdir, *workdir.absolute().parents) if os.path.exists(path))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"--workdir must be a folder that can be written. Received: {shown!r} ({nearest} cannot)")
+    check_folder("--workdir", workdir)
     if not workdir.exists() or not any(workdir.iterdir()):
         return None
     try:
@@ -332,11 +330,6 @@ def processor():
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
-
-
-def _write_json(path, content):
-    with whole_file(path) as own:
-        own.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _save_model(model, path):

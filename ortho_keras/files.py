@@ -1,9 +1,12 @@
 """Files that are whole or not there at all."""
 
 import contextlib
+import json
 import os
 import pathlib
 import uuid
+
+from ortho_keras.errors import InputError
 
 
 @contextlib.contextmanager
@@ -34,3 +37,16 @@ def whole_file(path):
         own.replace(target)
     finally:
         own.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """Writes a JSON file, whole."""
+    with whole_file(path) as own:
+        own.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def check_folder(flag, path):
+    """Raises `InputError` if `path`, which `flag` gave, is not a folder that can be written, or made."""
+    nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} must be a folder that can be written. Received: {str(path)!r} ({nearest} cannot)")

@@ -1,7 +1,9 @@
 """Recipes: frozen sets of values, each a complete description of one training run."""
 
 import dataclasses
+import json
 import math
+import pathlib
 
 from ortho_keras.errors import InputError
 
@@ -313,3 +315,26 @@ def find_preset(name):
     if name not in RECIPES:
         raise InputError(f"--recipe must be one of {', '.join(RECIPES)}. Received: {name!r}")
     return RECIPES[name]
+
+
+def read_recipe(path):
+    """Returns name and `Recipe` of a JSON file `{"recipe_name": ..., "recipe": {...}}`; a value that it lacks has its default.
+
+    Raises:
+        InputError: If the file is none, or a value is not what was expected.
+    """
+    refused = f"--recipe_file must be a JSON file with a recipe, as a run's run.json. Received: {str(path)!r}"
+    try:
+        content = json.loads(pathlib.Path(path).read_text())
+        recipe, name = Recipe(**content["recipe"]), content.get("recipe_name") or pathlib.Path(path).stem
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{refused} ({type(error).__name__}: {error})") from error
+    wrong = [field for field in dataclasses.fields(Recipe) if not _fits(getattr(recipe, field.name), field.type)]
+    if wrong:
+        told = ", ".join(f"{field.name}={getattr(recipe, field.name)!r} is no {field.type.__name__}" for field in wrong)
+        raise InputError(f"{refused} ({told})")
+    return name, recipe.check()
+
+
+def _fits(value, kind):
+    return type(value) is kind or (kind is float and type(value) is int)

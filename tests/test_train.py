@@ -238,7 +238,7 @@ def test_deterministic_runs_are_equal_to_the_bit(tmp_path, uninterrupted):
 def test_input_size_is_image_size_and_the_recipe_fits_the_depth():
     with flagsaver.flagsaver():
         train.parse_flags(["train.py", "--recipe=digits", "--depth=1004", "--input_size=8"])
-        recipe, given = train.recipe_from_flags()
+        recipe, _, given = train.recipe_from_flags()
     assert given == {"depth": 1004, "image_size": 8}
     assert (recipe.initializer, recipe.relu_shift) == ("dirac", 1)
     assert recipe.peak_learning_rate == pytest.approx(0.03 * 44 / 1004)

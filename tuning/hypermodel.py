@@ -1,0 +1,141 @@
+"""A trial: a point of the search space, trained by the project's own run."""
+
+import math
+import os
+import pathlib
+import signal
+import time
+
+import keras
+import keras_tuner
+
+from ortho_keras.data import load_data
+from ortho_keras.errors import Interrupted, NonFiniteLossError, first_line
+from ortho_keras.experiment import compiled_model, run
+from tuning.trials import FAILED, FINISHED, HOPELESS, RUNNING, Trial
+
+MOST_STARTS = 3
+
+
+class HopelessError(Exception):
+    """The trial will come to nothing."""
+
+
+class SearchStopped(keras_tuner.errors.FatalError):
+    """The search was asked to stop, or its time is over; the running trial has written a checkpoint."""
+
+
+class RecipeHyperModel(keras_tuner.HyperModel):
+    """A recipe whose values are hyperparameters.
+
+    Args:
+        space: `SearchSpace`.
+        data_dir: See `ortho_keras.experiment.run`.
+        name: String, the recipe's name.
+        runtime: See `ortho_keras.experiment.run`.
+        chance_steps: int. A trial that is still at chance after so many steps is stopped; 0: after a third of its steps.
+        deadline: Time, in seconds since the epoch, at which a trial is stopped, to go on another day; `None`: never.
+    """
+
+    def __init__(self, space, data_dir=None, name="", runtime=None, chance_steps=0, deadline=None):
+        super().__init__(name)
+        self.space = space
+        self.data_dir = data_dir
+        self.runtime = runtime
+        self.chance_steps = chance_steps
+        self.deadline = deadline
+
+    def declare_hyperparameters(self, hp):
+        self.space.recipe(hp)
+
+    def build(self, hp):
+        """Returns the compiled, untrained model of the hyperparameters' recipe."""
+        recipe = self.space.recipe(hp)
+        return compiled_model(recipe, load_data(recipe.dataset, self.data_dir, recipe.image_size, recipe.hold_out))[0]
+
+    def fit(self, hp, model, folder, number):
+        """Trains the hyperparameters' recipe by `run`, which builds the model itself; goes on where it was stopped.
+
+        Args:
+            hp: `keras_tuner.HyperParameters`.
+            model: Ignored.
+            folder: Path of the trial: `outcome.json`, `log.txt`, and the run itself in `run/`.
+            number: int, the trial's.
+
+        Returns:
+            `{"validation_accuracy": float}`; chance, one over the number of classes, where the trial is hopeless.
+
+        Raises:
+            SearchStopped: If the search is to stop.
+            keras_tuner.errors.FailedTrialError: If the run could not be done; `outcome.json` says why.
+        """
+        recipe, folder = self.space.recipe(hp), pathlib.Path(folder)
+        before = Trial.read(folder)
+        starts = before.starts + 1 if before and before.state == RUNNING else 1
+        watch = _Watch(recipe.batch_size, self.chance_steps, self.deadline)
+        started = time.perf_counter() - (before.seconds if before and before.state == RUNNING else 0)
+
+        def outcome(state, score=None, reason="", starts=starts):
+            seconds = round(time.perf_counter() - started, 1)
+            Trial(number, state, recipe, score, seconds, reason, starts).write(folder)
+            return {"validation_accuracy": score}
+
+        if starts > MOST_STARTS:
+            reason = f"its process ended {MOST_STARTS} times without a word, which memory that is used up does"
+            outcome(FAILED, reason=reason)
+            raise keras_tuner.errors.FailedTrialError(reason)
+        outcome(RUNNING)
+        keras.backend.clear_session()
+        try:
+            with open(folder / "log.txt", "a") as log:
+                result = run(
+                    recipe,
+                    folder / "run",
+                    self.data_dir,
+                    self.name,
+                    self.runtime,
+                    callbacks=[watch],
+                    keep_checkpoints=1,
+                    log=lambda line: print(line, file=log, flush=True),
+                )
+        except Interrupted as error:
+            outcome(RUNNING, reason=str(error), starts=0)
+            raise SearchStopped(str(error)) from error
+        except (HopelessError, NonFiniteLossError) as error:
+            return outcome(HOPELESS, watch.chance, first_line(error).partition(": try")[0])
+        except Exception as error:
+            outcome(FAILED, reason=first_line(error))
+            raise keras_tuner.errors.FailedTrialError(first_line(error)) from error
+        return outcome(FINISHED, result["validation_accuracy"])
+
+
+class _Watch(keras.callbacks.Callback):
+    """Ends a trial that learns nothing, and asks it to stop when the search's time, or its parent process, is over."""
+
+    def __init__(self, batch_size, chance_steps, deadline):
+        super().__init__()
+        self.batch_size = batch_size
+        self.chance_steps = chance_steps
+        self.deadline = deadline
+        self.parent = os.getppid()
+        self.first = 0
+
+    @property
+    def chance(self):
+        return 1 / self.model.output_shape[-1]
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.first = None
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.first = batch if self.first is None else self.first
+        if (self.deadline and time.time() >= self.deadline) or os.getppid() != self.parent:
+            signal.raise_signal(signal.SIGTERM)  # the trainer writes a checkpoint and ends
+
+    def on_epoch_end(self, epoch, logs=None):
+        step, epochs = logs["step"], self.params["epochs"]
+        images = self.batch_size * (step - self.first)
+        most = self.chance + 3 * math.sqrt(self.chance * (1 - self.chance) / images)
+        patience = self.chance_steps or epochs * step / (epoch + 1) / 3
+        if patience <= step and epoch + 1 < epochs and logs["accuracy"] <= most:
+            raise HopelessError(f"training accuracy {logs['accuracy']:.3f} at step {step}, where chance is {self.chance:.3f}")

@@ -1,0 +1,197 @@
+"""Reports a search, at its end or at any time: its trials, the best one's recipe, and which values mattered.
+
+python -m tuning.report runs/search-digits
+"""
+
+import math
+import pathlib
+import sys
+
+import numpy as np
+
+from ortho_keras.errors import InputError
+from ortho_keras.files import write_json
+from ortho_keras.recipes import find_preset
+from tuning.space import OF_MODULATION
+from tuning.trials import FAILED, FINISHED, HOPELESS, RUNNING, best_trial, read_search, read_trials
+
+LEAST_TRIALS = 8  # from which on importances are more than chance
+SEED = 0
+
+
+def report(directory):
+    """Returns the text of a report, and writes `best.json` (a recipe for `train.py --recipe_file`) and `search.png` beside it.
+
+    Raises:
+        InputError: If the directory holds no search.
+    """
+    directory = pathlib.Path(directory)
+    search, trials = read_search(directory), read_trials(directory)
+    names = list(search["parameters"])
+    counts = {state: sum(trial.state == state for trial in trials) for state in (FINISHED, HOPELESS, FAILED, RUNNING)}
+    told = ", ".join(f"{count} {'unfinished' if state == RUNNING else state}" for state, count in counts.items() if count)
+    lines = [f"{directory}: {len(trials)} trials{f' ({told})' if told else ''}", ""]
+    lines += trials_table(trials, names)
+    best = best_trial(trials)
+    if best is None:
+        return "\n".join([*lines, "", "no trial is finished yet: there is no best one"])
+    write_json(directory / "best.json", {"recipe_name": search["recipe_name"], "recipe": best.recipe.to_json()})
+    draw(trials, names, directory / "search.png")
+    lines += ["", f"best: trial {best.number}, validation accuracy {best.score:.4f}", ""]
+    lines += [f"    {command(search['recipe_name'], best.recipe)}", f"    python train.py --recipe_file={directory}/best.json"]
+    lines += ["", *importance_table(trials, names), "", f"{directory}/search.png shows each value against validation accuracy"]
+    return "\n".join(lines)
+
+
+def command(name, recipe):
+    """Returns the `train.py` command of a recipe: the preset's name and the values in which it differs."""
+    preset = find_preset(name).recipe.to_json()
+    given = {key: value for key, value in recipe.to_json().items() if value != preset[key]}
+    flags = [
+        f"--{'' if value else 'no'}{key}" if isinstance(value, bool) else f"--{key}={value}" for key, value in given.items()
+    ]
+    return " ".join(["python train.py", f"--recipe={name}", *flags])
+
+
+def shown(trial, name):
+    """A trial's value as the tables show it; empty where it says nothing."""
+    if name in OF_MODULATION and trial.recipe.modulation == "off":
+        return ""
+    value = getattr(trial.recipe, name)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def trials_table(trials, names):
+    """The trials from the best to the worst, then those without a score, as lines."""
+    order = sorted(trials, key=lambda trial: (trial.score is None, -(trial.score or 0), trial.number))
+    rows = [["trial", "accuracy", "seconds", "epochs", *names, "state"]]
+    for trial in order:
+        state = "unfinished" if trial.state == RUNNING else trial.state
+        rows.append(
+            [
+                str(trial.number),
+                "" if trial.score is None else f"{trial.score:.4f}",
+                f"{trial.seconds:.0f}",
+                str(trial.recipe.epochs),
+                *(shown(trial, name) for name in names),
+                f"{state}: {trial.reason}" if trial.reason else state,
+            ]
+        )
+    return aligned(rows)
+
+
+def aligned(rows):
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def scored(trials):
+    """The trials that have a score, of the longest kind only: Hyperband's shorter ones are of another budget."""
+    trials = [trial for trial in trials if trial.score is not None]
+    longest = max((trial.recipe.epochs for trial in trials), default=0)
+    return [trial for trial in trials if trial.recipe.epochs == longest]
+
+
+def columns(trials, names):
+    """A float matrix `(trials, columns)` and the name of each column's hyperparameter: words as 0 and 1, numbers by rank."""
+    matrix, owners = [], []
+    for name in names:
+        values = [shown(trial, name) for trial in trials]
+        kinds = sorted(set(values))
+        if all(_number(value) is not None for value in values):
+            matrix.append(_ranks([_number(value) for value in values]))
+            owners.append(name)
+        else:
+            matrix += [[float(value == kind) for value in values] for kind in kinds]
+            owners += [name] * len(kinds)
+    return np.array(matrix, float).T, owners
+
+
+def _number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _ranks(values):
+    return np.searchsorted(np.sort(values), values).astype(float)
+
+
+def importance_table(trials, names):
+    """Which hyperparameters mattered, as lines: by a forest, and the rank correlation of those that are numbers."""
+    from scipy.stats import spearmanr
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.inspection import permutation_importance
+
+    trials = scored(trials)
+    scores = np.array([trial.score for trial in trials])
+    if len(trials) < LEAST_TRIALS or np.ptp(scores) == 0:
+        return [f"which values mattered: {LEAST_TRIALS} trials with different accuracies would tell, there are {len(trials)}"]
+    matrix, owners = columns(trials, names)
+    forest = RandomForestRegressor(300, min_samples_leaf=2, random_state=SEED).fit(matrix, scores)
+    raw = permutation_importance(forest, matrix, scores, n_repeats=20, random_state=SEED).importances_mean
+    shares = {name: max(0.0, sum(value for value, owner in zip(raw, owners) if owner == name)) for name in names}
+    total = sum(shares.values()) or 1.0
+    rows = [["value", "importance", "rank correlation"]]
+    for name in sorted(names, key=lambda name: -shares[name]):
+        values = [shown(trial, name) for trial in trials]
+        numbers = [_number(value) for value in values]
+        known = [index for index, number in enumerate(numbers) if number is not None]
+        correlation = ""
+        if len({numbers[index] for index in known}) > 1 and np.ptp(scores[known]) > 0:
+            correlation = f"{spearmanr([numbers[index] for index in known], scores[known]).statistic:+.2f}"
+        rows.append([name, f"{shares[name] / total:.2f}", correlation])
+    note = f"which values mattered, over {len(trials)} trials (importance: share of a random forest's, by permutation):"
+    return [note, "", *aligned(rows)]
+
+
+def draw(trials, names, path):
+    """Draws validation accuracy against each hyperparameter, a panel each."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    trials = scored(trials)
+    wide = min(4, len(names))
+    high = math.ceil(len(names) / wide)
+    figure = Figure(figsize=(3.6 * wide, 3 * high), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(high, wide, squeeze=False).ravel()
+    for axes, name in zip(panels, names):
+        continuous = name in ("learning_rate", "factor")
+        kinds = sorted(
+            {shown(trial, name) for trial in trials}, key=lambda text: (_number(text) is None, _number(text) or 0, text)
+        )
+        for state, color in ((FINISHED, "tab:blue"), (HOPELESS, "tab:red")):
+            own = [trial for trial in trials if trial.state == state]
+            at = [getattr(trial.recipe, name) if continuous else kinds.index(shown(trial, name)) for trial in own]
+            axes.scatter(at, [trial.score for trial in own], s=18, color=color, alpha=0.7, label=state if own else None)
+        if continuous:
+            axes.set_xscale("log")
+        else:
+            axes.set_xticks(range(len(kinds)), [kind or "(off)" for kind in kinds], rotation=30 if len(kinds) > 4 else 0)
+        axes.set(title=name, ylim=(-0.03, 1.03))
+        axes.grid(alpha=0.3)
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    panels[0].set_ylabel("validation accuracy")
+    handles, labels = panels[0].get_legend_handles_labels()
+    if len(labels) > 1:
+        figure.legend(handles, labels, loc="outside lower right", ncols=2)
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print("tuning.report: usage: python -m tuning.report DIRECTORY_OF_A_SEARCH", file=sys.stderr)
+        return 2
+    try:
+        print(report(sys.argv[1]))
+    except InputError as error:
+        print(f"tuning.report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""The search space: which of a recipe's values are searched, over what, and how a point of it becomes a recipe."""
+
+import dataclasses
+import math
+
+from ortho_keras.errors import InputError
+from ortho_keras.recipes import Recipe
+
+DIGITS = 4  # significant digits of a sampled value: enough to search by, few enough to paste
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Every number from `low` to `high`, sampled by its logarithm."""
+
+    low: float
+    high: float
+
+    def __contains__(self, value):
+        return self.low <= value <= self.high
+
+    def __str__(self):
+        return f"{self.low:g}:{self.high:g}"
+
+    def nearest(self, value):
+        return min(max(value, self.low), self.high)
+
+    def with_value(self, value):
+        return Range(min(self.low, value), max(self.high, value)) if value > 0 else self
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """A few values; numbers are in order."""
+
+    values: tuple
+
+    def __contains__(self, value):
+        return value in self.values
+
+    def __str__(self):
+        return "|".join(f"{value:g}" if isinstance(value, float) else str(value) for value in self.values)
+
+    def nearest(self, value):
+        if value in self.values or isinstance(value, str):
+            return value if value in self.values else self.values[0]
+        return min(self.values, key=lambda own: abs(own - value))
+
+    def with_value(self, value):
+        if value in self.values:
+            return self
+        values = (*self.values, value)
+        return Choices(values if isinstance(value, str) else tuple(sorted(values)))
+
+
+# The one place where the space is declared. `learning_rate` is a recipe's flag, so it may stand for another depth.
+SPACE = {
+    "learning_rate": Range(1e-4, 1.0),
+    "factor": Range(1e-6, 10.0),
+    "initializer": Choices(("orthonormal", "delta_orthonormal", "dirac")),
+    "bn_shift": Choices((0.0, 0.5, 1.0, 2.0)),
+    "relu_shift": Choices((-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)),
+    "modulation": Choices(("off", "neighbour", "anchor")),
+    "tolerance": Choices((1.001, 1.1, 1.5, 2.0, 4.0, 8.0)),
+    "modulation_steps": Choices((0, 100, 300, 1000, 3000)),
+}
+OF_MODULATION = ("tolerance", "modulation_steps")  # which say something only where modulation is on
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchSpace:
+    """A recipe and what is searched around it.
+
+    Attributes:
+        base: `Recipe`, the values of the hyperparameters' defaults and of everything that is not searched.
+        parameters: Dict of names in `SPACE` to `Range` or `Choices`.
+    """
+
+    base: Recipe
+    parameters: dict
+
+    def recipe(self, hp):
+        """Returns the recipe of a `keras_tuner.HyperParameters`, which it declares there if they are not yet.
+
+        Fresh hyperparameters give `base`. Hyperband's number of epochs, if there is one, takes the place of the recipe's.
+        """
+        values = {}
+        for name, allowed in self.parameters.items():
+            if name in OF_MODULATION and "modulation" in self.parameters:
+                on = [value for value in self.parameters["modulation"].values if value != "off"]
+                with hp.conditional_scope("modulation", on):
+                    value = self._value(hp, name, allowed)
+                if values["modulation"] != "off":
+                    values[name] = value
+            else:
+                values[name] = self._value(hp, name, allowed)
+        if "tuner/epochs" in hp.values:
+            values["epochs"] = int(hp.values["tuner/epochs"])
+        return dataclasses.replace(self.base, **values)
+
+    def _value(self, hp, name, allowed):
+        default = getattr(self.base, name)
+        if isinstance(allowed, Range):
+            value = hp.Float(name, allowed.low, allowed.high, sampling="log", default=default)
+        else:
+            value = hp.Choice(name, list(allowed.values), default=default)
+        if not isinstance(value, float):
+            return default if value is None else value
+        # Between processes keras-tuner sends float32; so rounded, it is the same number in all of them.
+        return default if math.isclose(value, default, rel_tol=1e-6) else float(f"{value:.{DIGITS}g}")
+
+    def to_json(self):
+        return {"base": self.base.to_json(), "parameters": {name: str(allowed) for name, allowed in self.parameters.items()}}
+
+
+def search_space(recipe, fixed=(), narrowed=()):
+    """Returns the `SearchSpace` around a recipe.
+
+    A value of the recipe that `SPACE` does not have is added to it, and one that a narrowed space does not have gives way to
+    the nearest that it has. What cannot matter is not searched: modulation's values where it is off, modulation in a net with
+    shortcuts, the factor where there is no penalty.
+
+    Args:
+        recipe: `Recipe`, whose values the search starts from.
+        fixed: Names of values that are not searched.
+        narrowed: Strings `NAME=LOW:HIGH` or `NAME=VALUE|VALUE|...`.
+
+    Raises:
+        InputError: If a fixed or narrowed value does not lie in `SPACE`, or nothing is left to search.
+    """
+    for name in (name for name in fixed if name in SPACE):
+        value, allowed = getattr(recipe, name), SPACE[name]
+        numbers = isinstance(value, (int, float)) and not isinstance(allowed, Range)
+        if not (min(allowed.values) <= value <= max(allowed.values) if numbers else value in allowed):
+            raise InputError(f"--{name} must lie in the space that is searched, {allowed}. Received: {value!r}")
+    parameters = _of_use({name: SPACE[name] for name in SPACE if name not in fixed}, recipe)
+    parameters = {name: allowed.with_value(getattr(recipe, name)) for name, allowed in parameters.items()}
+    for text in narrowed:
+        name, allowed = _narrowed(text, parameters)
+        parameters[name] = allowed
+        recipe = dataclasses.replace(recipe, **{name: allowed.nearest(getattr(recipe, name))})
+    parameters = _of_use(parameters, recipe)
+    if not parameters:
+        raise InputError("--narrow and the fixed values must leave something to search. Received: every value is fixed")
+    return SearchSpace(recipe.check(), parameters)
+
+
+def _of_use(parameters, recipe):
+    """Leaves out what has a single choice, or cannot matter in this recipe."""
+    left_out = [name for name, allowed in parameters.items() if isinstance(allowed, Choices) and len(allowed.values) == 1]
+    if recipe.network == "residual":
+        left_out.append("modulation")
+    if recipe.regularizer == "none" or recipe.factor == 0:
+        left_out.append("factor")
+    if recipe.modulation == "off" and ("modulation" not in parameters or "modulation" in left_out):
+        left_out += OF_MODULATION
+    return {name: allowed for name, allowed in parameters.items() if name not in left_out}
+
+
+def _narrowed(text, parameters):
+    """Reads one `--narrow`."""
+    name, _, values = text.partition("=")
+    if name not in parameters:
+        raise InputError(f"--narrow must name one of the searched values, {', '.join(parameters)}. Received: {text!r}")
+    allowed = parameters[name]
+    try:
+        if isinstance(allowed, Range):
+            low, high = (float(part) for part in values.split(":"))
+            good = low < high and low in allowed and high in allowed
+            narrowed = Range(low, high)
+        else:
+            kind = type(allowed.values[0])
+            narrowed = Choices(tuple(dict.fromkeys(kind(part) for part in values.split("|"))))
+            good = all(value in allowed for value in narrowed.values)
+    except ValueError:
+        good = False
+    if not good:
+        form = f"{name}=LOW:HIGH within" if isinstance(allowed, Range) else f"{name}=VALUE|VALUE of"
+        raise InputError(f"--narrow must be {form} {allowed}. Received: {text!r}")
+    return name, narrowed

@@ -1,0 +1,70 @@
+"""What a search knows of its trials: one file each, written as the trial begins and as it ends, read at any time."""
+
+import dataclasses
+import json
+import pathlib
+
+from ortho_keras.errors import InputError
+from ortho_keras.files import write_json
+from ortho_keras.recipes import Recipe
+
+RUNNING, FINISHED, HOPELESS, FAILED = "running", "finished", "hopeless", "failed"
+SEARCH_FILE, TRIAL_FILE = "search.json", "outcome.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One point of the space and what became of it.
+
+    Attributes:
+        number: int, from 1.
+        state: `"running"` (or stopped before its end), `"finished"`, `"hopeless"` (stopped early), `"failed"`.
+        recipe: `Recipe` that it trains.
+        score: Validation accuracy; chance where it is hopeless; `None` where there is none.
+        seconds: float, how long it took.
+        reason: Why it was stopped or failed.
+        starts: int, how often it was begun since it last ended in an orderly way.
+    """
+
+    number: int
+    state: str
+    recipe: Recipe
+    score: float | None = None
+    seconds: float = 0.0
+    reason: str = ""
+    starts: int = 1
+
+    def write(self, folder):
+        write_json(pathlib.Path(folder) / TRIAL_FILE, dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, folder):
+        """Returns the trial of a folder, or `None` where none is written yet."""
+        try:
+            content = json.loads((pathlib.Path(folder) / TRIAL_FILE).read_text())
+            return cls(**{**content, "recipe": Recipe(**content["recipe"])})
+        except FileNotFoundError:
+            return None
+
+
+def read_trials(directory):
+    """Returns a search's trials in the order of their numbers."""
+    found = [Trial.read(folder) for folder in pathlib.Path(directory).glob("trial_*")]
+    return sorted((trial for trial in found if trial), key=lambda trial: trial.number)
+
+
+def best_trial(trials):
+    """Returns the finished trial of the highest score, the first of equals, or `None`."""
+    return max((trial for trial in trials if trial.state == FINISHED), key=lambda trial: trial.score, default=None)
+
+
+def read_search(directory):
+    """Returns what a search was started with, the content of its `search.json`.
+
+    Raises:
+        InputError: If the directory holds no search.
+    """
+    try:
+        return json.loads((pathlib.Path(directory) / SEARCH_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"the directory must hold a search ({SEARCH_FILE}). Received: {str(directory)!r}") from error
