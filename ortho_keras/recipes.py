@@ -168,6 +168,7 @@ _SHORT = dataclasses.replace(_PAPER, epochs=5, max_steps=0, schedule="cosine", w
 _FAST = dataclasses.replace(
     _SHORT,
     epochs=16,
+    padding="symmetric",
     initializer="dirac",
     stem_initializer="pca",
     relu_shift=1.0,
@@ -278,6 +279,7 @@ RECIPES = {
             _FAST,
             "110 layers in 16 epochs: identities, shifted ReLU and Muon (ours) beside orthonormality",
             depth=110,
+            padding="mean",
             paper="81.6 (orthonormal and modulation, second-hand)",
         ),
         **_SGD,
@@ -293,6 +295,7 @@ RECIPES = {
             "the residual twin of plain44_cifar10_fast, without its identities, shifted ReLU and Muon",
             network="residual",
             epochs=16,
+            padding="symmetric",
             hold_out=False,
             label_smoothing=0.1,
         ),
