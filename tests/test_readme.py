@@ -7,6 +7,7 @@ import sys
 
 import train
 from ortho_keras.recipes import RECIPES
+from tuning import search
 
 ROOT = pathlib.Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -28,8 +29,8 @@ def test_code_blocks_run(capsys, tmp_path, monkeypatch):
 def test_flags_and_names_exist():
     import ortho_keras
 
-    flags = set(re.findall(r"`--(?:no)?([a-z_0-9]+)", README)) | set(re.findall(r"train\.py.* --([a-z_]+)=", README))
-    assert flags and flags - {"help"} <= set(train.FLAGS)
+    flags = set(re.findall(r"`--(?:no)?([a-z_0-9]+)", README)) | set(re.findall(r" --([a-z_]+)=", README))
+    assert len(flags) > 20 and flags - {"help", "models", "output"} <= set(search.FLAGS)
     names = re.findall(r"^\| `(\w+)", README, re.MULTILINE)
     rows = [name for name in names if name not in ("none", "mirrored", "multi_worker", *RECIPES)]
     assert len(rows) > 6 and all(hasattr(ortho_keras, name) for name in rows)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ortho_keras.errors import InputError
-from ortho_keras.recipes import OPTIMIZERS, RECIPES, Preset, Recipe, find_preset
+from ortho_keras.recipes import OPTIMIZERS, RECIPES, Preset, Recipe, find_preset, read_recipe
 from ortho_keras.schedules import LearningRate
 
 METHODS = [name for name in RECIPES if not name.endswith("_l2")]
@@ -220,3 +220,41 @@ def test_unknown_recipe():
     with pytest.raises(InputError, match="--recipe must be one of digits, digits_l2, ") as caught:
         find_preset("plain20")
     assert str(caught.value).endswith("Received: 'plain20'") and all(name in str(caught.value) for name in RECIPES)
+
+
+def test_a_recipe_file_is_the_recipe(tmp_path):
+    path = tmp_path / "mine.json"
+    for name, preset in RECIPES.items():
+        path.write_text(json.dumps({"recipe_name": name, "recipe": preset.recipe.to_json(), "more": 1}))
+        assert read_recipe(path) == (name, preset.recipe)
+    path.write_text(json.dumps({"recipe": {"depth": 20, "factor": 1}}))
+    assert read_recipe(path) == ("mine", Recipe(depth=20, factor=1.0))
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ("{}", "KeyError: 'recipe'"),
+        ('{"recipe": 3}', "TypeError"),
+        ('{"recipe": {"colour": 3}}', "unexpected keyword argument 'colour'"),
+        ('{"recipe": {"depth": "44"}}', "depth='44' is no int"),
+        ('{"recipe": {"depth": 44.0}}', "depth=44.0 is no int"),
+        ('{"recipe": {"hold_out": 1}}', "hold_out=1 is no bool"),
+        ('{"recipe": {"factor": true}}', "factor=True is no float"),
+        ('{"recipe": {"augment": null}}', "augment=None is no str"),
+        ('{"recipe": {"depth": 45}}', "--depth must be 6n + 2"),
+    ],
+)
+def test_what_is_no_recipe_file(tmp_path, content, expected):
+    path = tmp_path / "mine.json"
+    path.write_text(content)
+    with pytest.raises(InputError) as caught:
+        read_recipe(path)
+    message = str(caught.value)
+    assert (
+        expected in message and "\n" not in message and ("--recipe_file must be a JSON file" in message or "--depth" in message)
+    )
+    with pytest.raises(InputError, match="--recipe_file must be a JSON file with a recipe.*nowhere.json"):
+        read_recipe(tmp_path / "nowhere.json")

@@ -63,6 +63,8 @@ def wait_for_line(process, text):
         (["--batch_size=0"], ["--batch_size must be at least 1", "0"]),
         (["--batch_size=5000"], ["--batch_size must be at most the number of training images, 1293", "5000"]),
         (["--network=residual", "--modulation=anchor"], ["--modulation must be off for --network residual", "'anchor'"]),
+        (["--recipe=digits", "--recipe_file=a.json"], ["--recipe and --recipe_file must not both be given", "digits, a.json"]),
+        (["--recipe_file=a.json"], ["--recipe_file must be a JSON file with a recipe", "'a.json'"]),
         (["--nobn_sync=3"], ["--nobn_sync=3 does not take an argument"]),
         (["--learning_rat=0.1"], ["Unknown command line flag 'learning_rat'"]),
         (["0.1"], ["every argument must be a flag", "0.1"]),

@@ -1,5 +1,6 @@
 """A trial: a point of the search space, trained by the project's own run."""
 
+import json
 import math
 import os
 import pathlib
@@ -75,9 +76,9 @@ class RecipeHyperModel(keras_tuner.HyperModel):
         watch = _Watch(recipe.batch_size, self.chance_steps, self.deadline)
         started = time.perf_counter() - (before.seconds if before and before.state == RUNNING else 0)
 
-        def outcome(state, score=None, reason="", starts=starts):
+        def outcome(state, score=None, crossentropy=None, reason="", starts=starts):
             seconds = round(time.perf_counter() - started, 1)
-            Trial(number, state, recipe, score, seconds, reason, starts).write(folder)
+            Trial(number, state, recipe, score, crossentropy, seconds, reason, starts).write(folder)
             return {"validation_accuracy": score}
 
         if starts > MOST_STARTS:
@@ -102,11 +103,12 @@ class RecipeHyperModel(keras_tuner.HyperModel):
             outcome(RUNNING, reason=str(error), starts=0)
             raise SearchStopped(str(error)) from error
         except (HopelessError, NonFiniteLossError) as error:
-            return outcome(HOPELESS, watch.chance, first_line(error).partition(": try")[0])
+            return outcome(HOPELESS, watch.chance, reason=first_line(error).partition(": try")[0])
         except Exception as error:
             outcome(FAILED, reason=first_line(error))
             raise keras_tuner.errors.FailedTrialError(first_line(error)) from error
-        return outcome(FINISHED, result["validation_accuracy"])
+        history = json.loads((folder / "run" / "history.json").read_text())
+        return outcome(FINISHED, result["validation_accuracy"], history[-1]["validation_crossentropy"])
 
 
 class _Watch(keras.callbacks.Callback):

@@ -5,13 +5,14 @@ python -m tuning.report runs/search-digits
 
 import math
 import pathlib
+import shlex
 import sys
 
 import numpy as np
 
 from ortho_keras.errors import InputError
 from ortho_keras.files import write_json
-from ortho_keras.recipes import find_preset
+from ortho_keras.recipes import RECIPES
 from tuning.space import OF_MODULATION
 from tuning.trials import FAILED, FINISHED, HOPELESS, RUNNING, best_trial, read_search, read_trials
 
@@ -38,17 +39,22 @@ def report(directory):
     write_json(directory / "best.json", {"recipe_name": search["recipe_name"], "recipe": best.recipe.to_json()})
     draw(trials, names, directory / "search.png")
     lines += ["", f"best: trial {best.number}, validation accuracy {best.score:.4f}", ""]
-    lines += [f"    {command(search['recipe_name'], best.recipe)}", f"    python train.py --recipe_file={directory}/best.json"]
+    lines += [
+        f"    {command(search['recipe_name'], best.recipe)}",
+        f"    python train.py --recipe_file={shlex.quote(str(directory / 'best.json'))}",
+    ]
     lines += ["", *importance_table(trials, names), "", f"{directory}/search.png shows each value against validation accuracy"]
     return "\n".join(lines)
 
 
 def command(name, recipe):
-    """Returns the `train.py` command of a recipe: the preset's name and the values in which it differs."""
-    preset = find_preset(name).recipe.to_json()
+    """Returns the `train.py` command of a recipe: a preset, `name` if there is one, and the values in which it differs."""
+    name = name if name in RECIPES else next(iter(RECIPES))
+    preset = RECIPES[name].recipe.to_json()
     given = {key: value for key, value in recipe.to_json().items() if value != preset[key]}
     flags = [
-        f"--{'' if value else 'no'}{key}" if isinstance(value, bool) else f"--{key}={value}" for key, value in given.items()
+        f"--{'' if value else 'no'}{key}" if isinstance(value, bool) else f"--{key}={shlex.quote(str(value))}"
+        for key, value in given.items()
     ]
     return " ".join(["python train.py", f"--recipe={name}", *flags])
 
@@ -169,7 +175,9 @@ def draw(trials, names, path):
         if continuous:
             axes.set_xscale("log")
         else:
-            axes.set_xticks(range(len(kinds)), [kind or "(off)" for kind in kinds], rotation=30 if len(kinds) > 4 else 0)
+            axes.set_xticks(
+                range(len(kinds)), [kind or "(off)" for kind in kinds], rotation=30 if len("".join(kinds)) > 20 else 0
+            )
         axes.set(title=name, ylim=(-0.03, 1.03))
         axes.grid(alpha=0.3)
     for axes in panels[len(names) :]:

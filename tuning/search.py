@@ -20,14 +20,12 @@ import signal
 import sys
 import time
 
-import train  # first: it starts TensorFlow without its notes
-
-# isort: split
 import keras_tuner
 import keras_tuner.src.config
 from absl import app, flags
 from keras_tuner.engine import base_tuner
 
+import train
 from ortho_keras import runtime
 from ortho_keras.errors import InputError
 from ortho_keras.files import check_folder, write_json

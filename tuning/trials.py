@@ -21,6 +21,7 @@ class Trial:
         state: `"running"` (or stopped before its end), `"finished"`, `"hopeless"` (stopped early), `"failed"`.
         recipe: `Recipe` that it trains.
         score: Validation accuracy; chance where it is hopeless; `None` where there is none.
+        crossentropy: On the validation images; tells trials of equal accuracy apart. `None` where there is none.
         seconds: float, how long it took.
         reason: Why it was stopped or failed.
         starts: int, how often it was begun since it last ended in an orderly way.
@@ -30,6 +31,7 @@ class Trial:
     state: str
     recipe: Recipe
     score: float | None = None
+    crossentropy: float | None = None
     seconds: float = 0.0
     reason: str = ""
     starts: int = 1
@@ -54,8 +56,9 @@ def read_trials(directory):
 
 
 def best_trial(trials):
-    """Returns the finished trial of the highest score, the first of equals, or `None`."""
-    return max((trial for trial in trials if trial.state == FINISHED), key=lambda trial: trial.score, default=None)
+    """Returns the finished trial of the highest score, of equals the one of the lowest cross-entropy, or `None`."""
+    finished = [trial for trial in trials if trial.state == FINISHED]
+    return max(finished, key=lambda trial: (trial.score, -trial.crossentropy), default=None)
 
 
 def read_search(directory):
