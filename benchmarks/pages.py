@@ -6,6 +6,7 @@ python benchmarks/pages.py --check    ends with status 1 if a page does not say 
 
 import json
 import re
+import shlex
 import statistics
 import sys
 
@@ -166,6 +167,37 @@ def depth_table():
     return table(header, sorted(rows))
 
 
+def search_tables():
+    """What each search found: its first trial, which is the recipe itself, and its best, over fresh seeds; and what mattered."""
+    rows, mattered = [], []
+    for path in sorted((RESULTS / "search").glob("*.json")):
+        if re.search(r"-(base|best)-seed\d+$", path.stem):
+            continue
+        report = json.loads(path.read_text())
+        base, best = (shlex.split(report[f"{arm}_command"]) for arm in ("base", "best"))
+        for arm, number, what in (
+            ("base", 1, f"the recipe itself: `{' '.join(base[1:])}`"),
+            ("best", report["best"], f"`{' '.join(flag for flag in best if flag not in base)}`"),
+        ):
+            trial = report["trials"][number - 1]
+            runs = [json.loads(run.read_text()) for run in sorted(path.parent.glob(f"{path.stem}-{arm}-seed*.json"))]
+            finished = [run["test_accuracy"] for run in runs if "diverged" not in run]
+            reached = spread(finished) if finished else ""
+            reached += f" {len(runs) - len(finished)} diverged" if len(finished) < len(runs) else ""
+            rows.append([path.stem, number, what, f"{100 * trial['score']:.2f}", f"{trial['crossentropy']:.4f}", reached])
+        states = [trial["state"] for trial in report["trials"]]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        parts = [f"{name} {share:.2f}" for name, (share, _) in report["importance"].items()]
+        mattered.append(
+            [path.stem, f"{len(states)} ({counts})", "; ".join(parts), f"`{report['command']}`", report["commit"][:10]]
+        )
+    header = ["search", "trial", "what", "validation accuracy, %", "cross-entropy", "test accuracy, % (fresh seeds)"]
+    return {
+        "search": table(header, rows),
+        "search importance": table(["search", "trials", "importance", "command", "commit"], mattered),
+    }
+
+
 def draw_recipes(runs):
     """Draws training and validation accuracy of `digits` and its control over the steps, each seed a line."""
     figure, panels = new_figure((9, 3.6), 2)
@@ -232,6 +264,7 @@ def main(_):
     recipes = load_recipes()
     contents = {"recipes": recipes_table(recipes), "conditions": conditions(recipes), "initialization": initialization_table()}
     contents |= {"step time": step_time_table(), "depth": depth_table()}
+    contents |= search_tables() if (RESULTS / "search").exists() else {}
     folders = {rung: RESULTS / "ablation" / rung for rung in RUNGS}
     rungs = {rung: load_ablation(folder) for rung, folder in folders.items() if folder.exists()}
     for rung, runs in rungs.items():

@@ -3,6 +3,7 @@
 python -m tuning.report runs/search-digits
 """
 
+import dataclasses
 import math
 import pathlib
 import shlex
@@ -12,7 +13,7 @@ import numpy as np
 
 from ortho_keras.errors import InputError
 from ortho_keras.files import write_json
-from ortho_keras.recipes import RECIPES
+from ortho_keras.recipes import RECIPES, Recipe
 from tuning.space import OF_MODULATION
 from tuning.trials import FAILED, FINISHED, HOPELESS, RUNNING, best_trial, read_search, read_trials
 
@@ -21,7 +22,9 @@ SEED = 0
 
 
 def report(directory):
-    """Returns the text of a report, and writes `best.json` (a recipe for `train.py --recipe_file`) and `search.png` beside it.
+    """Returns the text of a report, and writes into the directory what it says.
+
+    `best.json` is a recipe for `train.py --recipe_file`, `search.png` the picture, `report.json` all of it for scripts.
 
     Raises:
         InputError: If the directory holds no search.
@@ -38,9 +41,19 @@ def report(directory):
         return "\n".join([*lines, "", "no trial is finished yet: there is no best one"])
     write_json(directory / "best.json", {"recipe_name": search["recipe_name"], "recipe": best.recipe.to_json()})
     draw(trials, names, directory / "search.png")
+    best_command = command(search["recipe_name"], best.recipe)
+    content = {
+        **search,
+        "importance": importance(trials, names),
+        "best": best.number,
+        "base_command": command(search["recipe_name"], Recipe(**search["base"])),
+        "best_command": best_command,
+        "trials": [dataclasses.asdict(trial) for trial in trials],
+    }
+    write_json(directory / "report.json", content)
     lines += ["", f"best: trial {best.number}, validation accuracy {best.score:.4f}", ""]
     lines += [
-        f"    {command(search['recipe_name'], best.recipe)}",
+        f"    {best_command}",
         f"    python train.py --recipe_file={shlex.quote(str(directory / 'best.json'))}",
     ]
     lines += ["", *importance_table(trials, names), "", f"{directory}/search.png shows each value against validation accuracy"]
@@ -98,19 +111,9 @@ def scored(trials):
     return [trial for trial in trials if trial.recipe.epochs == longest]
 
 
-def columns(trials, names):
-    """A float matrix `(trials, columns)` and the name of each column's hyperparameter: words as 0 and 1, numbers by rank."""
-    matrix, owners = [], []
-    for name in names:
-        values = [shown(trial, name) for trial in trials]
-        kinds = sorted(set(values))
-        if all(_number(value) is not None for value in values):
-            matrix.append(_ranks([_number(value) for value in values]))
-            owners.append(name)
-        else:
-            matrix += [[float(value == kind) for value in values] for kind in kinds]
-            owners += [name] * len(kinds)
-    return np.array(matrix, float).T, owners
+def kinds(values):
+    """The different texts among `values`: numbers in order, then words."""
+    return sorted(set(values), key=lambda text: (_number(text) is None, _number(text) or 0, text))
 
 
 def _number(text):
@@ -120,12 +123,10 @@ def _number(text):
         return None
 
 
-def _ranks(values):
-    return np.searchsorted(np.sort(values), values).astype(float)
-
-
-def importance_table(trials, names):
-    """Which hyperparameters mattered, as lines: by a forest, and the rank correlation of those that are numbers."""
+def importance(trials, names):
+    """Returns `{name: (share, correlation)}`: a random forest's importance by permutation, which sum up to 1, and the rank
+    correlation of score and value, `None` where there are no numbers. Empty with too few trials to tell.
+    """
     from scipy.stats import spearmanr
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.inspection import permutation_importance
@@ -133,22 +134,30 @@ def importance_table(trials, names):
     trials = scored(trials)
     scores = np.array([trial.score for trial in trials])
     if len(trials) < LEAST_TRIALS or np.ptp(scores) == 0:
-        return [f"which values mattered: {LEAST_TRIALS} trials with different accuracies would tell, there are {len(trials)}"]
-    matrix, owners = columns(trials, names)
-    forest = RandomForestRegressor(300, min_samples_leaf=2, random_state=SEED).fit(matrix, scores)
-    raw = permutation_importance(forest, matrix, scores, n_repeats=20, random_state=SEED).importances_mean
-    shares = {name: max(0.0, sum(value for value, owner in zip(raw, owners) if owner == name)) for name in names}
-    total = sum(shares.values()) or 1.0
+        return {}
+    values = {name: [shown(trial, name) for trial in trials] for name in names}
+    places = np.array([[kinds(own).index(value) for value in own] for own in values.values()], float).T
+    forest = RandomForestRegressor(300, min_samples_leaf=2, random_state=SEED).fit(places, scores)
+    raw = np.maximum(permutation_importance(forest, places, scores, n_repeats=20, random_state=SEED).importances_mean, 0)
+    found = {}
+    for index in np.argsort(-raw, kind="stable"):
+        name = names[index]
+        numbers = [(_number(value), score) for value, score in zip(values[name], scores) if _number(value) is not None]
+        different = len({number for number, _ in numbers}) > 1 and len({score for _, score in numbers}) > 1
+        correlation = float(spearmanr(*zip(*numbers)).statistic) if different else None
+        found[name] = (float(raw[index] / (raw.sum() or 1)), correlation)
+    return found
+
+
+def importance_table(trials, names):
+    """Which values mattered, as lines."""
+    found, count = importance(trials, names), len(scored(trials))
+    if not found:
+        return [f"which values mattered: {LEAST_TRIALS} trials with different accuracies would tell, there are {count}"]
     rows = [["value", "importance", "rank correlation"]]
-    for name in sorted(names, key=lambda name: -shares[name]):
-        values = [shown(trial, name) for trial in trials]
-        numbers = [_number(value) for value in values]
-        known = [index for index, number in enumerate(numbers) if number is not None]
-        correlation = ""
-        if len({numbers[index] for index in known}) > 1 and np.ptp(scores[known]) > 0:
-            correlation = f"{spearmanr([numbers[index] for index in known], scores[known]).statistic:+.2f}"
-        rows.append([name, f"{shares[name] / total:.2f}", correlation])
-    note = f"which values mattered, over {len(trials)} trials (importance: share of a random forest's, by permutation):"
+    for name, (share, correlation) in found.items():
+        rows.append([name, f"{share:.2f}", "" if correlation is None else f"{correlation:+.2f}"])
+    note = f"which values mattered, over {count} trials (importance: share of a random forest's, by permutation):"
     return [note, "", *aligned(rows)]
 
 
@@ -165,19 +174,16 @@ def draw(trials, names, path):
     panels = figure.subplots(high, wide, squeeze=False).ravel()
     for axes, name in zip(panels, names):
         continuous = name in ("learning_rate", "factor")
-        kinds = sorted(
-            {shown(trial, name) for trial in trials}, key=lambda text: (_number(text) is None, _number(text) or 0, text)
-        )
+        order = kinds([shown(trial, name) for trial in trials])
         for state, color in ((FINISHED, "tab:blue"), (HOPELESS, "tab:red")):
             own = [trial for trial in trials if trial.state == state]
-            at = [getattr(trial.recipe, name) if continuous else kinds.index(shown(trial, name)) for trial in own]
+            at = [getattr(trial.recipe, name) if continuous else order.index(shown(trial, name)) for trial in own]
             axes.scatter(at, [trial.score for trial in own], s=18, color=color, alpha=0.7, label=state if own else None)
         if continuous:
             axes.set_xscale("log")
         else:
-            axes.set_xticks(
-                range(len(kinds)), [kind or "(off)" for kind in kinds], rotation=30 if len("".join(kinds)) > 20 else 0
-            )
+            turn = 30 if len("".join(order)) > 20 else 0
+            axes.set_xticks(range(len(order)), [kind or "(off)" for kind in order], rotation=turn)
         axes.set(title=name, ylim=(-0.03, 1.03))
         axes.grid(alpha=0.3)
     for axes in panels[len(names) :]:
