@@ -168,7 +168,7 @@ def depth_table():
 
 
 def search_tables():
-    """What each search found: its first trial, which is the recipe itself, and its best, over fresh seeds; and what mattered."""
+    """What each search found: the recipe itself (the first trial) and the best, over fresh seeds; and what mattered."""
     rows, mattered = [], []
     for path in sorted((RESULTS / "search").glob("*.json")):
         if re.search(r"-(base|best)-seed\d+$", path.stem):

@@ -18,6 +18,7 @@ from ortho_keras.files import write_json
 from ortho_keras.recipes import RECIPES, read_recipe
 from tuning import search
 from tuning.hypermodel import RecipeHyperModel
+from tuning.report import report
 from tuning.space import search_space
 from tuning.trials import FAILED, FINISHED, HOPELESS, RUNNING, Trial, best_trial, read_trials
 
@@ -122,30 +123,46 @@ def _parent(folder):
     return int((folder / "stat").read_text().rpartition(")")[2].split()[1])
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_search_that_is_stopped_in_a_trial_goes_on_in_it(tmp_path, workers):
-    long = [
-        *SMALL,
-        "--epochs=400",
-        "--tuner=random",
-        "--max_trials=2",
-        f"--workdir={tmp_path / 'search'}",
-        f"--workers={workers}",
-    ]
+@pytest.mark.parametrize(
+    ("workers", "signum"), [(0, signal.SIGTERM), (0, signal.SIGKILL), (1, signal.SIGTERM), (1, signal.SIGKILL)]
+)
+def test_a_search_that_is_stopped_in_a_trial_goes_on_in_it(tmp_path, workers, signum):
+    directory = tmp_path / "search"
+    long = [*SMALL, "--epochs=400", "--tuner=random", "--max_trials=2", f"--workdir={directory}", f"--workers={workers}"]
     process = start(*long)
-    history = tmp_path / "search" / "trial_0" / "run" / "checkpoints"
-    wait_for(lambda: history.exists() and any(history.iterdir()))
-    process.send_signal(signal.SIGTERM)
+    log = directory / "trial_0" / "log.txt"
+    wait_for(lambda: log.exists() and "epoch 3/" in log.read_text())  # so the second epoch's checkpoint is there
+    family = {int(f.name) for f in pathlib.Path("/proc").iterdir() if f.name.isdecimal() and str(directory) in _command(f)}
+    assert len(family) == 1 + 2 * workers  # with the chief
+    process.send_signal(signum)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "the same command goes on from there" in err and "Traceback" not in err
-    (trial,) = read_trials(tmp_path / "search")
-    assert (trial.state, trial.starts) == (RUNNING, 0) and "stopped after step" in trial.reason
-    again = start(*long, "--budget_minutes=0.3")
-    out, err = again.communicate(timeout=180)
-    assert again.returncode == 0 and err == ""
-    assert "resuming after step" in (tmp_path / "search" / "trial_0" / "log.txt").read_text()
-    assert "the budget is used up" in out and [state for _, state in states(tmp_path / "search")][-1] == RUNNING
+    wait_for(lambda: not any(pathlib.Path("/proc", str(pid)).exists() for pid in family))
+    (trial,) = read_trials(directory)
+    if signum == signal.SIGTERM:
+        assert process.returncode == 128 + signal.SIGTERM
+        assert "the same command goes on from there" in err and "Traceback" not in err
+    if (workers, signum) != (0, signal.SIGKILL):  # the trial itself was asked, by a signal or by its launcher's end
+        assert (trial.state, trial.starts) == (RUNNING, 0) and "stopped after step" in trial.reason
+    again = start(*long)
+    wait_for(lambda: "resuming after step" in log.read_text())
+    again.send_signal(signal.SIGTERM)
+    assert again.communicate(timeout=120)[1].count("the same command goes on from there") == 1
+    assert again.returncode == 128 + signal.SIGTERM
+
+
+def test_a_budget_ends_a_search_in_a_trial(tmp_path, capsys):
+    directory = tmp_path / "search"
+    long = [*SMALL, "--epochs=4000", "--max_trials=2", f"--workdir={directory}"]
+    status, out, err = invoke(capsys, *long, "--budget_minutes=0.1")
+    assert (status, err) == (0, "") and "the budget is used up; the same command goes on from there" in out
+    assert states(directory) == [(1, RUNNING)] and "1 trials (1 unfinished)" in report(directory)
+
+
+def _command(folder):
+    try:
+        return (folder / "cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def test_hopeless_and_failed_trials_are_told_and_do_not_end_a_search(tmp_path, capsys):

@@ -179,7 +179,7 @@ def search():
             if workers.role() != "worker":
                 log(f"searching {', '.join(space.parameters)}; {directory} holds {len(oracle.trials)} trials")
             if workers.role() == "chief":
-                workers.end_chief_at(deadline)
+                workers.watch_chief(deadline)
             tuner.search()
     except SearchStopped as error:
         if deadline and time.time() >= deadline:

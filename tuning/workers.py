@@ -41,11 +41,16 @@ def deadline():
     return float(os.environ[DEADLINE]) if os.environ.get(DEADLINE) else None
 
 
-def end_chief_at(deadline):
-    """Ends a chief, which otherwise waits for the last worker, soon after the deadline; its files are whole by then."""
-    if deadline:
-        signal.signal(signal.SIGALRM, lambda *_: sys.exit(0))
-        signal.alarm(max(1, round(deadline - time.time()) + 60))
+def watch_chief(deadline):
+    """Ends a chief, which would wait for its workers for ever, soon after the deadline or with the process that started it."""
+    parent = os.getppid() if COUNT in os.environ else None
+
+    def check(*_):
+        if (deadline and time.time() > deadline + 60) or (parent and os.getppid() != parent):
+            sys.exit(0)  # its files are whole at any time
+
+    signal.signal(signal.SIGALRM, check)
+    signal.setitimer(signal.ITIMER_REAL, 1, 1)
 
 
 def run_all(workers, deadline):
