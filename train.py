@@ -112,6 +112,9 @@ def recipe_from_flags():
 
 
 def default_workdir(name, given):
+    if FLAGS.recipe_file:  # by file: recipes of one name may be many
+        path = pathlib.Path(FLAGS.recipe_file).absolute()
+        name = f"{path.parent.name}-{path.stem}"
     values = (f"{key}={str(value).replace('/', '_')}" for key, value in given.items())
     return pathlib.Path("runs", "-".join([name, *values]))
 

@@ -15,7 +15,7 @@ import tensorflow as tf
 from ortho_keras.callbacks import ModulationSwitch, SignalMonitor
 from ortho_keras.data import load_data
 from ortho_keras.errors import InputError, WorkerLostError, first_line
-from ortho_keras.files import check_folder, whole_file, write_json
+from ortho_keras.files import check_folder, entries, whole_file, write_json
 from ortho_keras.kernels import layer_kernels, model_kernels, orthonormality_error
 from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
 from ortho_keras.models import plain_cnn, residual_cnn
@@ -91,7 +91,7 @@ def _run(recipe, workdir, data_dir, name, runtime, callbacks, keep_checkpoints, 
     if runtime.any(finished is not None):
         log(f"this run is finished already: {workdir / 'result.json'} (another --workdir or --seed starts a new one)")
         return finished
-    data = _agreed(runtime, lambda: _load(recipe, data_dir, runtime.replicas))
+    data = _agreed(runtime, lambda: load_recipe_data(recipe, data_dir, runtime.replicas))
     if runtime.is_chief:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "run.json", {"recipe": recipe.to_json()})
@@ -147,8 +147,8 @@ def _agreed(runtime, prepare):
     return value
 
 
-def _load(recipe, data_dir, replicas):
-    """Returns the recipe's `ImageData`, of which the replicas can share a batch."""
+def load_recipe_data(recipe, data_dir=None, replicas=1):
+    """Returns the recipe's `ImageData`, of which the replicas can share a batch, or raises `InputError`."""
     if recipe.batch_size % replicas:
         raise InputError(f"--batch_size must be divisible by the {replicas} replicas. Received: {recipe.batch_size}")
     data = load_data(recipe.dataset, data_dir, recipe.image_size, recipe.hold_out)
@@ -256,7 +256,7 @@ def _check_workdir(workdir, recipe):
     """Makes sure that a run may use the workdir; returns its result if it is finished there already."""
     shown = str(workdir)
     check_folder("--workdir", workdir)
-    if not workdir.exists() or not any(workdir.iterdir()):
+    if not entries(workdir):
         return None
     try:
         held = json.loads((workdir / "run.json").read_text())["recipe"]

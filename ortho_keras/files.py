@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import uuid
 
 from ortho_keras.errors import InputError
@@ -50,3 +51,9 @@ def check_folder(flag, path):
     nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"{flag} must be a folder that can be written. Received: {str(path)!r} ({nearest} cannot)")
+
+
+def entries(folder):
+    """Returns the names in a folder, without what a kill in the middle of `whole_file` left; none where there is no folder."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return [name for name in names if not re.match(r"\.[0-9a-f]{12}-", name)]

@@ -332,6 +332,8 @@ def read_recipe(path):
         recipe, name = Recipe(**content["recipe"]), content.get("recipe_name") or pathlib.Path(path).stem
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{refused} ({type(error).__name__}: {error})") from error
+    if not isinstance(name, str):
+        raise InputError(f"{refused} (recipe_name={name!r} is no str)")
     wrong = [field for field in dataclasses.fields(Recipe) if not _fits(getattr(recipe, field.name), field.type)]
     if wrong:
         told = ", ".join(f"{field.name}={getattr(recipe, field.name)!r} is no {field.type.__name__}" for field in wrong)

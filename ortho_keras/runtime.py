@@ -100,7 +100,7 @@ def start(strategy="auto", devices="", jit_compile=False, deterministic=False, t
     if strategy not in STRATEGIES:
         raise InputError(f"--strategy must be one of {', '.join(STRATEGIES)}. Received: {strategy!r}")
     cluster = _cluster(strategy)
-    names = _devices(devices)
+    names = read_devices(devices)
     gpus = tf.config.list_physical_devices("GPU")
     if strategy == "auto":
         several = len(names) > 1 if names else len(gpus) > 1
@@ -162,8 +162,8 @@ def _cluster(strategy):
     return cluster
 
 
-def _devices(text):
-    """Reads --devices: `["GPU:0", ...]`, or an empty list for TensorFlow's own choice."""
+def read_devices(text):
+    """Reads --devices: `["GPU:0", ...]`, or an empty list for TensorFlow's own choice. Raises `InputError`."""
     if not text:
         return []
     gpus = len(tf.config.list_physical_devices("GPU"))

@@ -238,6 +238,7 @@ def test_a_recipe_file_is_the_recipe(tmp_path):
         ("[]", "TypeError"),
         ("{}", "KeyError: 'recipe'"),
         ('{"recipe": 3}', "TypeError"),
+        ('{"recipe": {}, "recipe_name": 5}', "recipe_name=5 is no str"),
         ('{"recipe": {"colour": 3}}', "unexpected keyword argument 'colour'"),
         ('{"recipe": {"depth": "44"}}', "depth='44' is no int"),
         ('{"recipe": {"depth": 44.0}}', "depth=44.0 is no int"),

@@ -105,6 +105,27 @@ def test_what_is_no_search(tmp_path):
         assert done.returncode == 2 and done.stdout == "" and expected in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "3", "{", '{"base": {"colour": 1}, "parameters": {}, "recipe_name": "digits"}']
+)
+def test_a_damaged_search(tmp_path, content):
+    (tmp_path / SEARCH_FILE).write_text(content)
+    with pytest.raises(InputError, match="the directory must hold a search"):
+        report(tmp_path)
+
+
+def test_a_damaged_trial(tmp_path):
+    directory = make_search(tmp_path / "search", [trial(1, FINISHED, 0.5)])
+    (directory / "trial_0" / "outcome.json").write_text("{")
+    with pytest.raises(InputError, match="trial_0/outcome.json must be a trial's file"):
+        report(directory)
+
+
+def test_the_best_is_one_of_the_longest(tmp_path):
+    trials = [trial(1, FINISHED, 0.9, epochs=3), trial(2, FINISHED, 0.8), trial(3, FINISHED, 0.7)]
+    assert "best: trial 2," in report(make_search(tmp_path / "search", trials))
+
+
 def test_a_search_of_an_older_version_lacks_a_value(tmp_path):
     directory = make_search(tmp_path / "search", [trial(1, FINISHED, 0.5)])
     path = directory / "trial_0" / "outcome.json"

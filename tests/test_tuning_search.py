@@ -5,18 +5,21 @@ import os
 import pathlib
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 
+import keras
 import keras_tuner
+import numpy as np
 import pytest
 from absl.testing import flagsaver
 
 import train
 from ortho_keras.files import write_json
 from ortho_keras.recipes import RECIPES, read_recipe
-from tuning import search
+from tuning import search, workers
 from tuning.hypermodel import RecipeHyperModel
 from tuning.report import report
 from tuning.space import search_space
@@ -144,7 +147,7 @@ def test_a_search_that_is_stopped_in_a_trial_goes_on_in_it(tmp_path, workers, si
     if (workers, signum) != (0, signal.SIGKILL):  # the trial itself was asked, by a signal or by its launcher's end
         assert (trial.state, trial.starts) == (RUNNING, 0) and "stopped after step" in trial.reason
     again = start(*long)
-    wait_for(lambda: "resuming after step" in log.read_text())
+    wait_for(lambda: "epoch" in log.read_text().partition("resuming after step")[2])
     again.send_signal(signal.SIGTERM)
     assert again.communicate(timeout=120)[1].count("the same command goes on from there") == 1
     assert again.returncode == 128 + signal.SIGTERM
@@ -171,18 +174,26 @@ def test_hopeless_and_failed_trials_are_told_and_do_not_end_a_search(tmp_path, c
     assert (status, err) == (0, "") and "hopeless: training accuracy" in out and "where chance is 0.100" in out
     stopped = [trial for trial in read_trials(tmp_path / "chance") if trial.state == HOPELESS]
     assert stopped and all(trial.score == pytest.approx(0.1) for trial in stopped)
-    status, out, err = invoke(capsys, *QUICK, "--batch_size=2000", "--max_trials=5", f"--workdir={tmp_path / 'failed'}")
+    for name in "ab":  # images of one colour, in which no patch differs from another
+        (tmp_path / "grey" / name).mkdir(parents=True)
+        for index in range(20):
+            keras.utils.save_img(tmp_path / "grey" / name / f"{index}.png", np.full((8, 8, 3), 99), scale=False)
+    grey = [*QUICK, f"--dataset=folder:{tmp_path / 'grey'}", "--stem_initializer=pca", "--batch_size=4"]
+    status, out, err = invoke(capsys, *grey, "--max_trials=5", f"--workdir={tmp_path / 'failed'}")
     assert (status, err) == (0, "") and "no trial is finished yet" in out
     assert states(tmp_path / "failed") == [(number, FAILED) for number in range(1, 6)]
-    assert out.count("failed: --batch_size must be at most the number of training images") == 10  # as it ends, and in the table
+    assert (
+        out.count("failed: --stem_initializer=pca must have images with patches that differ") == 10
+    )  # as it ends, in the table
 
 
 def test_a_trial_that_kills_its_process_again_and_again_is_given_up(tmp_path, capsys):
     directory = tmp_path / "search"
     arguments = [*QUICK, "--max_trials=2", f"--workdir={directory}"]
     assert invoke(capsys, *arguments)[0] == 0
-    trial, oracle = read_trials(directory)[1], json.loads((directory / "oracle.json").read_text())
-    Trial(2, RUNNING, trial.recipe, starts=3).write(directory / "trial_1")
+    kept, oracle = (json.loads((directory / name).read_text()) for name in ("trial_1/trial.json", "oracle.json"))
+    Trial(2, RUNNING, read_trials(directory)[1].recipe, starts=3).write(directory / "trial_1")
+    write_json(directory / "trial_1" / "trial.json", {**kept, "status": "RUNNING"})
     write_json(directory / "oracle.json", {**oracle, "ongoing_trials": {"tuner0": "1"}, "end_order": ["0"]})
     status, out, _ = invoke(capsys, *arguments)
     assert status == 0 and "trial 2 of 2: failed: its process ended 3 times without a word" in out
@@ -206,6 +217,11 @@ def test_a_trial_that_kills_its_process_again_and_again_is_given_up(tmp_path, ca
             ["--recipe_file=missing.json"],
             "--recipe_file must be a JSON file with a recipe, as a run's run.json. Received: 'missing",
         ),
+        (["--batch_size=2000"], "--batch_size must be at most the number of training images, 1293. Received: 2000"),
+        (["--dataset=folder:nowhere"], "--dataset folder:nowhere must name a folder that exists"),
+        (["--strategy=multi_worker"], "--strategy must be one of auto, none, mirrored in a search. Received: 'multi_worker'"),
+        (["--devices=GPU:7", "--workers=2"], "--devices must be a number of devices or names of one kind"),
+        (["--workdir=runs/[1]"], "--workdir must be without * ? [ ], which keras-tuner takes for patterns"),
         (["--signal_every=5"], "--signal_every must be left out: a search has no use for it. Received: 5"),
         (["--max_trial=5"], "Unknown command line flag 'max_trial'"),
         (["--workdir=/proc/search"], "--workdir must be a folder that can be made. Received: '/proc/search'"),
@@ -230,10 +246,43 @@ def test_a_directory_of_something_else_is_left_alone(alone, tmp_path, capsys):
     assert status == 2 and "the directory must hold a search" in err and os.listdir(tmp_path) == ["file"]
 
 
-def test_half_of_kerastuners_variables(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("KERASTUNER_TUNER_ID", "worker0")
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"KERASTUNER_TUNER_ID": "worker0"}, "must be set together, or none. Received: KERASTUNER_TUNER_ID only"),
+        ({"KERASTUNER_ORACLE_IP": "127.0.0.1"}, "must be set together, or none. Received: KERASTUNER_ORACLE_IP only"),
+        (
+            {"KERASTUNER_TUNER_ID": "chief", "KERASTUNER_ORACLE_IP": "127.0.0.1", "KERASTUNER_ORACLE_PORT": "http"},
+            "KERASTUNER_ORACLE_PORT must be a port, 1 to 65535. Received: 'http'",
+        ),
+        (
+            {"TF_CONFIG": '{"cluster": {"worker": ["a:1", "b:1"]}}'},
+            "--strategy must be none or mirrored where TF_CONFIG is set",
+        ),
+    ],
+)
+def test_wrong_variables_are_told_in_one_line(monkeypatch, tmp_path, capsys, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     status, _, err = invoke(capsys, *QUICK, f"--workdir={tmp_path / 'search'}")
-    assert status == 2 and "must be set together, or none. Received: KERASTUNER_TUNER_ID only" in err
+    assert status == 2 and message in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_chief_whose_port_is_taken(monkeypatch, tmp_path, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = {"TUNER_ID": "chief", "ORACLE_IP": "127.0.0.1", "ORACLE_PORT": str(taken.getsockname()[1])}
+        for name, value in place.items():
+            monkeypatch.setenv(f"KERASTUNER_{name}", value)
+        status, _, err = invoke(capsys, *QUICK, f"--workdir={tmp_path / 'search'}")
+    assert status == 2 and "must be an address of this machine that is free. Received: 127.0.0.1:" in err
+
+
+def test_a_directory_is_of_one_search_at_a_time(alone, capsys):
+    with workers.only_one(alone[0]):
+        status, _, err = invoke(capsys, *QUICK, "--max_trials=7", f"--workdir={alone[0]}")
+    assert status == 2 and "--workdir must be of a search that does not run. Received: " in err
 
 
 def test_the_model_of_a_point_is_the_recipes(tmp_path):

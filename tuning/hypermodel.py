@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 import signal
 import time
@@ -13,7 +12,8 @@ import keras_tuner
 from ortho_keras.data import load_data
 from ortho_keras.errors import Interrupted, NonFiniteLossError, first_line
 from ortho_keras.experiment import compiled_model, run
-from tuning.trials import FAILED, FINISHED, HOPELESS, RUNNING, Trial
+from tuning import workers
+from tuning.trials import FAILED, FINISHED, HOPELESS, RUNNING, TRIAL_FILE, Trial
 
 MOST_STARTS = 3
 
@@ -24,6 +24,10 @@ class HopelessError(Exception):
 
 class SearchStopped(keras_tuner.errors.FatalError):
     """The search was asked to stop, or its time is over; the running trial has written a checkpoint."""
+
+    def __init__(self, message, signum=signal.SIGTERM):
+        super().__init__(message)
+        self.signum = signum
 
 
 class RecipeHyperModel(keras_tuner.HyperModel):
@@ -45,6 +49,10 @@ class RecipeHyperModel(keras_tuner.HyperModel):
         self.runtime = runtime
         self.chance_steps = chance_steps
         self.deadline = deadline
+
+    def over(self):
+        """Returns whether the search is to end: its time is over, or the process that started this one is gone."""
+        return bool(self.deadline and time.time() >= self.deadline) or workers.orphaned()
 
     def declare_hyperparameters(self, hp):
         self.space.recipe(hp)
@@ -72,9 +80,10 @@ class RecipeHyperModel(keras_tuner.HyperModel):
         """
         recipe, folder = self.space.recipe(hp), pathlib.Path(folder)
         before = Trial.read(folder)
-        starts = before.starts + 1 if before and before.state == RUNNING else 1
-        watch = _Watch(recipe.batch_size, self.chance_steps, self.deadline)
-        started = time.perf_counter() - (before.seconds if before and before.state == RUNNING else 0)
+        goes_on = before is not None and before.state == RUNNING
+        starts = before.starts + 1 if goes_on and not _wrote_a_checkpoint(folder) else 1
+        watch = _Watch(recipe.batch_size, self.chance_steps, self.over)
+        started = time.perf_counter() - (before.seconds if goes_on else 0)
 
         def outcome(state, score=None, crossentropy=None, reason="", starts=starts):
             seconds = round(time.perf_counter() - started, 1)
@@ -82,7 +91,7 @@ class RecipeHyperModel(keras_tuner.HyperModel):
             return {"validation_accuracy": score}
 
         if starts > MOST_STARTS:
-            reason = f"its process ended {MOST_STARTS} times without a word, which memory that is used up does"
+            reason = f"its process ended {MOST_STARTS} times without a word or a checkpoint, as where memory is used up"
             outcome(FAILED, reason=reason)
             raise keras_tuner.errors.FailedTrialError(reason)
         outcome(RUNNING)
@@ -101,7 +110,7 @@ class RecipeHyperModel(keras_tuner.HyperModel):
                 )
         except Interrupted as error:
             outcome(RUNNING, reason=str(error), starts=0)
-            raise SearchStopped(str(error)) from error
+            raise SearchStopped(str(error), error.signum) from error
         except (HopelessError, NonFiniteLossError) as error:
             return outcome(HOPELESS, watch.chance, reason=first_line(error).partition(": try")[0])
         except Exception as error:
@@ -111,33 +120,33 @@ class RecipeHyperModel(keras_tuner.HyperModel):
         return outcome(FINISHED, result["validation_accuracy"], history[-1]["validation_crossentropy"])
 
 
-class _Watch(keras.callbacks.Callback):
-    """Ends a trial that learns nothing, and asks it to stop when the search's time, or its parent process, is over."""
+def _wrote_a_checkpoint(folder):
+    """Whether a trial wrote a checkpoint since it began, or went on, the last time."""
+    began = (folder / TRIAL_FILE).stat().st_mtime_ns
+    return any(path.stat().st_mtime_ns > began for path in (folder / "run" / "checkpoints").glob("*"))
 
-    def __init__(self, batch_size, chance_steps, deadline):
+
+class _Watch(keras.callbacks.Callback):
+    """Ends a trial that learns nothing, and asks it to stop when `over()` says so."""
+
+    def __init__(self, batch_size, chance_steps, over):
         super().__init__()
         self.batch_size = batch_size
         self.chance_steps = chance_steps
-        self.deadline = deadline
-        self.parent = os.getppid()
-        self.first = 0
+        self.over = over
 
     @property
     def chance(self):
         return 1 / self.model.output_shape[-1]
 
-    def on_epoch_begin(self, epoch, logs=None):
-        self.first = None
-
     def on_train_batch_end(self, batch, logs=None):
-        self.first = batch if self.first is None else self.first
-        if (self.deadline and time.time() >= self.deadline) or os.getppid() != self.parent:
+        if self.over():
             signal.raise_signal(signal.SIGTERM)  # the trainer writes a checkpoint and ends
 
     def on_epoch_end(self, epoch, logs=None):
         step, epochs = logs["step"], self.params["epochs"]
-        images = self.batch_size * (step - self.first)
-        most = self.chance + 3 * math.sqrt(self.chance * (1 - self.chance) / images)
-        patience = self.chance_steps or epochs * step / (epoch + 1) / 3
-        if patience <= step and epoch + 1 < epochs and logs["accuracy"] <= most:
+        if epoch + 1 == epochs or step < (self.chance_steps or epochs * step / (epoch + 1) / 3):
+            return
+        images = self.batch_size * step / (epoch + 1)  # of the epoch, over which the accuracy is
+        if logs["accuracy"] <= self.chance + 3 * math.sqrt(self.chance * (1 - self.chance) / images):
             raise HopelessError(f"training accuracy {logs['accuracy']:.3f} at step {step}, where chance is {self.chance:.3f}")

@@ -32,6 +32,13 @@ class _Lasting:
     def end_trial(self, trial):
         trial.hyperparameters = self.trials[trial.trial_id].hyperparameters
         super().end_trial(trial)
+        self.save()  # now that the trial is no longer among the ongoing ones
+
+    def reload(self):
+        super().reload()
+        for number in set(self.trials) - set(self.start_order):
+            del self.trials[number]  # killed before the oracle's own file was written: it will be chosen again
+        self._retry_queue = [number for number in self._retry_queue if self.trials[number].status == trials.TrialStatus.RUNNING]
 
 
 class _DefaultsFirst(_Lasting):
@@ -54,7 +61,28 @@ class BayesianOptimization(_DefaultsFirst, keras_tuner.oracles.BayesianOptimizat
 
 
 class Hyperband(_Lasting, keras_tuner.oracles.HyperbandOracle):
-    """Many short trials, of which the best are run again and longer (Li et al. 2018)."""
+    """Many short trials, of which the best are run again and longer (Li et al. 2018).
+
+    Begins with the bracket of the shortest trials that `max_trials` is enough for. A failed trial counts as the worst
+    (keras-tuner would wait for another in its place, and end the bracket early).
+    """
+
+    def __init__(self, max_trials, **arguments):
+        super().__init__(**arguments)
+        self.max_trials = max_trials
+        fitting = [bracket for bracket in range(self._get_num_brackets()) if self._trials_in(bracket) <= max_trials]
+        self._current_bracket, self._brackets = max(fitting, default=0), []
+        self._start_new_bracket()
+
+    def _trials_in(self, bracket):
+        return sum(self._get_size(bracket, number) for number in range(self._get_num_rounds(bracket)))
+
+    @keras_tuner.synchronized
+    def end_trial(self, trial):
+        if trial.status in (trials.TrialStatus.FAILED, trials.TrialStatus.INVALID):
+            self.update_trial(trial.trial_id, {OBJECTIVE.name: 0.0})
+            trial.status = trials.TrialStatus.COMPLETED
+        super().end_trial(trial)
 
 
 class Grid(_Lasting, keras_tuner.oracles.GridSearchOracle):
@@ -85,16 +113,17 @@ def make_oracle(tuner, hyperparameters, max_trials, seed, max_epochs):
     """Returns the oracle of a `--tuner`."""
     common = {
         "objective": OBJECTIVE,
+        "max_trials": max_trials,
         "hyperparameters": hyperparameters,
         "allow_new_entries": False,
         "seed": seed + 1,  # 0 would be taken for none
         "max_consecutive_failed_trials": NO_LIMIT,
     }
     if tuner == "hyperband":
-        oracle = Hyperband(max_epochs=max_epochs, **common)
-        oracle.max_trials = max_trials
-    else:
-        oracle = TUNERS[tuner](max_trials=max_trials, **common)
+        common["max_epochs"] = max_epochs
+    if tuner == "bayesian":  # keras-tuner would have most of a small search at random
+        common["num_initial_points"] = max(4, min(max_trials // 3, 3 * len(hyperparameters.space)))
+    oracle = TUNERS[tuner](**common)
     oracle.verbose = 0
     return oracle
 

@@ -41,12 +41,12 @@ def report(directory):
         return "\n".join([*lines, "", "no trial is finished yet: there is no best one"])
     write_json(directory / "best.json", {"recipe_name": search["recipe_name"], "recipe": best.recipe.to_json()})
     draw(trials, names, directory / "search.png")
-    best_command = command(search["recipe_name"], best.recipe)
+    best_command = command(search["recipe_name"], best.recipe, search.get("train_flags", ()))
     content = {
         **search,
         "importance": importance(trials, names),
         "best": best.number,
-        "base_command": command(search["recipe_name"], Recipe(**search["base"])),
+        "base_command": command(search["recipe_name"], Recipe(**search["base"]), search.get("train_flags", ())),
         "best_command": best_command,
         "trials": [dataclasses.asdict(trial) for trial in trials],
     }
@@ -60,16 +60,15 @@ def report(directory):
     return "\n".join(lines)
 
 
-def command(name, recipe):
+def command(name, recipe, train_flags=()):
     """Returns the `train.py` command of a recipe: a preset, `name` if there is one, and the values in which it differs."""
     name = name if name in RECIPES else next(iter(RECIPES))
     preset = RECIPES[name].recipe.to_json()
-    given = {key: value for key, value in recipe.to_json().items() if value != preset[key]}
-    flags = [
-        f"--{'' if value else 'no'}{key}" if isinstance(value, bool) else f"--{key}={shlex.quote(str(value))}"
-        for key, value in given.items()
-    ]
-    return " ".join(["python train.py", f"--recipe={name}", *flags])
+    flags = [f"--recipe={name}"]
+    for key, value in recipe.to_json().items():
+        if value != preset[key]:
+            flags.append(f"--{'' if value else 'no'}{key}" if isinstance(value, bool) else f"--{key}={value}")
+    return shlex.join(["python", "train.py", *flags, *train_flags])
 
 
 def shown(trial, name):

@@ -13,30 +13,34 @@ and to a name of its own, worker0, worker1, ..., on every other.
 import contextlib
 import functools
 import io
-import math
 import os
 import pathlib
 import signal
 import sys
 import time
 
+import grpc
 import keras_tuner
 import keras_tuner.src.config
 from absl import app, flags
-from keras_tuner.engine import base_tuner
 
 import train
 from ortho_keras import runtime
 from ortho_keras.errors import InputError
-from ortho_keras.files import check_folder, write_json
+from ortho_keras.experiment import load_recipe_data
+from ortho_keras.files import check_folder, entries, write_json
 from tuning import workers
 from tuning.hypermodel import RecipeHyperModel, SearchStopped
 from tuning.oracles import TUNERS, make_oracle
 from tuning.report import report
 from tuning.space import search_space
-from tuning.trials import FINISHED, RUNNING, SEARCH_FILE, best_trial, read_search, read_trials
+from tuning.trials import SEARCH_FILE, read_search, read_trials
+from tuning.tuner import Search
 
 FLAGS = flags.FLAGS
+ALONE, CHIEF, WORKER = workers.ALONE, workers.CHIEF, workers.WORKER
+PASSED_ON = ("data_dir", "strategy", "devices", "jit_compile", "deterministic", "tf32")  # of train.py, for every trial
+OF_NO_USE = ("signal_every", "keep_checkpoints", "list_recipes")
 
 flags.DEFINE_string("tuner", "bayesian", f"What chooses the trials ({' | '.join(TUNERS)}).")
 flags.DEFINE_integer("max_trials", 30, "How many trials at most, those of earlier calls counted.")
@@ -53,83 +57,51 @@ flags.DEFINE_integer(
 )
 
 
-class Search(base_tuner.BaseTuner):
-    """keras-tuner's loop over trials, each run by `RecipeHyperModel.fit`."""
-
-    def __init__(self, oracle, recipe_model, directory, log=print):
-        self.recipe_model = recipe_model
-        self.log = log
-        path = pathlib.Path(directory).absolute()
-        super().__init__(oracle, directory=path.parent, project_name=path.name)
-
-    def _get_tuner_fname(self):
-        return os.path.join(self.project_dir, "oracle.json")  # the state of a search is its oracle's, whoever runs it
-
-    def save(self):
-        if not self._is_worker():
-            self.oracle.save()
-
-    def reload(self):
-        if not self._is_worker():
-            self.oracle.reload()
-
-    def pre_create_trial(self):
-        if self.recipe_model.deadline and time.time() >= self.recipe_model.deadline:
-            raise SearchStopped("the time was over")
-        time.sleep(0.1)  # an oracle that has nothing to do yet is asked again and again
-
-    def run_trial(self, trial):
-        number = int(trial.trial_id) + 1
-        return self.recipe_model.fit(trial.hyperparameters, None, self.get_trial_dir(trial.trial_id), number)
-
-    def on_trial_end(self, trial):
-        super().on_trial_end(trial)
-        own = next(one for one in read_trials(self.project_dir) if one.number == int(trial.trial_id) + 1)
-        self.log(progress(own, read_trials(self.project_dir), self.oracle.max_trials, self.recipe_model.deadline))
-
-
-def progress(own, trials, max_trials, deadline=None):
-    """Returns the line about a trial that has ended: what it reached, the best so far, and the time that is left."""
-    reached = f"validation accuracy {own.score:.4f}" if own.state == FINISHED else f"{own.state}: {own.reason}"
-    ended = [trial for trial in trials if trial.state != RUNNING]
-    parts = [f"trial {own.number} of {max_trials}: {reached}, {own.seconds:.0f} s"]
-    best = best_trial(trials)
-    parts += [f"best so far {best.score:.4f} (trial {best.number})"] if best else []
-    seconds = (max_trials - len(ended)) * sum(trial.seconds for trial in ended) / len(ended) / max(1, workers.count())
-    if deadline:
-        seconds = min(seconds, deadline - time.time())
-    parts += [f"{math.ceil(max(0, seconds) / 60)} min left"] if len(ended) < max_trials else []
-    return "; ".join(parts)
+def check_flags():
+    """Raises `InputError` at the first flag that a search cannot be run with."""
+    if FLAGS.tuner not in TUNERS:
+        raise InputError(f"--tuner must be one of {', '.join(TUNERS)}. Received: {FLAGS.tuner!r}")
+    for flag, least in {"max_trials": 1, "budget_minutes": 0, "workers": 0, "chance_steps": 0, "search_seed": 0}.items():
+        if not FLAGS[flag].value >= least:
+            raise InputError(f"--{flag} must be at least {least}. Received: {FLAGS[flag].value}")
+    for flag in OF_NO_USE:
+        if FLAGS[flag].value != FLAGS[flag].default:
+            raise InputError(f"--{flag} must be left out: a search has no use for it. Received: {FLAGS[flag].value}")
+    one_machine = [name for name in runtime.STRATEGIES if name != "multi_worker"]
+    if FLAGS.strategy not in one_machine:
+        raise InputError(f"--strategy must be one of {', '.join(one_machine)} in a search. Received: {FLAGS.strategy!r}")
+    if FLAGS.strategy == "auto" and os.environ.get("TF_CONFIG"):
+        raise InputError("--strategy must be none or mirrored where TF_CONFIG is set: a trial runs on one machine")
+    runtime.read_devices(FLAGS.devices)
 
 
 def settings(name, space):
-    """What makes a search this one and no other: `max_trials` and the budget may grow from call to call."""
-    return {
-        "recipe_name": name,
-        "tuner": FLAGS.tuner,
-        "search_seed": FLAGS.search_seed,
-        "chance_steps": FLAGS.chance_steps,
-        **space.to_json(),
-    }
+    """What makes a search this one and no other: `max_trials`, the budget and where it runs may differ from call to call."""
+    own = {"recipe_name": name, "tuner": FLAGS.tuner, "search_seed": FLAGS.search_seed, "chance_steps": FLAGS.chance_steps}
+    return {**own, **space.to_json()}
 
 
-def check_directory(directory, mine):
+def prepare_directory(directory, mine):
     """Makes sure that the search may use the directory, and writes its settings there."""
     check_folder("--workdir", directory)
-    if directory.exists() and any(directory.iterdir()):
+    if set(str(directory)) & set("*?[]"):
+        raise InputError(
+            f"--workdir must be without * ? [ ], which keras-tuner takes for patterns. Received: {str(directory)!r}"
+        )
+    if entries(directory):
         held = read_search(directory)
-        different = [*_differences(held, mine)]
+        different = [*_differences({**held, "train_flags": None}, {**mine, "train_flags": None})]
         if different:
             raise InputError(
                 f"--workdir must be empty or hold this very search. Received: {str(directory)!r}, which holds another: "
                 f"{'; '.join(different)}"
             )
-        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--workdir must be a folder that can be made. Received: {str(directory)!r} ({error})") from error
-    write_json(directory / SEARCH_FILE, mine)
+    given = [FLAGS[flag] for flag in PASSED_ON if FLAGS[flag].value != FLAGS[flag].default]
+    write_json(directory / SEARCH_FILE, {**mine, "train_flags": [flag.serialize() for flag in given]})
 
 
 def _differences(held, mine):
@@ -144,51 +116,57 @@ def _differences(held, mine):
 def search():
     """Runs, or goes on with, the search that the flags describe; returns the process's status."""
     recipe, name, given = train.recipe_from_flags()
-    if FLAGS.tuner not in TUNERS:
-        raise InputError(f"--tuner must be one of {', '.join(TUNERS)}. Received: {FLAGS.tuner!r}")
-    for flag, least in {"max_trials": 1, "budget_minutes": 0, "workers": 0, "chance_steps": 0, "search_seed": 0}.items():
-        if not FLAGS[flag].value >= least:
-            raise InputError(f"--{flag} must be at least {least}. Received: {FLAGS[flag].value}")
-    for flag in ("signal_every", "keep_checkpoints", "list_recipes"):
-        if FLAGS[flag].value != FLAGS[flag].default:
-            raise InputError(f"--{flag} must be left out: a search has no use for it. Received: {FLAGS[flag].value}")
+    check_flags()
+    role = workers.role()
     if not recipe.hold_out:
         raise InputError("--hold_out must be true: trials are judged by validation images. Received: False")
     space = search_space(recipe, given, FLAGS.narrow)
     default = pathlib.Path("runs", f"search-{train.default_workdir(name, given).name}")
     directory = pathlib.Path(FLAGS.workdir or default).expanduser()
-    check_directory(directory, settings(name, space))
     deadline = workers.deadline() or (time.time() + 60 * FLAGS.budget_minutes if FLAGS.budget_minutes else None)
-    if FLAGS.workers:
-        status = workers.run_all(FLAGS.workers, deadline)
-        if status == 0:
-            print(report(directory))
-        return status
-    machine = runtime.start(FLAGS.strategy, FLAGS.devices, FLAGS.jit_compile, FLAGS.deterministic, FLAGS.tf32)
-    if machine.workers > 1:
-        raise InputError("--strategy must not be multi_worker: a trial runs on one machine. Received: a cluster in TF_CONFIG")
+    with contextlib.ExitStack() as stack:
+        if role == ALONE or not workers.launched():
+            if role != CHIEF:
+                load_recipe_data(recipe, FLAGS.data_dir)  # what is wrong with the data is wrong with every trial
+            prepare_directory(directory, settings(name, space))
+        if role != WORKER and not workers.launched():
+            stack.enter_context(workers.only_one(directory))
+        if FLAGS.workers and role == ALONE:
+            status = workers.run_all(FLAGS.workers, deadline, directory)
+        else:
+            status = run_trials(space, name, directory, deadline)
+        if status == 0 and role == ALONE:
+            print(report(directory), flush=True)
+    return status
+
+
+def run_trials(space, name, directory, deadline):
+    """Runs trials in this process, or, as a chief, gives them out; returns the process's status."""
+    machine = runtime.Runtime()
+    if workers.role() != CHIEF:
+        machine = runtime.start(FLAGS.strategy, FLAGS.devices, FLAGS.jit_compile, FLAGS.deterministic, FLAGS.tf32)
     recipe_model = RecipeHyperModel(space, FLAGS.data_dir, name, machine, FLAGS.chance_steps, deadline)
     hyperparameters = keras_tuner.HyperParameters()
     recipe_model.declare_hyperparameters(hyperparameters)
-    oracle = make_oracle(FLAGS.tuner, hyperparameters, FLAGS.max_trials, FLAGS.search_seed, recipe.epochs)
+    oracle = make_oracle(FLAGS.tuner, hyperparameters, FLAGS.max_trials, FLAGS.search_seed, space.base.epochs)
     log = functools.partial(print, file=sys.stdout, flush=True)
     keras_tuner.src.config.DEBUG = False  # a failed trial's reason is in its file; keras-tuner would print a traceback
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # keras-tuner prints its files' names, and conditions' values
             tuner = Search(oracle, recipe_model, directory, log)
-            if workers.role() != "worker":
+            if workers.role() != WORKER:
                 log(f"searching {', '.join(space.parameters)}; {directory} holds {len(oracle.trials)} trials")
-            if workers.role() == "chief":
-                workers.watch_chief(deadline)
-            tuner.search()
+            with workers.watched_chief(deadline) if workers.role() == CHIEF else contextlib.nullcontext():
+                tuner.search()
     except SearchStopped as error:
         if deadline and time.time() >= deadline:
             log(f"{error}: the budget is used up; the same command goes on from there")
             return 0
         print(f"tuning.search: {error}; the same command goes on from there", file=sys.stderr)
-        return 128 + signal.SIGTERM
-    if workers.role() == "alone":
-        log(report(directory))
+        return 128 + error.signum
+    except grpc.RpcError:
+        print(f"tuning.search: the chief went away; {len(read_trials(directory))} trials are in {directory}", file=sys.stderr)
+        return 1
     return 0
 
 

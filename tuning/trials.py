@@ -47,6 +47,8 @@ class Trial:
             return cls(**{**content, "recipe": Recipe(**content["recipe"])})
         except FileNotFoundError:
             return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{folder}/{TRIAL_FILE} must be a trial's file. Received: a damaged one ({error})") from error
 
 
 def read_trials(directory):
@@ -56,9 +58,9 @@ def read_trials(directory):
 
 
 def best_trial(trials):
-    """Returns the finished trial of the highest score, of equals the one of the lowest cross-entropy, or `None`."""
+    """Returns the best of the finished trials that trained longest, or `None`: by score, then by cross-entropy."""
     finished = [trial for trial in trials if trial.state == FINISHED]
-    return max(finished, key=lambda trial: (trial.score, -trial.crossentropy), default=None)
+    return max(finished, key=lambda trial: (trial.recipe.epochs, trial.score, -trial.crossentropy), default=None)
 
 
 def read_search(directory):
@@ -68,6 +70,8 @@ def read_search(directory):
         InputError: If the directory holds no search.
     """
     try:
-        return json.loads((pathlib.Path(directory) / SEARCH_FILE).read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads((pathlib.Path(directory) / SEARCH_FILE).read_text())
+        Recipe(**content["base"]), dict(content["parameters"]), str(content["recipe_name"])
+        return content
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"the directory must hold a search ({SEARCH_FILE}). Received: {str(directory)!r}") from error
