@@ -144,7 +144,7 @@ class _Watch(keras.callbacks.Callback):
             signal.raise_signal(signal.SIGTERM)  # the trainer writes a checkpoint and ends
 
     def on_epoch_end(self, epoch, logs=None):
-        step, epochs = logs["step"], self.params["epochs"]
+        step, epochs = int(logs["step"]), self.params["epochs"]
         if epoch + 1 == epochs or step < (self.chance_steps or epochs * step / (epoch + 1) / 3):
             return
         images = self.batch_size * step / (epoch + 1)  # of the epoch, over which the accuracy is

@@ -2,10 +2,12 @@
 
 import itertools
 import os
+import warnings
 
 import keras_tuner
 from keras_tuner.engine import trial as trials
 from keras_tuner.src.engine.stateful import Stateful
+from sklearn.exceptions import ConvergenceWarning
 
 from ortho_keras.files import whole_file
 
@@ -58,6 +60,13 @@ class RandomSearch(_DefaultsFirst, keras_tuner.oracles.RandomSearchOracle):
 
 class BayesianOptimization(_DefaultsFirst, keras_tuner.oracles.BayesianOptimizationOracle):
     """A Gaussian process over the trials so far; independent samples at first."""
+
+    def populate_space(self, trial_id):
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", ConvergenceWarning
+            )  # few trials bound no length scale: nothing that a user could mend
+            return super().populate_space(trial_id)
 
 
 class Hyperband(_Lasting, keras_tuner.oracles.HyperbandOracle):
