@@ -22,6 +22,12 @@ from ortho_keras.modulation import ErrorModulation, modulate, switch_modulation
 from ortho_keras.muon import Muon
 from ortho_keras.orthonormalize import OrthonormalizeReport, orthonormalize
 from ortho_keras.patch_pca import PatchPCAInitializer
+from ortho_keras.regularizer_variants import (
+    ConvOrthogonalRegularizer,
+    DoubleSoftOrthogonalRegularizer,
+    MutualCoherenceRegularizer,
+    SRIPRegularizer,
+)
 from ortho_keras.regularizers import OrthonormalRegularizer
 from ortho_keras.schedules import LearningRate
 from ortho_keras.signal_report import signal_report
@@ -31,19 +37,23 @@ from ortho_keras.version import __version__
 __all__ = [
     "AllReplicaLossScaleOptimizer",
     "BatchNormalizationEstimator",
+    "ConvOrthogonalRegularizer",
     "DeltaOrthonormalInitializer",
     "DesignReport",
     "DiracInitializer",
+    "DoubleSoftOrthogonalRegularizer",
     "ErrorModulation",
     "FusedBatchNormalization",
     "LayerSignal",
     "LearningRate",
     "ModulationSwitch",
     "Muon",
+    "MutualCoherenceRegularizer",
     "OrthonormalInitializer",
     "OrthonormalRegularizer",
     "OrthonormalizeReport",
     "PatchPCAInitializer",
+    "SRIPRegularizer",
     "ShiftedReLU",
     "SignalMonitor",
     "SignalReport",

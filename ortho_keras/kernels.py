@@ -132,14 +132,17 @@ def gram_deviations(kernel, layout="standard", groups=1):
 
     In float32 for a half-precision kernel. The Gram matrices are never larger than `min(f_in, f_out)` a side.
     """
+    return [gram_deviation(columns) for columns in orthonormal_groups(as_matrices(at_least_float32(kernel), layout, groups))]
+
+
+def gram_deviation(columns):
+    """Returns `W^T W - I` of matrices `(count, rows, columns)`."""
+    return tf.matmul(columns, columns, transpose_a=True) - tf.eye(columns.shape[-1], dtype=columns.dtype)
+
+
+def at_least_float32(kernel):
     kernel = tf.convert_to_tensor(kernel)
-    if kernel.dtype.size < 4:
-        kernel = tf.cast(kernel, tf.float32)
-    deviations = []
-    for columns in orthonormal_groups(as_matrices(kernel, layout, groups)):
-        gram = tf.matmul(columns, columns, transpose_a=True)
-        deviations.append(gram - tf.eye(columns.shape[-1], dtype=kernel.dtype))
-    return deviations
+    return tf.cast(kernel, tf.float32) if kernel.dtype.size < 4 else kernel
 
 
 def orthonormality_error(kernel, layout="standard", groups=1):

@@ -9,8 +9,35 @@ from ortho_keras.kernels import gram_deviations, standardize_groups, standardize
 from ortho_keras.live import LiveScalar
 
 
+class KernelRegularizer(keras.regularizers.Regularizer):
+    """What the penalties on kernels share: a factor that can change while training, and how the kernel's axes read.
+
+    A subclass has `penalty(kernel)`, the scalar that the factor multiplies. See `OrthonormalRegularizer` for the arguments.
+    """
+
+    def __init__(self, factor=1e-4, layout="standard", groups=1):
+        self._factor = LiveScalar(_checked_factor(factor))
+        self.layout = standardize_layout(layout)
+        self.groups = standardize_groups(groups)
+
+    @property
+    def factor(self):
+        return self._factor.value
+
+    @factor.setter
+    def factor(self, factor):
+        self._factor.value = _checked_factor(factor)
+
+    def __call__(self, x):
+        penalty = self.penalty(x)
+        return tf.cast(self._factor.read(), penalty.dtype) * penalty
+
+    def get_config(self):
+        return {"factor": self.factor, "layout": self.layout, "groups": self.groups}
+
+
 @keras.saving.register_keras_serializable(package="ortho_keras")
-class OrthonormalRegularizer(keras.regularizers.Regularizer):
+class OrthonormalRegularizer(KernelRegularizer):
     """Penalizes a kernel whose output filters are not orthonormal.
 
     `penalty = factor / 2 * ||W^T W - I||_F^2`, where W is the kernel read as a matrix of shape `(f_in, f_out)`:
@@ -46,26 +73,9 @@ class OrthonormalRegularizer(keras.regularizers.Regularizer):
         Xie, Xiong, Pu 2017, Eq. 3 ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)). `layout` and `groups` are ours.
     """
 
-    def __init__(self, factor=1e-4, layout="standard", groups=1):
-        self._factor = LiveScalar(_checked_factor(factor))
-        self.layout = standardize_layout(layout)
-        self.groups = standardize_groups(groups)
-
-    @property
-    def factor(self):
-        return self._factor.value
-
-    @factor.setter
-    def factor(self, factor):
-        self._factor.value = _checked_factor(factor)
-
-    def __call__(self, x):
-        squares = [tf.reduce_sum(tf.square(deviation)) for deviation in gram_deviations(x, self.layout, self.groups)]
-        squares = tf.add_n(squares)
-        return tf.cast(0.5 * self._factor.read(), squares.dtype) * squares
-
-    def get_config(self):
-        return {"factor": self.factor, "layout": self.layout, "groups": self.groups}
+    def penalty(self, kernel):
+        squares = [tf.reduce_sum(tf.square(deviation)) for deviation in gram_deviations(kernel, self.layout, self.groups)]
+        return 0.5 * tf.add_n(squares)
 
 
 def _checked_factor(factor):

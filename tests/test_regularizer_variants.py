@@ -1,0 +1,210 @@
+"""The named variants against their formulas in float64 NumPy; the convolutional one against the convolution's own matrix."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import references
+import tensorflow as tf
+
+import ortho_keras
+from ortho_keras import (
+    ConvOrthogonalRegularizer,
+    DeltaOrthonormalInitializer,
+    DoubleSoftOrthogonalRegularizer,
+    MutualCoherenceRegularizer,
+    OrthonormalInitializer,
+    SRIPRegularizer,
+)
+
+VARIANTS = [DoubleSoftOrthogonalRegularizer, MutualCoherenceRegularizer, SRIPRegularizer, ConvOrthogonalRegularizer]
+MATRIX_CASES = [
+    ((7, 3), "standard"),
+    ((5, 5), "standard"),
+    ((3, 8), "standard"),
+    ((3, 3, 4, 6), "standard"),
+    ((1, 1, 4, 19), "standard"),
+    ((3, 9, 2), "transposed"),
+    ((5, 3, 2), "depthwise"),
+    ((4, 2, 3), (1, 2)),
+]
+
+
+def random_kernel(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape) / np.sqrt(shape[0])
+
+
+def sets_of_columns(kernel, layout):
+    return [kernel.ravel()[index] for index in references.kernel_columns(kernel, layout)]
+
+
+@pytest.mark.parametrize(("shape", "layout"), MATRIX_CASES)
+def test_mutual_coherence_and_the_spectral_norm_equal_their_formulas(shape, layout):
+    kernel = random_kernel(shape)
+    deviations = [w.T @ w - np.eye(w.shape[1]) for w in sets_of_columns(kernel, layout)]
+    coherence = MutualCoherenceRegularizer(0.25, layout)(tf.constant(kernel))
+    np.testing.assert_allclose(coherence, 0.25 * sum(np.abs(d).max() for d in deviations), rtol=1e-10)
+    spectral = SRIPRegularizer(0.25, layout, iterations=2000)(tf.constant(kernel))
+    np.testing.assert_allclose(spectral, 0.25 * sum(np.linalg.norm(d, 2) for d in deviations), rtol=1e-6)
+    few = SRIPRegularizer(0.25, layout)(tf.constant(kernel))
+    assert 0 < few <= spectral * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("shape", "layout"), MATRIX_CASES)
+def test_double_soft_orthogonality_equals_its_formula(shape, layout):
+    kernel = random_kernel(shape)
+    whole = {"depthwise": [kernel[:, c] for c in range(3)]}.get(layout) if layout == "depthwise" else None
+    if whole is None:
+        columns = np.concatenate(sets_of_columns(kernel, layout), axis=1)  # the sets of one matrix, side by side again
+        whole = [columns]
+    expected = sum(np.sum((w.T @ w - np.eye(w.shape[1])) ** 2) + np.sum((w @ w.T - np.eye(w.shape[0])) ** 2) for w in whole)
+    np.testing.assert_allclose(DoubleSoftOrthogonalRegularizer(0.25, layout)(tf.constant(kernel)), 0.25 * expected, rtol=1e-10)
+
+
+def test_two_steps_of_the_power_iteration_by_hand():
+    kernel = random_kernel((6, 4))
+    deviation = kernel.T @ kernel - np.eye(4)
+    vector = np.random.default_rng(5).normal(size=4)
+    vector = deviation @ (deviation @ vector)
+    expected = abs(vector @ deviation @ vector) / (vector @ vector)
+    np.testing.assert_allclose(SRIPRegularizer(2.0, seed=5)(tf.constant(kernel)), 2 * expected, rtol=1e-10)
+
+
+def circular_matrix(kernel, sizes, strides):
+    """The convolution with periodic borders as a matrix (outputs, inputs), one entry at a time."""
+    *window, cin, cout = kernel.shape
+    folded = [size // stride for size, stride in zip(sizes, strides)]
+    matrix = np.zeros((*folded, cout, *sizes, cin))
+    for place in itertools.product(*map(range, folded)):
+        for tap in itertools.product(*map(range, window)):
+            source = tuple((p * s + t) % size for p, s, t, size in zip(place, strides, tap, sizes))
+            matrix[(*place, slice(None), *source)] += kernel[tap].T
+    return matrix.reshape(np.prod(folded) * cout, -1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "sizes"),
+    [
+        ((3, 3, 2, 4), (1, 1), (6, 7)),
+        ((3, 3, 4, 2), (1, 1), (5, 5)),
+        ((3, 3, 2, 5), (2, 2), (8, 6)),
+        ((3, 3, 2, 9), (2, 2), (6, 6)),  # more outputs than the 8 that the stride leaves
+        ((4, 2, 1, 3), (2, 1), (8, 5)),
+        ((5, 3, 2), (3,), (12,)),
+        ((2, 2, 3, 1, 2), (1, 2, 1), (3, 4, 5)),
+        ((1, 1, 3, 5), (1, 1), (2, 2)),
+        ((2, 2, 2, 3), (3, 3), (6, 6)),  # windows that do not meet
+    ],
+)
+def test_the_convolutional_penalty_is_that_of_the_convolutions_matrix(shape, strides, sizes):
+    """For each output pixel: ||A A^T - I||^2, or ||A^T A - I||^2 where there are more outputs than inputs (Achour et al.)."""
+    kernel = random_kernel(shape)
+    matrix = circular_matrix(kernel, sizes, strides)
+    outputs, inputs = matrix.shape
+    gram = matrix @ matrix.T if outputs <= inputs else matrix.T @ matrix
+    pixels = outputs / shape[-1]
+    expected = np.sum((gram - np.eye(len(gram))) ** 2) / pixels
+    penalty = ConvOrthogonalRegularizer(0.75, strides)(tf.constant(kernel))
+    np.testing.assert_allclose(penalty, 0.75 * expected, rtol=1e-10)
+    if len(set(strides)) == 1:
+        assert float(ConvOrthogonalRegularizer(0.75, strides[0])(tf.constant(kernel))) == float(penalty)
+
+
+def test_what_is_orthogonal_costs_nothing():
+    delta = tf.cast(DeltaOrthonormalInitializer(seed=1)((3, 3, 4, 4)), tf.float64)
+    assert float(ConvOrthogonalRegularizer(1.0)(delta)) < 1e-10
+    kernel = tf.cast(OrthonormalInitializer(seed=1)((3, 3, 4, 4)), tf.float64)
+    assert float(ConvOrthogonalRegularizer(1.0)(kernel)) > 0.1  # orthonormal filters that overlap when they are shifted
+    square = tf.cast(OrthonormalInitializer(seed=1)((9, 9)), tf.float64)
+    for variant in VARIANTS[:3]:
+        assert float(variant(1.0)(square)) < 1e-5
+        assert float(variant(1.0)(2 * tf.eye(5))) == pytest.approx(
+            {DoubleSoftOrthogonalRegularizer: 90}.get(variant, 3), rel=1e-5
+        )
+
+
+def test_groups_are_convolutions_of_their_own():
+    kernel = random_kernel((3, 3, 2, 6))
+    for variant in VARIANTS:
+        parts = sum(float(variant(1.0)(tf.constant(part))) for part in np.split(kernel, 2, axis=-1))
+        assert float(variant(1.0, groups=2)(tf.constant(kernel))) == pytest.approx(parts, rel=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_equal_finite_differences(variant):
+    regularizer = variant(0.5, **({"iterations": 3000} if variant is SRIPRegularizer else {}))
+    variable = tf.Variable(random_kernel((2, 2, 3, 5), seed=3))
+    with tf.GradientTape() as tape:
+        penalty = regularizer(variable)
+    gradient = tape.gradient(penalty, variable).numpy()
+    direction = np.random.default_rng(4).normal(size=variable.shape)
+    ahead, behind = (float(regularizer(tf.constant(variable.numpy() + s * 1e-6 * direction))) for s in (1, -1))
+    np.testing.assert_allclose((ahead - behind) / 2e-6, np.sum(gradient * direction), rtol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_descent_makes_a_kernel_orthogonal(variant):
+    variable = tf.Variable(tf.constant(random_kernel((3, 3, 3, 4), seed=5), tf.float32))
+    regularizer = variant(1.0)
+    first = float(regularizer(variable))
+    for step in range(400):
+        with tf.GradientTape() as tape:
+            penalty = regularizer(variable)
+        variable.assign_sub(0.02 * (1 - step / 400) * tape.gradient(penalty, variable))
+    least = 27 - 4 if variant is DoubleSoftOrthogonalRegularizer else 0
+    assert float(regularizer(variable)) - least < 0.1 * (first - least)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_precision_and_graphs(variant, dtype):
+    kernel = tf.cast(random_kernel((3, 3, 2, 4)), dtype)
+    regularizer = variant(0.1)
+    eager = regularizer(kernel)
+    assert eager.shape == () and eager.dtype == (tf.float64 if dtype == "float64" else tf.float32)
+    for jit_compile in (False, True):
+        graph = tf.function(regularizer, jit_compile=jit_compile)
+        np.testing.assert_allclose(graph(kernel), eager, rtol=1e-5)
+        regularizer.factor = 0.2
+        np.testing.assert_allclose(graph(kernel), 2 * eager, rtol=1e-5)
+        regularizer.factor = 0.1
+
+
+def test_layers_with_them_train_and_come_back_from_a_file(tmp_path):
+    made = [variant(1e-3) for variant in VARIANTS[:2]]
+    made += [SRIPRegularizer(1e-3, iterations=3, seed=7), ConvOrthogonalRegularizer(1e-3, strides=(2, 1))]
+    layers = [keras.layers.Conv2D(4, 3, padding="same", kernel_regularizer=regularizer) for regularizer in made]
+    layers[-1].strides = (2, 1)
+    model = keras.Sequential([keras.Input((8, 8, 2)), *layers, keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(3)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    history = model.fit(np.random.default_rng(6).random((32, 8, 8, 2)), np.arange(32) % 3, epochs=2, verbose=0)
+    assert np.isfinite(history.history["loss"]).all() and len(model.losses) == 4
+    model.save(tmp_path / "model.keras")
+    loaded = ortho_keras.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(loaded.losses, model.losses, rtol=1e-6)
+    for layer, regularizer in zip(loaded.layers, made):
+        assert type(layer.kernel_regularizer) is type(regularizer)
+        assert layer.kernel_regularizer.get_config() == regularizer.get_config()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SRIPRegularizer(iterations=0), "`iterations` must be an integer, at least 1. Received: iterations=0"),
+        (lambda: SRIPRegularizer(seed=0.5), "`seed` must be an integer, at least 0. Received: seed=0.5"),
+        (lambda: ConvOrthogonalRegularizer(strides=0), "`strides` must be a positive integer, .* Received: strides=0"),
+        (lambda: ConvOrthogonalRegularizer(strides=True), "`strides` must be a positive integer"),
+        (lambda: ConvOrthogonalRegularizer(strides=()), "`strides` must be a positive integer"),
+        (lambda: ConvOrthogonalRegularizer(strides=(1, 2.0)), "`strides` must be a positive integer"),
+        (lambda: ConvOrthogonalRegularizer()(tf.eye(3)), r"must have rank 3 to 5.* Received: a kernel of shape \(3, 3\)"),
+        (lambda: ConvOrthogonalRegularizer(strides=(1, 1, 1))(tf.ones((3, 3, 2, 2))), "one for each axis of its window"),
+        (lambda: ConvOrthogonalRegularizer(groups=2)(tf.ones((3, 3, 2, 3))), "`groups` must divide the 3 outputs"),
+        (lambda: MutualCoherenceRegularizer(-1), "`factor` must be a finite number, at least 0. Received: factor=-1"),
+        (lambda: DoubleSoftOrthogonalRegularizer(layout="rows"), "`layout` must be one of"),
+        (lambda: SRIPRegularizer()(tf.ones(3)), "A kernel must have rank 2 to 5"),
+    ],
+)
+def test_what_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
