@@ -51,6 +51,7 @@ with without_start_up_notes():
     logging.set_verbosity(logging.WARNING)
     tf.get_logger().setLevel("WARNING")
     from ortho_keras import runtime
+    from ortho_keras.deploy import check_export, deploy
     from ortho_keras.errors import InputError, Interrupted, NonFiniteLossError, WorkerLostError
     from ortho_keras.experiment import run
     from ortho_keras.recipes import RECIPES, Recipe, find_preset, read_recipe
@@ -69,6 +70,11 @@ flags.DEFINE_string(
 flags.DEFINE_bool("list_recipes", False, "Print the recipes, with what each reaches and in how long, and end.")
 flags.DEFINE_string("workdir", "", "Folder of the run; by default runs/<recipe>, with the overridden values behind.")
 flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS data; by default TFDS's own.")
+flags.DEFINE_string(
+    "export",
+    None,
+    "At the end, writes the net for inference, BatchNormalization folded, to this path: *.keras, *.tflite, or a folder.",
+)
 flags.DEFINE_integer(
     "keep_checkpoints", 2, "How many checkpoints are kept; the newest is used, or the one before if it is damaged."
 )
@@ -151,6 +157,8 @@ def main(_):
             raise InputError(f"--keep_checkpoints must be at least 1. Received: {FLAGS.keep_checkpoints}")
         if FLAGS.signal_every < 0:
             raise InputError(f"--signal_every must be at least 0. Received: {FLAGS.signal_every}")
+        if FLAGS.export is not None:
+            check_export(FLAGS.export)
         machine = runtime.start(FLAGS.strategy, FLAGS.devices, FLAGS.jit_compile, FLAGS.deterministic, FLAGS.tf32)
         result = run(
             recipe,
@@ -161,6 +169,7 @@ def main(_):
             keep_checkpoints=FLAGS.keep_checkpoints,
             signal_every=FLAGS.signal_every,
         )
+        exported = deploy(pathlib.Path(workdir, "final.keras"), FLAGS.export) if FLAGS.export and machine.is_chief else ""
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
@@ -178,6 +187,8 @@ def main(_):
     accuracy = {name: result[f"{name}_accuracy"] for name in ("test", "validation")}
     shown = ", ".join(f"{name} accuracy {value:.4f}" for name, value in accuracy.items() if value is not None)
     print(f"{shown}, {result['steps']} steps in {result['seconds']:.0f} s: {workdir}/result.json, curves.png, final.keras")
+    if exported:
+        print(exported)
     return 0
 
 

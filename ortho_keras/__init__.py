@@ -13,6 +13,7 @@ from ortho_keras.batchnorm import BatchNormalizationEstimator, FusedBatchNormali
 from ortho_keras.callbacks import ModulationSwitch, SignalMonitor
 from ortho_keras.design import DesignReport, check_design
 from ortho_keras.features import compare_features, compare_filters, plot_features, plot_filters
+from ortho_keras.fold import fold_batchnorm
 from ortho_keras.initializers import DeltaOrthonormalInitializer, DiracInitializer, OrthonormalInitializer
 from ortho_keras.kernels import orthonormality_error
 from ortho_keras.loading import load_model
@@ -62,6 +63,7 @@ __all__ = [
     "compare_features",
     "compare_filters",
     "error_growth",
+    "fold_batchnorm",
     "load_model",
     "modulate",
     "orthonormality_error",

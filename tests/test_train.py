@@ -68,6 +68,7 @@ def wait_for_line(process, text):
         (["--nobn_sync=3"], ["--nobn_sync=3 does not take an argument"]),
         (["--learning_rat=0.1"], ["Unknown command line flag 'learning_rat'"]),
         (["0.1"], ["every argument must be a flag", "0.1"]),
+        (["--export=net.onnx"], ["--export must end in .keras or .tflite, or have no suffix (a folder)", "'net.onnx'"]),
         (["--keep_checkpoints=0"], ["--keep_checkpoints must be at least 1", "0"]),
         (["--strategy=many"], ["--strategy must be one of auto, none, mirrored, multi_worker", "'many'"]),
         (["--strategy=multi_worker"], ["--strategy multi_worker needs the environment variable TF_CONFIG", "not set"]),

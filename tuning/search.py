@@ -40,7 +40,7 @@ from tuning.tuner import Search
 FLAGS = flags.FLAGS
 ALONE, CHIEF, WORKER = workers.ALONE, workers.CHIEF, workers.WORKER
 PASSED_ON = ("data_dir", "strategy", "devices", "jit_compile", "deterministic", "tf32")  # of train.py, for every trial
-OF_NO_USE = ("signal_every", "keep_checkpoints", "list_recipes")
+OF_NO_USE = ("export", "signal_every", "keep_checkpoints", "list_recipes")
 
 flags.DEFINE_string("tuner", "bayesian", f"What chooses the trials ({' | '.join(TUNERS)}).")
 flags.DEFINE_integer("max_trials", 30, "How many trials at most, those of earlier calls counted.")
