@@ -157,6 +157,20 @@ def step_time_table():
     return table(["arm", "command", "cores", "step, ms", "ratio (quartiles)", "first step, s"], rows)
 
 
+def inference_table():
+    rows = []
+    for path in sorted((RESULTS / "inference").glob("*.json")):
+        result = json.loads(path.read_text())
+        for row in result["rows"]:
+            low, median, high = row["ratio_quartiles"]
+            ratio = f"{median:.2f} ({low:.2f} to {high:.2f})"
+            memory = f"{row['peak_activation_bytes'] / 2**20:.3g}"
+            place = [f"`{result['command']}`", result["cpu_cores"], result["commit"][:10]]
+            rows.append([row["batch"], row["arm"], f"{row['median_milliseconds']:.3g}", ratio, memory, *place])
+    header = ["images", "net", "latency, ms", "ratio (quartiles)", "peak activations, MiB", "command", "cores", "commit"]
+    return table(header, rows)
+
+
 def depth_table():
     rows = []
     for path in sorted((RESULTS / "depth").glob("*.json")):
@@ -263,7 +277,7 @@ def fill(text, contents):
 def main(_):
     recipes = load_recipes()
     contents = {"recipes": recipes_table(recipes), "conditions": conditions(recipes), "initialization": initialization_table()}
-    contents |= {"step time": step_time_table(), "depth": depth_table()}
+    contents |= {"step time": step_time_table(), "depth": depth_table(), "inference": inference_table()}
     contents |= search_tables() if (RESULTS / "search").exists() else {}
     folders = {rung: RESULTS / "ablation" / rung for rung in RUNGS}
     rungs = {rung: load_ablation(folder) for rung, folder in folders.items() if folder.exists()}
