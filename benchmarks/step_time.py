@@ -1,9 +1,9 @@
 """The time of a training step, arm against arm: interleaved in one process, so that what disturbs the machine disturbs both.
 
-python benchmarks/step_time.py --depth=44 --precision=mixed_bfloat16 --rounds=20
+python benchmarks/step_time.py --compare=regularizers --depth=44 --precision=mixed_bfloat16 --rounds=20
 
 Each round runs one step of each arm, in an order that alternates. The ratio is that of an arm to the first in the same
-round; its median and quartiles go to `results/step_time/<depth>-<size>-<batch>-<precision>-cores<cores>.json`.
+round; its median and quartiles go to `results/step_time/<compare>-<depth>-<size>-<batch>-<precision>-cores<cores>.json`.
 """
 
 import importlib.metadata
@@ -20,13 +20,26 @@ import tensorflow as tf
 from absl import app, flags
 from runs import ROOT, commit
 
-from ortho_keras import FusedBatchNormalization, ShiftedReLU, plain_cnn
+from ortho_keras import (
+    ConvOrthogonalRegularizer,
+    DoubleSoftOrthogonalRegularizer,
+    FusedBatchNormalization,
+    MutualCoherenceRegularizer,
+    OrthonormalRegularizer,
+    ShiftedReLU,
+    SRIPRegularizer,
+    modulate,
+    plain_cnn,
+)
 from ortho_keras.experiment import processor
+from ortho_keras.kernels import as_matrices, at_least_float32
+from ortho_keras.regularizers import KernelRegularizer
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "step_time"
 SEED = 0
 
+flags.DEFINE_enum("compare", "layers", ["layers", "regularizers"], "Which arms.")
 flags.DEFINE_integer("depth", 44, "Layers.", lower_bound=8)
 flags.DEFINE_integer("image_size", 32, "Pixels a side.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 128, "Images a step.", lower_bound=1)
@@ -51,12 +64,46 @@ def with_layers(replaced):
     return lambda model: keras.models.clone_model(model, clone_function=clone)
 
 
+class KerasOrthogonal(keras.regularizers.OrthogonalRegularizer):
+    """Keras's, on the kernel as a matrix: it takes no other rank."""
+
+    def __call__(self, x):
+        return super().__call__(tf.reshape(x, (-1, x.shape[-1])))
+
+
+class SingularValues(KernelRegularizer):
+    """The squares of the singular values' distances to 1, by the singular value decomposition of every kernel."""
+
+    def penalty(self, kernel):
+        matrices = as_matrices(at_least_float32(kernel), self.layout, self.groups)
+        return tf.reduce_sum(tf.square(tf.linalg.svd(matrices, compute_uv=False) - 1))
+
+
+def net(regularizer="orthonormal"):
+    shape = (FLAGS.image_size, FLAGS.image_size, 3)
+    return plain_cnn(FLAGS.depth, shape, regularizer=regularizer, initializer="dirac", relu_shift=1.0, seed=SEED)
+
+
 ARMS = {
-    "keras.layers.BatchNormalization, tf.maximum": with_layers(
-        {FusedBatchNormalization: keras.layers.BatchNormalization, ShiftedReLU: Maximum}
-    ),
-    "FusedBatchNormalization, tf.maximum": with_layers({ShiftedReLU: Maximum}),
-    "FusedBatchNormalization, ShiftedReLU": with_layers({}),
+    "layers": {
+        "keras.layers.BatchNormalization, tf.maximum": lambda: with_layers(
+            {FusedBatchNormalization: keras.layers.BatchNormalization, ShiftedReLU: Maximum}
+        )(net()),
+        "FusedBatchNormalization, tf.maximum": lambda: with_layers({ShiftedReLU: Maximum})(net()),
+        "FusedBatchNormalization, ShiftedReLU": lambda: net(),
+    },
+    "regularizers": {
+        "L2": lambda: net(keras.regularizers.L2(5e-5)),
+        "OrthonormalRegularizer": lambda: net(OrthonormalRegularizer()),
+        "OrthonormalRegularizer, modulation by the neighbour": lambda: modulate(net(), reference="neighbour"),
+        "OrthonormalRegularizer, modulation by the anchor": lambda: modulate(net(), reference="anchor"),
+        "Keras's OrthogonalRegularizer, columns of the kernel as a matrix": lambda: net(KerasOrthogonal(1e-4, "columns")),
+        "DoubleSoftOrthogonalRegularizer": lambda: net(DoubleSoftOrthogonalRegularizer()),
+        "MutualCoherenceRegularizer": lambda: net(MutualCoherenceRegularizer()),
+        "SRIPRegularizer": lambda: net(SRIPRegularizer()),
+        "ConvOrthogonalRegularizer": lambda: net(ConvOrthogonalRegularizer()),
+        "singular values": lambda: net(SingularValues()),
+    },
 }
 
 
@@ -82,20 +129,21 @@ def main(_):
     shape = (FLAGS.image_size, FLAGS.image_size, 3)
     images = tf.constant(rng.normal(size=(FLAGS.batch_size, *shape)).astype("float32"))
     labels = tf.constant(rng.integers(10, size=FLAGS.batch_size))
-    steps, first, seconds = {}, {}, {name: [] for name in ARMS}
-    for name, make in ARMS.items():
-        steps[name] = training_step(make(plain_cnn(FLAGS.depth, shape, initializer="dirac", relu_shift=1.0, seed=SEED)))
+    arms = ARMS[FLAGS.compare]
+    steps, first, seconds = {}, {}, {name: [] for name in arms}
+    for name, make in arms.items():
+        steps[name] = training_step(make())
         started = time.perf_counter()
         steps[name](images, labels).numpy()
         first[name] = time.perf_counter() - started
     for number in range(FLAGS.rounds + 1):
-        for name in list(ARMS)[:: 1 if number % 2 else -1]:
+        for name in list(arms)[:: 1 if number % 2 else -1]:
             started = time.perf_counter()
             steps[name](images, labels).numpy()
             if number:  # the first round warms up
                 seconds[name].append(time.perf_counter() - started)
-    base = np.array(seconds[next(iter(ARMS))])
-    arms = {
+    base = np.array(seconds[next(iter(arms))])
+    figures = {
         name: {
             "first_step_seconds": round(first[name], 2),
             "median_seconds": round(float(np.median(values)), 4),
@@ -104,7 +152,7 @@ def main(_):
         for name, values in seconds.items()
     }
     cores = len(os.sched_getaffinity(0))
-    name = f"{FLAGS.depth}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-cores{cores}.json"
+    name = f"{FLAGS.compare}-{FLAGS.depth}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-cores{cores}.json"
     path = pathlib.Path(FLAGS.results, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
@@ -115,10 +163,10 @@ def main(_):
         "cpu_cores": cores,
         "processor": processor(),
         "versions": {name: importlib.metadata.version(name) for name in ("tensorflow", "keras")},
-        "arms": arms,
+        "arms": figures,
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
-    print(json.dumps(arms, indent=1))
+    print(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

@@ -124,11 +124,11 @@ class ConvOrthogonalRegularizer(KernelRegularizer):
 
     Args:
         factor: See `OrthonormalRegularizer`.
-        strides: int or tuple of ints. The layer's.
+        strides: int or tuple of ints. The layer's. A dense layer's kernel counts as a convolution of one pixel, of stride 1.
         groups: See `OrthonormalRegularizer`.
 
     Raises:
-        ValueError: If `strides` is not a positive integer or one for each axis of the window, the kernel is not of rank 3 to 5,
+        ValueError: If `strides` is not a positive integer or one for each axis of the window, the kernel is not of rank 2 to 5,
             and see `OrthonormalRegularizer`.
 
     Reference:
@@ -144,14 +144,18 @@ class ConvOrthogonalRegularizer(KernelRegularizer):
 
     def penalty(self, kernel):
         kernel = at_least_float32(kernel)
-        *window, cin, cout = kernel.shape
-        strides = self.strides * len(window) if len(self.strides) == 1 else self.strides
+        strides = self.strides
+        if kernel.shape.rank == 2 and len(strides) == 1:
+            kernel, strides = kernel[tf.newaxis], (1,)  # a dense layer is a convolution of one pixel
+        window = kernel.shape[:-2]
+        strides = strides * len(window) if len(strides) == 1 else strides
         if not 1 <= len(window) <= 3 or len(strides) != len(window):
             raise ValueError(
-                "A convolution's kernel must have rank 3 to 5, and `strides` one number or one for each axis of its window. "
+                "A kernel must have rank 2 to 5, and `strides` one number or one for each axis of its window. "
                 f"Received: a kernel of shape {tuple(kernel.shape)}, strides={self.strides!r}"
             )
         matrix_shape(kernel.shape, "standard", self.groups)
+        cin, cout = kernel.shape[-2:]
         own = cout // self.groups
         total = tf.zeros((), kernel.dtype)
         margins = [(size - 1) // stride * stride for size, stride in zip(window, strides)]

@@ -124,6 +124,14 @@ def test_what_is_orthogonal_costs_nothing():
         )
 
 
+@pytest.mark.parametrize("shape", [(7, 3), (3, 7), (4, 4)])
+def test_a_dense_kernel_is_a_convolution_of_one_pixel(shape):
+    w = random_kernel(shape)
+    gram = w.T @ w if shape[1] <= shape[0] else w @ w.T
+    penalty = ConvOrthogonalRegularizer(0.5, strides=2)(tf.constant(w))  # of the convolutions beside it
+    np.testing.assert_allclose(penalty, 0.5 * np.sum((gram - np.eye(len(gram))) ** 2), rtol=1e-10)
+
+
 def test_groups_are_convolutions_of_their_own():
     kernel = random_kernel((3, 3, 2, 6))
     for variant in VARIANTS:
@@ -197,7 +205,8 @@ def test_layers_with_them_train_and_come_back_from_a_file(tmp_path):
         (lambda: ConvOrthogonalRegularizer(strides=True), "`strides` must be a positive integer"),
         (lambda: ConvOrthogonalRegularizer(strides=()), "`strides` must be a positive integer"),
         (lambda: ConvOrthogonalRegularizer(strides=(1, 2.0)), "`strides` must be a positive integer"),
-        (lambda: ConvOrthogonalRegularizer()(tf.eye(3)), r"must have rank 3 to 5.* Received: a kernel of shape \(3, 3\)"),
+        (lambda: ConvOrthogonalRegularizer()(tf.ones(3)), r"must have rank 2 to 5.* Received: a kernel of shape \(3,\)"),
+        (lambda: ConvOrthogonalRegularizer(strides=(1, 1))(tf.eye(3)), "one for each axis of its window"),
         (lambda: ConvOrthogonalRegularizer(strides=(1, 1, 1))(tf.ones((3, 3, 2, 2))), "one for each axis of its window"),
         (lambda: ConvOrthogonalRegularizer(groups=2)(tf.ones((3, 3, 2, 3))), "`groups` must divide the 3 outputs"),
         (lambda: MutualCoherenceRegularizer(-1), "`factor` must be a finite number, at least 0. Received: factor=-1"),
