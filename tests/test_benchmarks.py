@@ -73,6 +73,30 @@ def test_step_time_writes_the_ratio_of_its_arms(tmp_path):
         )
 
 
+def test_step_time_of_the_regularizers(tmp_path):
+    given = ["--compare=regularizers", "--depth=8", "--image_size=8", "--batch_size=4", "--rounds=1", f"--results={tmp_path}"]
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "step_time.py", *given], check=True, capture_output=True)
+    (path,) = tmp_path.glob("regularizers-8-8-4-mixed_bfloat16-*.json")
+    arms = json.loads(path.read_text())["arms"]
+    assert list(arms)[:2] == ["L2", "OrthonormalRegularizer"] and len(arms) == 10
+
+
+def test_inference_counts_what_a_shortcut_keeps_alive(tmp_path):
+    given = ["--depth=8", "--image_size=8", "--batches=3", "--rounds=2", f"--results={tmp_path}"]
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "inference.py", *given], check=True, capture_output=True)
+    (path,) = tmp_path.iterdir()
+    rows = {row["arm"]: row for row in json.loads(path.read_text())["rows"]}
+    one = 3 * 8 * 8 * 16 * 4  # a tensor of the first stage, in bytes: a convolution has its input and its output
+    assert [rows[arm]["peak_activation_bytes"] for arm in ("plain", "plain, folded", "residual, folded")] == [
+        2 * one,
+        2 * one,
+        3 * one,
+    ]
+    assert rows["residual, folded"]["ratio_quartiles"] == [1, 1, 1]
+    channels = 3 * 16 + 2 * 32 + 2 * 64  # gamma, beta and two averages become one bias
+    assert rows["plain"]["parameters"] - rows["plain, folded"]["parameters"] == 3 * channels
+
+
 def test_pages_refuse_a_result_of_other_values(tmp_path):
     result = {"recipe_name": "digits", "seed": 0, "recipe": {"dataset": "digits", "depth": 8}}
     (tmp_path / "recipes").mkdir()
