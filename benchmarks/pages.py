@@ -185,7 +185,7 @@ def search_tables():
     """What each search found: the recipe itself (the first trial) and the best, over fresh seeds; and what mattered."""
     rows, mattered = [], []
     for path in sorted((RESULTS / "search").glob("*.json")):
-        if re.search(r"-(base|best)-seed\d+$", path.stem):
+        if re.search(r"-(base|best)(-full)?-seed\d+$", path.stem):
             continue
         report = json.loads(path.read_text())
         base, best = (shlex.split(report[f"{arm}_command"]) for arm in ("base", "best"))
@@ -194,18 +194,21 @@ def search_tables():
             ("best", report["best"], f"`{' '.join(flag for flag in best if flag not in base)}`"),
         ):
             trial = report["trials"][number - 1]
-            runs = [json.loads(run.read_text()) for run in sorted(path.parent.glob(f"{path.stem}-{arm}-seed*.json"))]
-            finished = [run["test_accuracy"] for run in runs if "diverged" not in run]
-            reached = spread(finished) if finished else ""
-            reached += f" {len(runs) - len(finished)} diverged" if len(finished) < len(runs) else ""
-            rows.append([path.stem, number, what, f"{100 * trial['score']:.2f}", f"{trial['crossentropy']:.4f}", reached])
+            reached = []
+            for kind in ("", "-full"):
+                runs = [json.loads(run.read_text()) for run in sorted(path.parent.glob(f"{path.stem}-{arm}{kind}-seed*.json"))]
+                finished = [run["test_accuracy"] for run in runs if "diverged" not in run]
+                lost = f" {len(runs) - len(finished)} diverged" if len(finished) < len(runs) else ""
+                reached.append((spread(finished) if finished else "") + lost)
+            rows.append([path.stem, number, what, f"{100 * trial['score']:.2f}", f"{trial['crossentropy']:.4f}", *reached])
         states = [trial["state"] for trial in report["trials"]]
         counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
         parts = [f"{name} {share:.2f}" for name, (share, _) in report["importance"].items()]
         mattered.append(
             [path.stem, f"{len(states)} ({counts})", "; ".join(parts), f"`{report['command']}`", report["commit"][:10]]
         )
-    header = ["search", "trial", "what", "validation accuracy, %", "cross-entropy", "test accuracy, % (fresh seeds)"]
+    header = ["search", "trial", "what", "validation accuracy, %", "cross-entropy"]
+    header += ["test accuracy, % (fresh seeds)", "the same in the recipe's own epochs"]
     return {
         "search": table(header, rows),
         "search importance": table(["search", "trials", "importance", "command", "commit"], mattered),

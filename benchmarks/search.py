@@ -1,6 +1,7 @@
 """Searches recipes by `tuning.search`, then holds each best trial against the recipe itself over seeds that no trial saw.
 
 python benchmarks/search.py --searches=plain44,plain110 --seeds=1,2,3
+python benchmarks/search.py --searches=plain110 --full      the same comparison in as many epochs as the recipe has
 
 Goes on where it was stopped. What is found becomes a file for each search, and one for each run at a fresh seed.
 """
@@ -27,6 +28,7 @@ SEARCHES = {
 
 flags.DEFINE_list("searches", list(SEARCHES), "Searches to run.")
 flags.DEFINE_list("seeds", ["1", "2", "3"], "Seeds of the comparison; the trials have seed 0.")
+flags.DEFINE_bool("full", False, "Compare in the recipe's own number of epochs, not in the search's.")
 flags.DEFINE_integer("workers", 0, "Trials at a time, see tuning.search.")
 flags.DEFINE_string("runs", "runs/searches", "Folder for the searches and runs themselves.")
 
@@ -54,9 +56,10 @@ def main(_):
         path = RESULTS / f"{name}.json"
         report = json.loads(path.read_text()) if path.exists() else search(name)
         for arm in ("base", "best"):
-            given = [flag for flag in shlex.split(report[f"{arm}_command"])[2:] if not flag.startswith("--seed=")]
+            left_out = ("--seed=", "--epochs=") if FLAGS.full else "--seed="
+            given = [flag for flag in shlex.split(report[f"{arm}_command"])[2:] if not flag.startswith(left_out)]
             for seed in FLAGS.seeds:
-                kept = RESULTS / f"{name}-{arm}-seed{seed}.json"
+                kept = RESULTS / f"{name}-{arm}{'-full' * FLAGS.full}-seed{seed}.json"
                 if kept.exists():
                     continue
                 workdir = pathlib.Path(FLAGS.runs, kept.stem).absolute()
