@@ -28,7 +28,7 @@ def score(recipe):
 
 
 def finish(made, trial, value=None):
-    """Ends a trial, with a score that is a function of its recipe, as a worker does: through float32 and back."""
+    """Ends a trial, with a score that is a function of its recipe, as a worker does: through keras-tuner's messages."""
     value = score(SPACE.recipe(trial.hyperparameters)) if value is None else value
     made.update_trial(trial.trial_id, {"validation_accuracy": value})
     ended = type(trial).from_proto(trial.to_proto())

@@ -16,10 +16,10 @@ NO_LIMIT = 10**9
 
 
 class _Lasting:
-    """What all oracles here add: files that are whole, exact values, and no end because trials failed.
+    """What all oracles here add: files that are whole, ended trials that stay ended, and no end because trials failed.
 
-    keras-tuner 1.4.8 writes its files in place, sends values between processes as float32 (with which a worker's trial would
-    overwrite the oracle's own), and gives up after three failed trials in a row.
+    keras-tuner 1.4.8 writes its files in place, one after the other, leaves the last trial among the ongoing ones in them, and
+    gives up after three failed trials in a row.
     """
 
     def save(self):
@@ -32,7 +32,6 @@ class _Lasting:
 
     @keras_tuner.synchronized
     def end_trial(self, trial):
-        trial.hyperparameters = self.trials[trial.trial_id].hyperparameters
         super().end_trial(trial)
         self.save()  # now that the trial is no longer among the ongoing ones
 

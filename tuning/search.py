@@ -125,12 +125,12 @@ def search():
     directory = pathlib.Path(FLAGS.workdir or default).expanduser()
     deadline = workers.deadline() or (time.time() + 60 * FLAGS.budget_minutes if FLAGS.budget_minutes else None)
     with contextlib.ExitStack() as stack:
-        if role == ALONE or not workers.launched():
+        if not workers.launched():
             if role != CHIEF:
                 load_recipe_data(recipe, FLAGS.data_dir)  # what is wrong with the data is wrong with every trial
             prepare_directory(directory, settings(name, space))
-        if role != WORKER and not workers.launched():
-            stack.enter_context(workers.only_one(directory))
+            if role != WORKER:
+                stack.enter_context(workers.only_one(directory))
         if FLAGS.workers and role == ALONE:
             status = workers.run_all(FLAGS.workers, deadline, directory)
         else:

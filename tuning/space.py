@@ -1,7 +1,6 @@
 """The search space: which of a recipe's values are searched, over what, and how a point of it becomes a recipe."""
 
 import dataclasses
-import math
 
 from ortho_keras.errors import InputError
 from ortho_keras.recipes import Recipe
@@ -89,9 +88,7 @@ class SearchSpace:
             if name in OF_MODULATION and "modulation" in self.parameters:
                 on = [value for value in self.parameters["modulation"].values if value != "off"]
                 with hp.conditional_scope("modulation", on):
-                    value = self._value(hp, name, allowed)
-                if values["modulation"] != "off":
-                    values[name] = value
+                    values[name] = self._value(hp, name, allowed)
             else:
                 values[name] = self._value(hp, name, allowed)
         if "tuner/epochs" in hp.values:
@@ -104,10 +101,9 @@ class SearchSpace:
             value = hp.Float(name, allowed.low, allowed.high, sampling="log", default=default)
         else:
             value = hp.Choice(name, list(allowed.values), default=default)
-        if not isinstance(value, float):
-            return default if value is None else value
-        # Between processes keras-tuner sends float32; so rounded, it is the same number in all of them.
-        return default if math.isclose(value, default, rel_tol=1e-6) else float(f"{value:.{DIGITS}g}")
+        if value is None:
+            return default  # not active
+        return float(f"{value:.{DIGITS}g}") if isinstance(value, float) and value != default else value
 
     def to_json(self):
         return {"base": self.base.to_json(), "parameters": {name: str(allowed) for name, allowed in self.parameters.items()}}
