@@ -96,7 +96,10 @@ def as_matrices(kernel, layout="standard", groups=1):
     """
     count, f_in, f_out = matrix_shape(kernel.shape, layout, groups)
     shared, inputs, outputs = kernel_axes(layout, len(kernel.shape))
-    matrices = tf.transpose(kernel, shared + inputs + outputs)
+    order = shared + inputs + outputs
+    if groups == 1 and order == tuple(range(len(order))):  # most kernels: nothing moves
+        return tf.reshape(kernel, (count, f_in, f_out))
+    matrices = tf.transpose(kernel, order)
     matrices = tf.reshape(matrices, (count // groups, f_in, groups, f_out))
     return tf.reshape(tf.transpose(matrices, (0, 2, 1, 3)), (count, f_in, f_out))
 

@@ -102,8 +102,12 @@ class ErrorModulation(keras.layers.Layer):
     def _backward(self, error, above, enabled):
         """Maps the error above this layer and `sqrt(q_upper)` (0: nothing above) to what goes down."""
         scale, fires, down = self.decide(root_mean_square(error, self.synchronized), above, enabled)
-        wide = error if error.dtype.size > 4 else tf.cast(error, tf.float32)
-        return tf.where(fires, tf.cast(wide * tf.cast(scale, wide.dtype), error.dtype), error), down  # 1 * x flushes subnormals
+
+        def rescaled():
+            wide = error if error.dtype.size > 4 else tf.cast(error, tf.float32)
+            return tf.cast(wide * tf.cast(scale, wide.dtype), error.dtype)
+
+        return _either(fires, rescaled, lambda: error), down  # not 1 * x, which flushes subnormals
 
     def decide(self, own, above, enabled=1.0):
         """The rule on magnitudes alone.
@@ -116,10 +120,10 @@ class ErrorModulation(keras.layers.Layer):
         Returns:
             `(scale, fires, down)`: what the error is multiplied by, whether it is, and the `above` of the layer below.
         """
-        usable = tf.logical_and(own > 0, tf.math.is_finite(own))
-        scale = above / tf.where(usable, own, 1.0)
+        usable = tf.logical_and(own > 0, own < math.inf)
+        scale = above / own
         mismatch = tf.logical_or(scale > self.tolerance, scale < 1 / self.tolerance)
-        fires = tf.reduce_all([usable, above > 0, mismatch, enabled > 0])
+        fires = usable & (above > 0) & mismatch & (enabled > 0)
         scale = tf.where(fires, tf.clip_by_value(scale, 1 / self.max_scale, self.max_scale), 1.0)
         if self.reference == "neighbour":
             down = tf.where(usable, own * scale, above)
@@ -141,13 +145,32 @@ class ErrorModulation(keras.layers.Layer):
         }
 
 
+def _either(condition, then, otherwise):
+    """One of two functions' tensors. On a processor only that function runs; an accelerator, which would have to be waited
+    for before a branch, runs both and selects."""
+    if any(device.device_type != "CPU" for device in tf.config.list_logical_devices()):
+        return tf.where(condition, then(), otherwise())
+    return tf.cond(condition, then, otherwise)
+
+
 def root_mean_square(error, synchronized):
-    """The root of the second-order moment, float32. Squares of 1e-30 and of 1e+30 both need float64."""
-    moment = 2 * tf.nn.l2_loss(tf.cast(error, tf.float64)) / tf.cast(tf.size(error), tf.float64)
+    """The root of the second-order moment, float32.
+
+    Squares of 1e-30 and of 1e+30 both need float64, which takes twice the time: only a sum that float32 cannot hold is taken
+    again.
+    """
+    half = tf.nn.l2_loss(tf.cast(error, tf.float32))
+    size = tf.cast(tf.size(error), tf.float32)
+    root = _either(
+        tf.logical_and(half > 1e-30 * size, half < 1e37),
+        lambda: tf.sqrt(2 * half / size),
+        lambda: tf.cast(tf.sqrt(2 * tf.nn.l2_loss(tf.cast(error, tf.float64)) / tf.cast(size, tf.float64)), tf.float32),
+    )
     replica = tf.distribute.get_replica_context()
     if synchronized and replica is not None and replica.num_replicas_in_sync > 1:
-        moment = replica.all_reduce(tf.distribute.ReduceOp.MEAN, moment)
-    return tf.cast(tf.sqrt(moment), tf.float32)
+        moment = replica.all_reduce(tf.distribute.ReduceOp.MEAN, tf.square(tf.cast(root, tf.float64)))
+        root = tf.cast(tf.sqrt(moment), tf.float32)
+    return root
 
 
 def modulate(model, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled=True, synchronized=False, layers=None):

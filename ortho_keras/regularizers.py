@@ -5,7 +5,14 @@ import math
 import keras
 import tensorflow as tf
 
-from ortho_keras.kernels import gram_deviations, standardize_groups, standardize_layout
+from ortho_keras.kernels import (
+    as_matrices,
+    at_least_float32,
+    gram_deviation,
+    orthonormal_groups,
+    standardize_groups,
+    standardize_layout,
+)
 from ortho_keras.live import LiveScalar
 
 
@@ -74,8 +81,15 @@ class OrthonormalRegularizer(KernelRegularizer):
     """
 
     def penalty(self, kernel):
-        squares = [tf.reduce_sum(tf.square(deviation)) for deviation in gram_deviations(kernel, self.layout, self.groups)]
-        return 0.5 * tf.add_n(squares)
+        matrices = as_matrices(at_least_float32(kernel), self.layout, self.groups)
+        return tf.add_n([_half_square_deviation(columns) for columns in orthonormal_groups(matrices)])
+
+
+@tf.custom_gradient
+def _half_square_deviation(columns):
+    """1 / 2 * ||W^T W - I||^2 with its gradient in closed form, 2 W (W^T W - I): one product, where autodiff makes two."""
+    deviation = gram_deviation(columns)
+    return tf.nn.l2_loss(deviation), lambda upstream: 2 * upstream * tf.matmul(columns, deviation)
 
 
 def _checked_factor(factor):

@@ -76,6 +76,20 @@ def test_gradients_are_the_unmodulated_where_nothing_fires(run, policy):
             assert np.linalg.norm(found[path] - gradient) <= rounding * np.linalg.norm(gradient), path
 
 
+@every_reference
+@pytest.mark.parametrize("tolerance", [1.0, 2.0])
+def test_an_accelerator_selects_where_a_processor_branches(reference, tolerance, monkeypatch):
+    model = mismatched_chain()
+    x, y = batch(8, 12)
+    expected = gradients(modulate(model, tolerance, reference=reference), x, y, RUNS["graph"])
+    accelerator = tf.config.LogicalDevice("/device:GPU:0", "GPU")
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda *kind: [accelerator])
+    traced = modulate(model, tolerance, reference=reference)
+    operations = tf.function(lambda: gradients(traced, x, y, RUNS["eager"])).get_concrete_function().graph.get_operations()
+    assert not any(operation.type in ("If", "StatelessIf") for operation in operations)
+    assert_same_bits(gradients(traced, x, y, RUNS["graph"]), expected)
+
+
 @every_run
 def test_plain_cnn_equals_the_oracle(run):
     model = plain_cnn(8, (8, 8, 3), num_classes=3, width=4, seed=0)
@@ -150,7 +164,7 @@ def test_moments_of_any_magnitude(run, reference, dtype):
     values = np.random.default_rng(0).uniform(1, 2, shape) * np.resize([1, -1], shape)
     errors = [tf.cast(magnitude * values, dtype) for magnitude in MAGNITUDES[dtype]]
     one = tf.constant([0.2, 1.4])
-    rounding = {"float32": 1e-6, "float16": 2.0**-11 + 1e-6, "bfloat16": 2.0**-8 + 1e-6}[dtype]
+    rounding = {"float32": 5e-6, "float16": 2.0**-11 + 5e-6, "bfloat16": 2.0**-8 + 5e-6}[dtype]
     for error in errors:
         exact = np.asarray(error).astype(np.float64)
         root = root_mean_square(exact)
@@ -158,7 +172,7 @@ def test_moments_of_any_magnitude(run, reference, dtype):
         # It becomes the scale of the error of 1 below it; below an error of 1, it is divided out.
         upper, scaled = descend(rules, [error, one], run)
         assert_same_bits(upper, error)
-        np.testing.assert_allclose(scaled, root * np.array([0.2, 1.4]), rtol=1e-6)
+        np.testing.assert_allclose(scaled, root * np.array([0.2, 1.4]), rtol=5e-6)  # XLA sums in sequence
         normalized = np.asarray(descend(rules, [one, error], run)[1]).astype(np.float64)
         np.testing.assert_allclose(normalized, exact / root, rtol=rounding)
 
@@ -168,7 +182,8 @@ def test_moment_of_a_large_tensor(run):
     error = np.random.default_rng(0).uniform(0.5, 1.5, (64, 64, 64, 32)).astype("float32")
     rules = [ErrorModulation(1.0), ErrorModulation(1.0)]
     _, scaled = descend(rules, [error, np.ones(1, "float32")], run)
-    np.testing.assert_allclose(scaled, [root_mean_square(error)], rtol=1e-6)
+    rtol = 1e-4 if run is RUNS["xla"] else 1e-6  # XLA adds one entry after the other in float32
+    np.testing.assert_allclose(scaled, [root_mean_square(error)], rtol)
 
 
 @every_run

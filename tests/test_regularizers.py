@@ -67,6 +67,28 @@ def test_gradient_equals_finite_differences():
     np.testing.assert_allclose((ahead - behind) / 2e-5, np.sum(gradient * direction), rtol=1e-7)
 
 
+@pytest.mark.parametrize("shape", [(3, 3, 2, 7), (2, 9)])  # the second is wide
+@pytest.mark.parametrize("compiled", [False, True])
+def test_second_derivative_equals_finite_differences(shape, compiled):
+    rng = np.random.default_rng(4)
+    kernel, direction = rng.normal(size=shape), rng.normal(size=shape)
+    regularizer = OrthonormalRegularizer(0.5)
+
+    def along(point):
+        with tf.GradientTape() as outer:
+            outer.watch(point)
+            with tf.GradientTape() as inner:
+                inner.watch(point)
+                penalty = regularizer(point)
+            slope = tf.reduce_sum(inner.gradient(penalty, point) * direction)
+        return outer.gradient(slope, point)
+
+    found = (tf.function(along) if compiled else along)(tf.constant(kernel))
+    above, below = (references.penalty_and_gradient(kernel + h * direction, "standard", 0.5)[1] for h in (1e-5, -1e-5))
+    expected = (above - below) / 2e-5
+    np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("size", [1, 4, 33])
 def test_cases_done_by_hand(size):
     assert float(OrthonormalRegularizer(3.0)(tf.eye(size))) == 0
