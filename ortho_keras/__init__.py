@@ -11,6 +11,7 @@ if keras.config.backend() != "tensorflow":
 from ortho_keras.activations import ShiftedReLU, error_growth, shift_for_depth
 from ortho_keras.batchnorm import BatchNormalizationEstimator, FusedBatchNormalization
 from ortho_keras.callbacks import ModulationSwitch, SignalMonitor
+from ortho_keras.decay import OrthonormalDecay
 from ortho_keras.design import DesignReport, check_design
 from ortho_keras.features import compare_features, compare_filters, plot_features, plot_filters
 from ortho_keras.fold import fold_batchnorm
@@ -50,6 +51,7 @@ __all__ = [
     "ModulationSwitch",
     "Muon",
     "MutualCoherenceRegularizer",
+    "OrthonormalDecay",
     "OrthonormalInitializer",
     "OrthonormalRegularizer",
     "OrthonormalizeReport",

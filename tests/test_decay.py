@@ -1,0 +1,131 @@
+"""OrthonormalDecay: what it does to kernels, and when."""
+
+import copy
+
+import keras
+import numpy as np
+import pytest
+import references
+import tensorflow as tf
+from layout_models import LAYOUTS, small_model, weights
+
+from ortho_keras import OrthonormalDecay
+
+
+def still(model, learning_rate=0.1, **settings):
+    """Compiles a model so that nothing but the decay moves its kernels: the loss has no gradient."""
+    model.compile(keras.optimizers.SGD(learning_rate), lambda y, prediction: 0 * tf.reduce_sum(prediction), **settings)
+    return model
+
+
+def dense(kernel, **settings):
+    model = keras.Sequential([keras.Input((kernel.shape[0],)), keras.layers.Dense(kernel.shape[1], use_bias=False)])
+    model.set_weights([kernel])
+    return still(model, **settings)
+
+
+def fit(model, decay, steps):
+    x, y = np.zeros((2 * steps, *model.input_shape[1:])), np.zeros(2 * steps)
+    model.fit(x, y, batch_size=2, callbacks=[decay], verbose=0)
+
+
+def test_every_layout_equals_the_oracle():
+    model = still(small_model())
+    before = {path: weights(model)[path].numpy() for path in LAYOUTS}
+    fit(model, OrthonormalDecay(0.02, every=1), steps=1)
+    for path, layout in LAYOUTS.items():
+        gradient = references.penalty_and_gradient(before[path], layout, 0.02)[1]
+        np.testing.assert_allclose(weights(model)[path], before[path] - 0.1 * gradient, rtol=1e-5, atol=1e-7, err_msg=path)
+
+
+def test_a_case_done_by_hand():
+    # W = 2: W - 2 * 0.25 * 0.1 * W (W^2 - 1) = 2 - 0.05 * 6. Without a cut 100 times that would be -28.
+    model = dense(np.array([[2.0]]))
+    fit(model, OrthonormalDecay(0.25, every=1), steps=1)
+    np.testing.assert_allclose(model.get_weights(), [[[1.7]]], rtol=1e-6)
+    # Cut to share * (W^2 - 1) = 1, so to half of W = 2; for W = 1.2 to Newton and Schulz: 1.2 - 1.2 * 0.44 / 2.
+    for start, end in ((2.0, 1.0), (1.2, 0.936)):
+        model = dense(np.array([[start]]))
+        fit(model, OrthonormalDecay(25.0, every=1), steps=1)
+        np.testing.assert_allclose(model.get_weights(), [[[end]]], rtol=1e-6, atol=1e-6)
+
+
+def test_no_singular_value_moves_away_from_one():
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        shape = rng.integers(1, 9, size=2)
+        kernel = np.exp(rng.uniform(-3, 1.5)) * rng.normal(size=(max(shape), min(shape)))
+        model = dense(kernel, learning_rate=float(np.exp(rng.uniform(-6, 3))))
+        fit(model, OrthonormalDecay(float(np.exp(rng.uniform(-6, 6))), every=1), steps=1)
+        before, after = (np.linalg.svd(w, compute_uv=False) for w in (kernel, model.get_weights()[0]))
+        excess = np.sort(np.abs(after**2 - 1)) - np.sort(np.abs(before**2 - 1))
+        assert excess.max() < 1e-5 * (1 + before.max() ** 2), (before, after)
+        assert after.min() > 0.499 * min(before.min(), 1), (before, after)
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 2])
+def test_steps_between_are_made_up_for(steps_per_execution):
+    """Seven steps, every third: after 3 and 6 (or after 4, by twos), and the rest at the end, with the rate of that time."""
+    kernel = np.array([[1.5]])
+    model = dense(kernel, steps_per_execution=steps_per_execution)
+    value = 1.5
+    for steps in {1: (3, 3, 1), 2: (4, 3)}[steps_per_execution]:
+        value -= 2 * 0.1 * 0.1 * steps * value * (value**2 - 1)
+    fit(model, OrthonormalDecay(0.1, every=3), steps=7)
+    np.testing.assert_allclose(model.get_weights(), [[[value]]], rtol=1e-5)
+
+
+def test_the_rate_is_the_optimizer_s_present_one():
+    model = dense(np.array([[1.5]]), learning_rate=keras.optimizers.schedules.PiecewiseConstantDecay([1], [0.0, 0.1]))
+    fit(model, OrthonormalDecay(0.1, every=1), steps=2)
+    np.testing.assert_allclose(model.get_weights(), [[[1.5 - 2 * 0.1 * 0.1 * 1.5 * 1.25]]], rtol=1e-5)
+
+
+def test_frozen_kernels_stay():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, name="frozen"), keras.layers.Dense(2)])
+    model.get_layer("frozen").trainable = False
+    before = model.get_weights()
+    fit(still(model), OrthonormalDecay(1.0, every=1), steps=1)
+    moved = [not np.array_equal(old, new) for old, new in zip(before, model.get_weights())]
+    assert moved == [False, False, True, False]
+
+
+def test_a_mirrored_strategy(two_replicas):
+    kernel = np.random.default_rng(1).normal(size=(5, 3)).astype("float32")
+    with two_replicas.scope():
+        mirrored = dense(kernel)
+    single = dense(kernel)
+    for model in (mirrored, single):
+        fit(model, OrthonormalDecay(0.1, every=2), steps=3)
+    np.testing.assert_allclose(mirrored.get_weights(), single.get_weights(), rtol=1e-6)
+    copies = [np.asarray(copied) for copied in mirrored.weights[0].value.values]
+    np.testing.assert_array_equal(*copies)
+
+
+def test_training_ends_nearly_orthonormal():
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(64, 12)).astype("float32")
+    layer = keras.layers.Dense(6, use_bias=False)
+    model = keras.Sequential([keras.Input((12,)), layer, keras.layers.Dense(3, use_bias=False)])
+    model.compile("adam", "sparse_categorical_crossentropy")
+    model.fit(x, rng.integers(3, size=64), epochs=20, callbacks=[OrthonormalDecay(30.0, every=2)], verbose=0)
+    gram = layer.kernel.numpy().T @ layer.kernel.numpy()
+    assert np.abs(gram - np.eye(6)).max() < 0.02
+
+
+def test_copies_are_alike():
+    decay = copy.deepcopy(OrthonormalDecay(0.3, every=7))
+    assert (decay.factor, decay.every) == (0.3, 7)
+
+
+@pytest.mark.parametrize("wrong", [{"factor": -1}, {"factor": "1"}, {"factor": np.inf}, {"every": 0}, {"every": 1.5}])
+def test_wrong_arguments_are_named(wrong):
+    (name, value), *_ = wrong.items()
+    with pytest.raises(ValueError, match=rf"`{name}` must be .* Received: {name}={value!r}"):
+        OrthonormalDecay(**wrong)
+
+
+def test_a_model_without_kernels():
+    model = still(keras.Sequential([keras.Input((2,)), keras.layers.LayerNormalization()]))
+    with pytest.raises(ValueError, match="found no trainable kernel"):
+        fit(model, OrthonormalDecay(), steps=1)
