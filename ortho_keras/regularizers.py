@@ -82,7 +82,9 @@ class OrthonormalRegularizer(KernelRegularizer):
 
     def penalty(self, kernel):
         matrices = as_matrices(at_least_float32(kernel), self.layout, self.groups)
-        return tf.add_n([_half_square_deviation(columns) for columns in orthonormal_groups(matrices)])
+        # Of one matrix a plain product is made, which is twice as fast as a batch of one.
+        sets = [tf.squeeze(columns, 0) if columns.shape[0] == 1 else columns for columns in orthonormal_groups(matrices)]
+        return tf.add_n([_half_square_deviation(columns) for columns in sets])
 
 
 @tf.custom_gradient

@@ -1,0 +1,176 @@
+"""What the benchmarks compare: nets, and the penalties of others written from their papers' formulas."""
+
+import keras
+import tensorflow as tf
+from runs import ROOT  # noqa: F401  (makes the package importable)
+
+from ortho_keras import (
+    ConvOrthogonalRegularizer,
+    DoubleSoftOrthogonalRegularizer,
+    ErrorModulation,
+    FusedBatchNormalization,
+    MutualCoherenceRegularizer,
+    OrthonormalDecay,
+    OrthonormalRegularizer,
+    ShiftedReLU,
+    SRIPRegularizer,
+    modulate,
+    plain_cnn,
+)
+from ortho_keras.kernels import as_matrices, at_least_float32
+from ortho_keras.models import BATCH_NORMALIZATION
+from ortho_keras.regularizers import KernelRegularizer
+
+SEED = 0
+
+
+class Maximum(ShiftedReLU):
+    """The same values with TensorFlow's own gradient."""
+
+    def call(self, inputs):
+        return tf.maximum(inputs, tf.cast(-self.shift, inputs.dtype))
+
+
+class SoftOrthogonality(KernelRegularizer):
+    """`factor * ||W^T W - I||^2` as it is commonly written, differentiated by TensorFlow (Bansal et al. 2018)."""
+
+    def penalty(self, kernel):
+        matrix = tf.reshape(kernel, (-1, kernel.shape[-1]))
+        return tf.reduce_sum(tf.square(tf.matmul(matrix, matrix, transpose_a=True) - tf.eye(matrix.shape[-1])))
+
+
+class KerasOrthogonal(keras.regularizers.OrthogonalRegularizer):
+    """Keras's, on the kernel as a matrix: it takes no other rank. The sum of the absolute cosines between columns."""
+
+    def __call__(self, x):
+        return super().__call__(tf.reshape(x, (-1, x.shape[-1])))
+
+
+class SingularValues(KernelRegularizer):
+    """The squares of the singular values' distances to 1, by a decomposition of every kernel (after Jia et al. 2017)."""
+
+    def penalty(self, kernel):
+        matrices = as_matrices(at_least_float32(kernel), self.layout, self.groups)
+        return tf.reduce_sum(tf.square(tf.linalg.svd(matrices, compute_uv=False) - 1))
+
+
+class StraightModulation(ErrorModulation):
+    """The rule as one would write it first: every moment in float64, and a selection between the error and its multiple."""
+
+    def _backward(self, error, above, enabled):
+        moment = 2 * tf.nn.l2_loss(tf.cast(error, tf.float64)) / tf.cast(tf.size(error), tf.float64)
+        scale, fires, down = self.decide(tf.cast(tf.sqrt(moment), tf.float32), above, enabled)
+        return tf.where(fires, tf.cast(tf.cast(error, tf.float32) * scale, error.dtype), error), down
+
+
+def with_layers(model, replaced):
+    """The same model with other layers: `replaced` maps types to the types in their place."""
+
+    def clone(layer):
+        return replaced.get(type(layer), type(layer)).from_config(layer.get_config())
+
+    return keras.models.clone_model(model, clone_function=clone)
+
+
+def wide_chain(regularizer, input_shape):
+    """The convolutions of a ResNet-50 without its shortcuts: widths of 64 to 2,048, 25 million parameters."""
+
+    def convolution(x, filters, size, strides=1):
+        options = {"padding": "same", "use_bias": False, "kernel_regularizer": regularizer}
+        x = keras.layers.Conv2D(filters, size, strides, kernel_initializer="orthogonal", **options)(x)
+        return keras.layers.ReLU()(FusedBatchNormalization(**BATCH_NORMALIZATION)(x))
+
+    inputs = keras.Input(input_shape)
+    x = keras.layers.MaxPooling2D(3, 2, "same")(convolution(inputs, 64, 7, 2))
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        for block in range(blocks):
+            filters = 64 * 2**stage
+            x = convolution(x, filters, 1)
+            x = convolution(x, filters, 3, 2 if stage and not block else 1)
+            x = convolution(x, 4 * filters, 1)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, keras.layers.Dense(1000, kernel_regularizer=regularizer, dtype="float32")(x))
+
+
+def plain_net(depth, input_shape):
+    """A function from a regularizer to a plain net, as the recipes start it."""
+    options = {"initializer": "dirac", "relu_shift": 1.0, "seed": SEED}
+    return lambda regularizer: plain_cnn(depth, input_shape, regularizer=regularizer, **options)
+
+
+# Name -> a function from a factor to a regularizer. L2's is its half, as in factor / 2 * ||W||^2.
+PENALTIES = {
+    "L2": lambda factor: keras.regularizers.L2(factor / 2),
+    "OrthonormalRegularizer": OrthonormalRegularizer,
+    "soft orthogonality, as commonly written": SoftOrthogonality,
+    "Keras's OrthogonalRegularizer": lambda factor: KerasOrthogonal(factor, "columns"),
+    "DoubleSoftOrthogonalRegularizer": DoubleSoftOrthogonalRegularizer,
+    "MutualCoherenceRegularizer": MutualCoherenceRegularizer,
+    "SRIPRegularizer": SRIPRegularizer,
+    "ConvOrthogonalRegularizer": ConvOrthogonalRegularizer,
+    "singular values": SingularValues,
+}
+
+
+def penalty_arms(net, factor=1e-4):
+    """Name -> a function that makes (model, callbacks of each step), L2 first."""
+    arms = {name: lambda made=made: (net(made(factor)), []) for name, made in PENALTIES.items()}
+    arms["OrthonormalDecay(every=1)"] = lambda: (net(None), [OrthonormalDecay(10 * factor, every=1)])
+    return arms
+
+
+def modulation_arms(net, factor=1e-4):
+    """L2, the penalty, and the penalty with modulation by each reference, as it is and as one would write it first."""
+
+    def modulated(reference, straight):
+        model = modulate(net(OrthonormalRegularizer(factor)), reference=reference)
+        return (with_layers(model, {ErrorModulation: StraightModulation}) if straight else model), []
+
+    arms = {name: lambda made=PENALTIES[name]: (net(made(factor)), []) for name in ("L2", "OrthonormalRegularizer")}
+    for reference in ("neighbour", "anchor"):
+        for straight in (False, True):
+            name = f"OrthonormalRegularizer and modulation by the {reference}{', straightforward' * straight}"
+            arms[name] = lambda reference=reference, straight=straight: modulated(reference, straight)
+    return arms
+
+
+def layer_arms(net, factor=1e-4):
+    """The nets' own layers against Keras's and TensorFlow's."""
+    slow = {FusedBatchNormalization: keras.layers.BatchNormalization, ShiftedReLU: Maximum}
+    return {
+        "keras.layers.BatchNormalization, tf.maximum": lambda: (with_layers(net(OrthonormalRegularizer(factor)), slow), []),
+        "FusedBatchNormalization, tf.maximum": lambda: (
+            with_layers(net(OrthonormalRegularizer(factor)), {ShiftedReLU: Maximum}),
+            [],
+        ),
+        "FusedBatchNormalization, ShiftedReLU": lambda: (net(OrthonormalRegularizer(factor)), []),
+    }
+
+
+ARMS = {"layers": layer_arms, "regularizers": penalty_arms, "modulation": modulation_arms}
+
+
+def training_step(model, callbacks=()):
+    """A function of images and labels that trains `model` by one step and returns the loss as a float."""
+    model.compile(keras.optimizers.SGD(0.01, 0.9))
+    optimizer = model.optimizer
+    optimizer.build(model.trainable_variables)
+    for callback in callbacks:
+        callback.set_model(model)
+        callback.on_train_begin()
+
+    @tf.function
+    def compiled(images, labels):
+        with tf.GradientTape() as tape:
+            logits = model(images, training=True)
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)) + sum(model.losses)
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+        return loss
+
+    def step(images, labels):
+        loss = float(compiled(images, labels))
+        for callback in callbacks:
+            callback.on_train_batch_end(0)
+        return loss
+
+    return step

@@ -1,0 +1,82 @@
+"""Peak memory of training, arm against arm: each in processes of its own, in turn, for some steps of a plain net.
+
+python benchmarks/memory.py --depth=44 --repeats=5
+
+Peak memory is the largest resident size of the whole process (`ru_maxrss`). Larger tensors are mapped and unmapped one by one
+(glibc's MALLOC_MMAP_THRESHOLD_), or holes in the heap would make more spread than the arms do. The peaks of `--repeats`
+processes, and the ratio of medians, go to `results/memory/plain<depth>-<size>-<batch>-<precision>-cores<cores>.json`.
+"""
+
+import importlib.metadata
+import os
+import pathlib
+import resource
+import shlex
+import subprocess
+import sys
+
+import keras
+import numpy as np
+from absl import app, flags
+from arms import modulation_arms, penalty_arms, training_step
+from runs import ROOT, commit
+from step_time import data, net
+
+from ortho_keras.experiment import processor
+from ortho_keras.files import write_json
+
+FLAGS = flags.FLAGS
+RESULTS = ROOT / "benchmarks" / "results" / "memory"
+
+flags.DEFINE_integer("repeats", 5, "Processes of each arm.", lower_bound=1)
+flags.DEFINE_string("arm", None, "Prints the peak of this arm, in bytes, and writes nothing.")
+flags.FLAGS.set_default("results", str(RESULTS))
+
+
+def arms():
+    return penalty_arms(net()) | modulation_arms(net())
+
+
+def peak():
+    """The largest resident size of this process, in bytes, after some steps."""
+    step, batch = training_step(*arms()[FLAGS.arm]()), data()
+    for _ in range(4):
+        step(*batch)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(_):
+    keras.config.set_dtype_policy(FLAGS.precision)
+    if FLAGS.arm:
+        print(peak())
+        return
+    peaks, environment = {name: [] for name in arms()}, {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    for _ in range(FLAGS.repeats):
+        for name, found in peaks.items():
+            command = [sys.executable, *sys.argv, f"--arm={name}"]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+            found.append(int(done.stdout))
+    base = np.median(next(iter(peaks.values())))
+    cores = len(os.sched_getaffinity(0))
+    path = pathlib.Path(
+        FLAGS.results, f"plain{FLAGS.depth}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-cores{cores}.json"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "command": shlex.join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
+        "commit": commit(),
+        "cpu_cores": cores,
+        "processor": processor(),
+        "versions": {name: importlib.metadata.version(name) for name in ("tensorflow", "keras")},
+        "arms": {
+            name: {"peak_bytes": sorted(found), "ratio": round(float(np.median(found) / base), 3)}
+            for name, found in peaks.items()
+        },
+    }
+    write_json(path, content)
+    for name, arm in content["arms"].items():
+        print(f"{name}: {np.median(arm['peak_bytes']) / 2**20:.0f} MiB, {arm['ratio']:.3f} times {next(iter(peaks))}")
+
+
+if __name__ == "__main__":
+    app.run(main)
