@@ -1,4 +1,4 @@
-"""Writes the figures of README.md and docs/evidence.md from the result files beside this script: tables and pictures.
+"""Writes the figures of the pages (README.md here and at the top, docs/evidence.md) from the result files: tables and pictures.
 
 python benchmarks/pages.py            writes them
 python benchmarks/pages.py --check    ends with status 1 if a page does not say what the result files say
@@ -12,13 +12,14 @@ import sys
 
 from ablation import ARMS, RUNGS, SEARCH_SEED, quality
 from absl import app, flags
-from runs import ROOT
+from costs import cost_tables
+from runs import ROOT, table
 
 from ortho_keras.recipes import RECIPES
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md", ROOT / "benchmarks" / "README.md")
 
 flags.DEFINE_bool("check", False, "Compare only.")
 
@@ -42,11 +43,6 @@ def load_ablation(folder):
         rates = runs.setdefault(int(depth), {}).setdefault(arm, {})
         rates.setdefault(float(rate), {})[int(seed)] = json.loads(path.read_text())
     return dict(sorted(runs.items()))
-
-
-def table(header, rows):
-    cells = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells)
 
 
 def spread(values):
@@ -143,32 +139,6 @@ def initialization_table():
         for row in kept["rows"]
     ]
     return table(["data", "layers", "net", "error's growth a layer", "over the net", "lowest image share"], rows)
-
-
-def step_time_table():
-    rows = []
-    for path in sorted((RESULTS / "step_time").glob("*.json")):
-        result = json.loads(path.read_text())
-        for name, arm in result["arms"].items():
-            low, median, high = arm["ratio_quartiles"]
-            seconds = f"{1000 * arm['median_seconds']:.0f}"
-            ratio = f"{median:.2f} ({low:.2f} to {high:.2f})"
-            rows.append([f"`{name}`", f"`{result['command']}`", result["cpu_cores"], seconds, ratio, arm["first_step_seconds"]])
-    return table(["arm", "command", "cores", "step, ms", "ratio (quartiles)", "first step, s"], rows)
-
-
-def inference_table():
-    rows = []
-    for path in sorted((RESULTS / "inference").glob("*.json")):
-        result = json.loads(path.read_text())
-        for row in result["rows"]:
-            low, median, high = row["ratio_quartiles"]
-            ratio = f"{median:.2f} ({low:.2f} to {high:.2f})"
-            memory = f"{row['peak_activation_bytes'] / 2**20:.3g}"
-            place = [f"`{result['command']}`", result["cpu_cores"], result["commit"][:10]]
-            rows.append([row["batch"], row["arm"], f"{row['median_milliseconds']:.3g}", ratio, memory, *place])
-    header = ["images", "net", "latency, ms", "ratio (quartiles)", "peak activations, MiB", "command", "cores", "commit"]
-    return table(header, rows)
 
 
 def depth_table():
@@ -280,7 +250,7 @@ def fill(text, contents):
 def main(_):
     recipes = load_recipes()
     contents = {"recipes": recipes_table(recipes), "conditions": conditions(recipes), "initialization": initialization_table()}
-    contents |= {"step time": step_time_table(), "depth": depth_table(), "inference": inference_table()}
+    contents |= {"depth": depth_table(), **cost_tables(RESULTS)}
     contents |= search_tables() if (RESULTS / "search").exists() else {}
     folders = {rung: RESULTS / "ablation" / rung for rung in RUNGS}
     rungs = {rung: load_ablation(folder) for rung, folder in folders.items() if folder.exists()}
@@ -292,7 +262,10 @@ def main(_):
         text, found = fill(before, contents)
         shown += found
         if FLAGS.check and text != before:
-            print(f"{page.name} does not say what the result files say: run python benchmarks/pages.py", file=sys.stderr)
+            print(
+                f"{page.relative_to(ROOT)} does not say what the result files say: run python benchmarks/pages.py",
+                file=sys.stderr,
+            )
             status = 1
         elif not FLAGS.check:
             page.write_text(text)

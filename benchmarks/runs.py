@@ -1,4 +1,4 @@
-"""One run of `train.py` in a process of its own, and the result file that is kept of it."""
+"""What the scripts here share: a run of `train.py` in a process of its own, its result file, and tables."""
 
 import json
 import os
@@ -70,6 +70,12 @@ def run_to_file(flags, path, workdir, data_dir=None, cores=None, diverged_ok=Fal
     with whole_file(path) as own:
         own.write_text(json.dumps(content, indent=1) + "\n")
     return result
+
+
+def table(header, rows):
+    """Returns a Markdown table."""
+    cells = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells)
 
 
 def forget(workdir):

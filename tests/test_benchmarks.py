@@ -1,6 +1,7 @@
 """The scripts of benchmarks/, as processes of their own: their flags are not train.py's."""
 
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -76,9 +77,50 @@ def test_step_time_writes_the_ratio_of_its_arms(tmp_path):
 def test_step_time_of_the_regularizers(tmp_path):
     given = ["--compare=regularizers", "--depth=8", "--image_size=8", "--batch_size=4", "--rounds=1", f"--results={tmp_path}"]
     subprocess.run([sys.executable, ROOT / "benchmarks" / "step_time.py", *given], check=True, capture_output=True)
-    (path,) = tmp_path.glob("regularizers-8-8-4-mixed_bfloat16-*.json")
+    (path,) = tmp_path.glob("regularizers-plain8-8-4-float32-*.json")
     arms = json.loads(path.read_text())["arms"]
     assert list(arms)[:2] == ["L2", "OrthonormalRegularizer"] and len(arms) == 10
+
+
+def test_memory_of_one_arm_and_the_ratio_of_all(tmp_path):
+    given = ["--depth=8", "--image_size=8", "--batch_size=4", f"--results={tmp_path}"]
+    command = [sys.executable, ROOT / "benchmarks" / "memory.py", *given, "--arm=SRIPRegularizer"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    assert 1e8 < int(done.stdout) < 1e10 and not list(tmp_path.iterdir())
+
+
+def test_scaling_fits_an_exponent(tmp_path):
+    given = ["--depths=8,14", "--steps=1", "--batch_size=4", f"--results={tmp_path}"]
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "scaling.py", *given], check=True, capture_output=True)
+    (path,) = tmp_path.iterdir()
+    for arm in json.loads(path.read_text())["arms"].values():
+        shallow, deep = arm["rows"]
+        for name, exponent in arm["exponents"].items():  # through two points the fit is exact
+            expected = math.log(deep[name] / shallow[name]) / math.log(14 / 8)
+            assert abs(exponent - expected) < 1e-3 and shallow[name] > 0
+
+
+def test_orthogonality_falls_with_the_factor(tmp_path):
+    given = ["--depth=8", "--steps=60", "--factors=1e-3,1", "--seeds=0", f"--results={tmp_path}"]
+    given.append("--arms=L2,OrthonormalRegularizer,DoubleSoftOrthogonalRegularizer,OrthonormalDecay(every=1)")
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "orthogonality.py", *given], check=True, capture_output=True)
+    (path,) = tmp_path.iterdir()
+    residuals = {}
+    for row in json.loads(path.read_text())["rows"]:
+        residuals.setdefault(row["arm"], []).extend(row["residuals"])
+        assert row["accuracies"][0] > 0.5
+    for arm in ("OrthonormalRegularizer", "OrthonormalDecay(every=1)", "DoubleSoftOrthogonalRegularizer"):
+        weak, strong = residuals[arm]
+        assert strong < 0.2 * weak and strong < 0.2 * residuals["L2"][0]
+
+
+def test_input_pipeline_writes_its_rates(tmp_path):
+    given = ["--images=256", "--files=256", "--batches=2", "--repeats=1", f"--results={tmp_path}"]
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "input_pipeline.py", *given], check=True, capture_output=True)
+    (path,) = tmp_path.iterdir()
+    for figures in json.loads(path.read_text())["pipelines"].values():
+        rates = figures["pipeline_images_per_second"], figures["step_images_per_second"]
+        assert abs(figures["ratio_quartiles"][1] / (rates[0] / rates[1]) - 1) < 0.05
 
 
 def test_inference_counts_what_a_shortcut_keeps_alive(tmp_path):

@@ -1,0 +1,133 @@
+"""The tables of what the method costs, from the result files of step_time, memory, scaling, orthogonality and the others."""
+
+import json
+import re
+import statistics
+
+from runs import table
+
+
+def cost_tables(results):
+    """Returns `{marker: Markdown table}` for every table of costs; `results` is the folder of all result files."""
+    makers = {
+        "step time": step_time_table,
+        "cost summary": summary_table,
+        "memory": memory_table,
+        "scaling": scaling_table,
+        "orthogonality": orthogonality_table,
+        "input pipeline": input_table,
+        "inference": inference_table,
+        "cost commands": command_table,
+    }
+    return {marker: make(results) for marker, make in makers.items()}
+
+
+def load(results, benchmark):
+    """Returns `[(file's stem, content)]` of one benchmark."""
+    return [(path.stem, json.loads(path.read_text())) for path in sorted((results / benchmark).glob("*.json"))]
+
+
+def quartiles(values):
+    low, median, high = values
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
+
+
+def step_time_parts(stem):
+    """Returns `(compared, net, image size, batch, precision, cores)` of a result file's name."""
+    return re.fullmatch(r"(\w+)-(\w+)-(\d+)-(\d+)-(\w+)-cores(\d+)", stem).groups()
+
+
+def step_time_table(results):
+    rows = []
+    for stem, result in load(results, "step_time"):
+        _, net, size, batch, precision, cores = step_time_parts(stem)
+        for name, arm in result["arms"].items():
+            place = [f"{net}, {size} pixels, batch {batch}", precision, cores]
+            figures = [f"{1000 * arm['median_seconds']:.0f}", quartiles(arm["ratio_quartiles"]), arm["first_step_seconds"]]
+            rows.append([name, *place, *figures])
+    return table(["arm", "net", "precision", "cores", "step, ms", "ratio (quartiles)", "first step, s"], rows)
+
+
+def summary_table(results):
+    """The method's own arms, each against L2, one line for each net, precision and number of cores."""
+    wanted = {
+        "penalty": "OrthonormalRegularizer",
+        "neighbour": "OrthonormalRegularizer and modulation by the neighbour",
+        "anchor": "OrthonormalRegularizer and modulation by the anchor",
+    }
+    rows = []
+    for stem, result in load(results, "step_time"):
+        compared, net, size, batch, precision, cores = step_time_parts(stem)
+        if compared == "modulation":
+            ratios = [quartiles(result["arms"][arm]["ratio_quartiles"]) for arm in wanted.values()]
+            rows.append([f"{net}, {size} pixels, batch {batch}", precision, cores, *ratios])
+    header = ["net", "precision", "cores", "penalty", "penalty and modulation by the neighbour", "... by the anchor"]
+    return table(header, rows)
+
+
+def memory_table(results):
+    rows = []
+    for stem, result in load(results, "memory"):
+        net, size, batch, precision, cores = re.fullmatch(r"(\w+)-(\d+)-(\d+)-(\w+)-cores(\d+)", stem).groups()
+        for name, arm in result["arms"].items():
+            low, high = (f"{value / 2**20:.0f}" for value in (min(arm["peak_bytes"]), max(arm["peak_bytes"])))
+            median = f"{statistics.median(arm['peak_bytes']) / 2**20:.0f} ({low} to {high})"
+            rows.append([name, f"{net}, {size} pixels, batch {batch}", precision, cores, median, f"{arm['ratio']:.3f}"])
+    return table(["arm", "net", "precision", "cores", "peak, MiB (least to most)", "ratio of medians"], rows)
+
+
+def scaling_table(results):
+    rows = []
+    for _, result in load(results, "scaling"):
+        for name, arm in result["arms"].items():
+            for row in arm["rows"]:
+                figures = [f"{row[key]:.3g}" for key in ("build_seconds", "first_step_seconds")]
+                rows.append([name, row["depth"], *figures, f"{1000 * row['step_seconds']:.3g}"])
+            exponents = [f"depth^{value}" for value in arm["exponents"].values()]
+            rows.append([name, f"fit up to {result['fitted_up_to']}", *exponents])
+    return table(["arm", "layers", "build, s", "first step, s", "step, ms"], rows)
+
+
+def orthogonality_table(results):
+    """Each arm at each factor: the mean over seeds of the residual, and of test accuracy."""
+    rows = []
+    for _, result in load(results, "orthogonality"):
+        arms = {}
+        for row in result["rows"]:
+            residual, accuracy = statistics.mean(row["residuals"]), 100 * statistics.mean(row["accuracies"])
+            arms.setdefault(row["arm"], {})[row["factor"]] = f"{residual:.3g} ({accuracy:.1f} %)"
+        factors = sorted({factor for cells in arms.values() for factor in cells})
+        rows += [[name, *(cells.get(factor, "") for factor in factors)] for name, cells in arms.items()]
+        header = ["arm", *(f"factor {factor:g}" for factor in factors)]
+    return table(header, rows)
+
+
+def input_table(results):
+    rows = []
+    for _, result in load(results, "input_pipeline"):
+        for name, figures in result["pipelines"].items():
+            rates = [figures["pipeline_images_per_second"], figures["step_images_per_second"]]
+            rows.append([name, result["cpu_cores"], *rates, quartiles(figures["ratio_quartiles"])])
+        rows.append(["reading and decoding a folder, once", result["cpu_cores"], result["files_decoded_per_second"], "", ""])
+    return table(["images in", "cores", "pipeline, images/s", "plain-44's step, images/s", "ratio (quartiles)"], rows)
+
+
+def inference_table(results):
+    rows = []
+    for _, result in load(results, "inference"):
+        for row in result["rows"]:
+            memory = f"{row['peak_activation_bytes'] / 2**20:.3g}"
+            figures = [f"{row['median_milliseconds']:.3g}", quartiles(row["ratio_quartiles"]), memory]
+            rows.append([row["arm"], row["batch"], result["cpu_cores"], *figures])
+    return table(["net", "images", "cores", "latency, ms", "ratio (quartiles)", "peak activations, MiB"], rows)
+
+
+def command_table(results):
+    """The command, commit, hardware and versions behind each result file of the tables above."""
+    rows = []
+    for benchmark in ("step_time", "memory", "scaling", "orthogonality", "input_pipeline", "inference"):
+        for stem, result in load(results, benchmark):
+            versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+            place = [f"{result['cpu_cores']} of {result['processor']}", versions, result["commit"][:10]]
+            rows.append([f"`{result['command']}`", f"`{benchmark}/{stem}.json`", *place])
+    return table(["command", "result file", "cores", "versions", "commit"], rows)

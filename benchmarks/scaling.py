@@ -1,0 +1,97 @@
+"""How build, first step and step grow with depth: plain nets on small images, with the penalty and with modulation.
+
+python benchmarks/scaling.py --depths=20,44,110,200,302,500,1004
+
+Each depth in a process of its own. The time to build the net, that of the first step (tracing and compilation) and the median
+of the steps after it go to `results/scaling/<size>-<batch>-cores<cores>.json`, with the exponent b of a fit
+`seconds = a * depth^b` over the depths up to 500, by least squares of the logarithms.
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+
+import numpy as np
+import tensorflow as tf
+from absl import app, flags
+from arms import SEED, plain_net, training_step
+from runs import ROOT, commit
+
+from ortho_keras import OrthonormalRegularizer, modulate
+from ortho_keras.experiment import processor
+from ortho_keras.files import write_json
+
+FLAGS = flags.FLAGS
+RESULTS = ROOT / "benchmarks" / "results" / "scaling"
+FIGURES = ("build_seconds", "first_step_seconds", "step_seconds")
+FITTED = 500
+
+flags.DEFINE_list("depths", ["20", "44", "110", "200", "302", "500", "1004"], "Layers, 6n + 2.")
+flags.DEFINE_integer("image_size", 8, "Pixels a side.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 32, "Images a step.", lower_bound=1)
+flags.DEFINE_integer("steps", 10, "Steps that count.", lower_bound=1)
+flags.DEFINE_integer("measure", 0, "Prints the figures of this depth as JSON, and writes nothing.")
+flags.DEFINE_bool("modulated", False, "With --measure: with modulation.")
+flags.DEFINE_string("results", str(RESULTS), "Folder of the result file.")
+
+
+def measure(depth, modulated):
+    shape = (FLAGS.image_size, FLAGS.image_size, 3)
+    rng = np.random.default_rng(SEED)
+    images = tf.constant(rng.normal(size=(FLAGS.batch_size, *shape)).astype("float32"))
+    labels = tf.constant(rng.integers(10, size=FLAGS.batch_size))
+    times = [time.perf_counter()]
+    model = plain_net(depth, shape)(OrthonormalRegularizer())
+    step = training_step(modulate(model) if modulated else model)
+    times.append(time.perf_counter())
+    for _ in range(1 + FLAGS.steps):
+        step(images, labels)
+        times.append(time.perf_counter())
+    built, first, *rest = np.diff(times)
+    return {name: round(float(value), 4) for name, value in zip(FIGURES, (built, first, np.median(rest)))}
+
+
+def exponent(rows, name):
+    fitted = [(row["depth"], row[name]) for row in rows if row["depth"] <= FITTED]
+    return round(float(np.polyfit(*np.log(np.array(fitted)).T, 1)[0]), 3) if len(fitted) > 1 else None
+
+
+def main(_):
+    if FLAGS.measure:
+        print(json.dumps(measure(FLAGS.measure, FLAGS.modulated)))
+        return
+    arms = {}
+    for name, flag in {
+        "OrthonormalRegularizer": "--nomodulated",
+        "OrthonormalRegularizer and modulation": "--modulated",
+    }.items():
+        rows = []
+        for depth in map(int, FLAGS.depths):
+            command = [sys.executable, *sys.argv, f"--measure={depth}", flag]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            rows.append({"depth": depth, **json.loads(done.stdout)})
+            print(name, rows[-1], flush=True)
+        arms[name] = {"rows": rows, "exponents": {figure: exponent(rows, figure) for figure in FIGURES}}
+        print(name, arms[name]["exponents"], flush=True)
+    cores = len(os.sched_getaffinity(0))
+    path = pathlib.Path(FLAGS.results, f"{FLAGS.image_size}-{FLAGS.batch_size}-cores{cores}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "command": shlex.join(["python", "benchmarks/scaling.py", *sys.argv[1:]]),
+        "commit": commit(),
+        "cpu_cores": cores,
+        "processor": processor(),
+        "versions": {name: importlib.metadata.version(name) for name in ("tensorflow", "keras")},
+        "fitted_up_to": FITTED,
+        "arms": arms,
+    }
+    write_json(path, content)
+
+
+if __name__ == "__main__":
+    app.run(main)
