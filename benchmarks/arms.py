@@ -18,7 +18,7 @@ from ortho_keras import (
     plain_cnn,
 )
 from ortho_keras.kernels import as_matrices, at_least_float32
-from ortho_keras.models import BATCH_NORMALIZATION
+from ortho_keras.layer_builder import BATCH_NORMALIZATION
 from ortho_keras.regularizers import KernelRegularizer
 
 SEED = 0
@@ -151,7 +151,7 @@ ARMS = {"layers": layer_arms, "regularizers": penalty_arms, "modulation": modula
 
 
 def training_step(model, callbacks=()):
-    """A function of images and labels that trains `model` by one step and returns the loss as a float."""
+    """A function of images and labels that trains `model` by one step and returns the loss; its `trace` only traces."""
     model.compile(keras.optimizers.SGD(0.01, 0.9))
     optimizer = model.optimizer
     optimizer.build(model.trainable_variables)
@@ -173,4 +173,5 @@ def training_step(model, callbacks=()):
             callback.on_train_batch_end(0)
         return loss
 
+    step.trace = compiled.get_concrete_function
     return step

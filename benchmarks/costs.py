@@ -81,11 +81,11 @@ def scaling_table(results):
     for _, result in load(results, "scaling"):
         for name, arm in result["arms"].items():
             for row in arm["rows"]:
-                figures = [f"{row[key]:.3g}" for key in ("build_seconds", "first_step_seconds")]
+                figures = [f"{row[key]:.3g}" for key in ("build_seconds", "trace_seconds", "first_step_seconds")]
                 rows.append([name, row["depth"], *figures, f"{1000 * row['step_seconds']:.3g}"])
             exponents = [f"depth^{value}" for value in arm["exponents"].values()]
             rows.append([name, f"fit up to {result['fitted_up_to']}", *exponents])
-    return table(["arm", "layers", "build, s", "first step, s", "step, ms"], rows)
+    return table(["arm", "layers", "build, s", "trace, s", "first step, s", "step, ms"], rows)
 
 
 def orthogonality_table(results):

@@ -2,8 +2,8 @@
 
 python benchmarks/scaling.py --depths=20,44,110,200,302,500,1004
 
-Each depth in a process of its own. The time to build the net, that of the first step (tracing and compilation) and the median
-of the steps after it go to `results/scaling/<size>-<batch>-cores<cores>.json`, with the exponent b of a fit
+Each depth in a process of its own. The time to build the net, to trace a training step, of the first step with tracing in it,
+and the median of the steps after it go to `results/scaling/<size>-<batch>-cores<cores>.json`, with the exponent b of a fit
 `seconds = a * depth^b` over the depths up to 500, by least squares of the logarithms.
 """
 
@@ -28,7 +28,7 @@ from ortho_keras.files import write_json
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "scaling"
-FIGURES = ("build_seconds", "first_step_seconds", "step_seconds")
+FIGURES = ("build_seconds", "trace_seconds", "first_step_seconds", "step_seconds")
 FITTED = 500
 
 flags.DEFINE_list("depths", ["20", "44", "110", "200", "302", "500", "1004"], "Layers, 6n + 2.")
@@ -49,11 +49,13 @@ def measure(depth, modulated):
     model = plain_net(depth, shape)(OrthonormalRegularizer())
     step = training_step(modulate(model) if modulated else model)
     times.append(time.perf_counter())
+    step.trace(images, labels)
+    times.append(time.perf_counter())
     for _ in range(1 + FLAGS.steps):
         step(images, labels)
         times.append(time.perf_counter())
-    built, first, *rest = np.diff(times)
-    return {name: round(float(value), 4) for name, value in zip(FIGURES, (built, first, np.median(rest)))}
+    built, traced, run, *rest = np.diff(times)
+    return {name: round(float(value), 4) for name, value in zip(FIGURES, (built, traced, traced + run, np.median(rest)))}
 
 
 def exponent(rows, name):
