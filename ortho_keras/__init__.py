@@ -15,6 +15,7 @@ from ortho_keras.decay import OrthonormalDecay
 from ortho_keras.design import DesignReport, check_design
 from ortho_keras.features import compare_features, compare_filters, plot_features, plot_filters
 from ortho_keras.fold import fold_batchnorm
+from ortho_keras.imagenet import plain_imagenet, residual_imagenet
 from ortho_keras.initializers import DeltaOrthonormalInitializer, DiracInitializer, OrthonormalInitializer
 from ortho_keras.kernels import orthonormality_error
 from ortho_keras.loading import load_model
@@ -71,9 +72,11 @@ __all__ = [
     "orthonormality_error",
     "orthonormalize",
     "plain_cnn",
+    "plain_imagenet",
     "plot_features",
     "plot_filters",
     "residual_cnn",
+    "residual_imagenet",
     "shift_for_depth",
     "signal_report",
     "switch_modulation",

@@ -1,24 +1,12 @@
 """Plain and residual networks for small images, from one block function."""
 
 import keras
-import numpy as np
 
-from ortho_keras.activations import ShiftedReLU, checked_shift, shift_for_depth
-from ortho_keras.batchnorm import FusedBatchNormalization
+from ortho_keras.activations import shift_for_depth
 from ortho_keras.graphs import allow_deep_graphs
-from ortho_keras.initializers import DeltaOrthonormalInitializer, DiracInitializer, OrthonormalInitializer
-from ortho_keras.regularizers import OrthonormalRegularizer
+from ortho_keras.layer_builder import STEM, LayerBuilder, check_sizes
 
 STAGES = 3
-STEM = "stem_conv"  # the first convolution
-# He et al. 2016 trained with these in Torch; Keras's own defaults are 0.99 and 1e-3.
-BATCH_NORMALIZATION = {"momentum": 0.9, "epsilon": 1e-5}
-
-NAMED_INITIALIZERS = {
-    "orthonormal": OrthonormalInitializer,
-    "delta_orthonormal": DeltaOrthonormalInitializer,
-    "dirac": DiracInitializer,
-}
 
 
 def plain_cnn(
@@ -74,7 +62,9 @@ def plain_cnn(
         ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)). `bn_shift` and `relu_shift` are
         ours, `"delta_orthonormal"` is Xiao et al.'s and `"dirac"` after DiracNets (see the initializers).
     """
-    builder = _Builder(regularizer, initializer, stem_initializer, bn_shift, _shift(relu_shift, depth), bn_synchronized, seed)
+    builder = LayerBuilder(
+        regularizer, initializer, stem_initializer, bn_shift, _shift(relu_shift, depth), bn_synchronized, seed
+    )
     return _build(builder, False, depth, input_shape, num_classes, width, preprocessing, name or f"plain{depth}")
 
 
@@ -122,7 +112,9 @@ def residual_cnn(
     Reference:
         He et al. 2016 ([arXiv:1512.03385](https://arxiv.org/abs/1512.03385)), section 4.2, option A.
     """
-    builder = _Builder(regularizer, initializer, stem_initializer, bn_shift, _shift(relu_shift, depth), bn_synchronized, seed)
+    builder = LayerBuilder(
+        regularizer, initializer, stem_initializer, bn_shift, _shift(relu_shift, depth), bn_synchronized, seed
+    )
     return _build(builder, True, depth, input_shape, num_classes, width, preprocessing, name or f"residual{depth}")
 
 
@@ -137,72 +129,6 @@ def check_depth(depth):
     return (depth - 2) // 6
 
 
-class _Builder:
-    """Makes one layer after the other, each with its share of the seed."""
-
-    def __init__(self, regularizer, initializer, stem_initializer, bn_shift, relu_shift, bn_synchronized, seed):
-        named = regularizer == "orthonormal"
-        self.regularizer = OrthonormalRegularizer() if named else keras.regularizers.get(regularizer)
-        if isinstance(initializer, str) and initializer in NAMED_INITIALIZERS:
-            initializer = NAMED_INITIALIZERS[initializer]()
-        self.initializer = keras.initializers.get("glorot_uniform" if initializer is None else initializer)
-        self.stem_initializer = keras.initializers.get(stem_initializer)
-        if isinstance(bn_shift, bool) or not isinstance(bn_shift, (int, float)) or not np.isfinite(bn_shift):
-            raise ValueError(f"`bn_shift` must be a finite number. Received: bn_shift={bn_shift!r}")
-        self.relu_shift = checked_shift("relu_shift", relu_shift)
-        self.normalization = {
-            **BATCH_NORMALIZATION,
-            "beta_initializer": keras.initializers.Constant(bn_shift),
-            "synchronized": bn_synchronized,
-        }
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-            raise ValueError(f"`seed` must be an integer, at least 0, or None. Received: seed={seed!r}")
-        self.seed = seed
-        self.layers = 0
-
-    def next_initializer(self, initializer=None):
-        """A copy of the initializer for the next layer. Without a seed of its own every layer would draw the same kernel."""
-        self.layers += 1
-        initializer = self.initializer if initializer is None else initializer
-        if not isinstance(initializer, keras.initializers.Initializer):
-            return initializer
-        config = initializer.get_config()
-        seed = self.seed if self.seed is not None else config.get("seed")
-        if "seed" not in config or not (seed is None or isinstance(seed, int)):
-            return initializer  # a SeedGenerator moves on with each draw
-        if seed is not None:
-            config["seed"] = int(np.random.SeedSequence([seed, self.layers]).generate_state(1)[0] >> 1)
-        return type(initializer).from_config(config)
-
-    def convolution(self, x, filters, strides, name):
-        """A 3x3 convolution and its BatchNormalization."""
-        initializer = self.next_initializer(self.stem_initializer if name == STEM else None)
-        x = keras.layers.Conv2D(
-            filters,
-            3,
-            strides=strides,
-            padding="same",
-            use_bias=False,  # BN's beta takes its place
-            kernel_initializer=initializer,
-            kernel_regularizer=self.regularizer,
-            name=name,
-        )(x)
-        return FusedBatchNormalization(**self.normalization, name=f"{name}_bn")(x)
-
-    def relu(self, x, name):
-        relu = ShiftedReLU(self.relu_shift, name=name) if self.relu_shift else keras.layers.ReLU(name=name)
-        return relu(x)
-
-    def classifier(self, x, num_classes):
-        return keras.layers.Dense(
-            num_classes,
-            kernel_initializer=self.next_initializer(),
-            kernel_regularizer=self.regularizer,
-            dtype=keras.config.dtype_policy().variable_dtype,  # half-precision logits would blur the loss
-            name="classifier",
-        )(x)
-
-
 def _shift(relu_shift, depth):
     check_depth(depth)
     return shift_for_depth(depth) if relu_shift == "auto" else relu_shift
@@ -210,12 +136,7 @@ def _shift(relu_shift, depth):
 
 def _build(builder, residual, depth, input_shape, num_classes, width, preprocessing, name):
     pairs = check_depth(depth)
-    for argument, value, least in (("num_classes", num_classes, 2), ("width", width, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"`{argument}` must be an integer, at least {least}. Received: {argument}={value!r}")
-    if not isinstance(input_shape, (list, tuple)) or len(input_shape) != 3 or not input_shape[-1]:
-        raise ValueError(f"`input_shape` must be (height, width, channels). Received: input_shape={input_shape!r}")
-
+    check_sizes(input_shape, num_classes=(num_classes, 2), width=(width, 1))
     allow_deep_graphs(4 * depth)
     inputs = keras.Input(input_shape, name="image")
     x = inputs if preprocessing is None else preprocessing(inputs)

@@ -84,8 +84,10 @@ def test_bottlenecks_are_told_to_be_orthonormal_in_groups():
     assert check_design(plain_imagenet(44, **SMALL)).fits
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-@pytest.mark.parametrize(("build", "depth"), [(plain_imagenet, 34), (plain_imagenet, 101), (residual_imagenet, 101)])
+@pytest.mark.parametrize(
+    ("build", "depth", "policy"),
+    [(plain_imagenet, 34, "float32"), (plain_imagenet, 101, "mixed_bfloat16"), (residual_imagenet, 101, "float32")],
+)
 def test_a_real_fit(build, depth, policy, tmp_path):
     keras.config.set_dtype_policy(policy)
     model = build(depth, **SMALL)
