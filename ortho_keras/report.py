@@ -14,11 +14,12 @@ import pathlib
 import sys
 import tempfile
 
+import keras
 import numpy as np
 
 from ortho_keras.callbacks import read_signals
 from ortho_keras.errors import InputError, first_line
-from ortho_keras.features import compare_filters
+from ortho_keras.features import plot_filters
 from ortho_keras.files import whole_file
 from ortho_keras.loading import load_model
 from ortho_keras.plots import plot_heat_map
@@ -170,7 +171,8 @@ def _curves(runs):
         positive = all(y > 0 for line in axes.lines for y in line.get_ydata())
         axes.set(xlabel="step", title=title, yscale="log" if title in ("cross-entropy", "penalty") and positive else "linear")
         axes.legend()
-        pictures.append(_picture(figure, f"{title} over the steps" + (", validation dashed" if dashed else "")))
+        validated = any(line.get_linestyle() == "--" for line in axes.lines)
+        pictures.append(_picture(figure, f"{title} over the steps" + ", validation dashed" * validated))
     return f'<div class="pictures">{"".join(pictures)}</div>'
 
 
@@ -178,7 +180,7 @@ def _orthonormality(runs):
     found = {label: run.result["orthonormality_error"] for label, run in runs.items() if run.result.get("orthonormality_error")}
     if not found:
         return ""
-    figure, axes = _figure((8, 3.6))
+    figure, axes = _figure()
     for label, errors in found.items():
         axes.plot(np.arange(1, len(errors) + 1), list(errors.values()), ".-", label=label)
     positive = all(y > 0 for line in axes.lines for y in line.get_ydata())
@@ -204,34 +206,30 @@ def _heat_maps(runs):
 
 
 def _filters(runs):
-    """Filters of the first and the last convolution; runs whose nets have the same layers share a picture."""
-    groups = {}
-    for label, run in runs.items():
-        if (run.workdir / "final.keras").exists():
-            try:
-                model = load_model(run.workdir / "final.keras", compile=False)
-            except (OSError, ValueError) as error:
-                raise InputError(
-                    f"WORKDIR must hold a whole final.keras. Received: {run.workdir} ({first_line(error)})"
-                ) from error
-            names = [path.removesuffix("/kernel") for path in run.result.get("orthonormality_error", {})]
-            names = [name for name in names if len(model.get_layer(name).kernel.shape) == 4]
-            if names:
-                groups.setdefault((names[0], names[-1]), {})[label] = model
+    """Filters of each net's first and last convolution."""
     pictures = []
-    for layers, models in groups.items():
+    for label, run in runs.items():
+        path = run.workdir / "final.keras"
+        if not path.exists():
+            continue
+        try:
+            model = load_model(path, compile=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"WORKDIR must hold a whole final.keras. Received: {run.workdir} ({first_line(error)})") from error
+        convolutions = [layer.name for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
+        layers = list(dict.fromkeys((convolutions[0], convolutions[-1])))
         with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder, "filters.png")
-            compare_filters(models, list(dict.fromkeys(layers)), path)
-            pictures.append(_embedded(path.read_bytes(), "png", f"filters of {' and '.join(layers)}"))
-    return "".join(pictures)
+            picture = pathlib.Path(folder, "filters.png")
+            plot_filters(model, layers, picture)
+            pictures.append(_embedded(picture.read_bytes(), "png", f"{label}: filters of {' and '.join(layers)}"))
+    return f'<div class="pictures">{"".join(pictures)}</div>' if pictures else ""
 
 
-def _figure(size=(5.5, 3.8)):
+def _figure():
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(5.5, 3.8), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
     axes.grid(alpha=0.3)

@@ -62,7 +62,7 @@ def test_two_runs_side_by_side(runs, tmp_path):
     assert page.headings == [
         "Result", "Curves", "Orthonormality by layer", "Signal by layer and step", "Filters", "Recipe", "Environment",
     ]  # fmt: skip
-    assert page.pictures == 5 * ["data:image/svg+xml;base64"] + 2 * ["data:image/png;base64"]
+    assert page.pictures == 5 * ["data:image/svg+xml;base64"] + 3 * ["data:image/png;base64"]
     assert all(address.startswith("data:") for address in page.addresses)
     assert "http" not in re.sub(r'src="data:[^"]*"', "", text) and "<control>" not in text
 
