@@ -16,9 +16,9 @@ from ortho_keras import (
     SRIPRegularizer,
     modulate,
     plain_cnn,
+    plain_imagenet,
 )
 from ortho_keras.kernels import as_matrices, at_least_float32
-from ortho_keras.layer_builder import BATCH_NORMALIZATION
 from ortho_keras.regularizers import KernelRegularizer
 
 SEED = 0
@@ -72,24 +72,9 @@ def with_layers(model, replaced):
     return keras.models.clone_model(model, clone_function=clone)
 
 
-def wide_chain(regularizer, input_shape):
-    """The convolutions of a ResNet-50 without its shortcuts: widths of 64 to 2,048, 25 million parameters."""
-
-    def convolution(x, filters, size, strides=1):
-        options = {"padding": "same", "use_bias": False, "kernel_regularizer": regularizer}
-        x = keras.layers.Conv2D(filters, size, strides, kernel_initializer="orthogonal", **options)(x)
-        return keras.layers.ReLU()(FusedBatchNormalization(**BATCH_NORMALIZATION)(x))
-
-    inputs = keras.Input(input_shape)
-    x = keras.layers.MaxPooling2D(3, 2, "same")(convolution(inputs, 64, 7, 2))
-    for stage, blocks in enumerate((3, 4, 6, 3)):
-        for block in range(blocks):
-            filters = 64 * 2**stage
-            x = convolution(x, filters, 1)
-            x = convolution(x, filters, 3, 2 if stage and not block else 1)
-            x = convolution(x, 4 * filters, 1)
-    x = keras.layers.GlobalAveragePooling2D()(x)
-    return keras.Model(inputs, keras.layers.Dense(1000, kernel_regularizer=regularizer, dtype="float32")(x))
+def wide_net(input_shape):
+    """A function from a regularizer to the plain net of 101 layers for photographs: kernels of up to 2,048 filters."""
+    return lambda regularizer: plain_imagenet(101, input_shape, regularizer=regularizer, initializer="he_normal", seed=SEED)
 
 
 def plain_net(depth, input_shape):

@@ -18,7 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
-from arms import ARMS, SEED, plain_net, training_step, wide_chain
+from arms import ARMS, SEED, plain_net, training_step, wide_net
 from runs import ROOT, commit
 
 from ortho_keras.experiment import processor
@@ -28,7 +28,7 @@ FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "step_time"
 
 flags.DEFINE_enum("compare", "layers", list(ARMS), "Which arms.")
-flags.DEFINE_enum("net", "plain", ["plain", "wide"], "A plain net of --depth layers, or the convolutions of a ResNet-50.")
+flags.DEFINE_enum("net", "plain", ["plain", "wide"], "plain: of --depth layers; wide: plain_imagenet(101).")
 flags.DEFINE_integer("depth", 44, "Layers of the plain net.", lower_bound=8)
 flags.DEFINE_integer("image_size", 32, "Pixels a side.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 128, "Images a step.", lower_bound=1)
@@ -40,7 +40,7 @@ flags.DEFINE_string("results", str(RESULTS), "Folder of the result files.")
 def net():
     """A function from a regularizer to the net that the flags name."""
     shape = (FLAGS.image_size, FLAGS.image_size, 3)
-    return plain_net(FLAGS.depth, shape) if FLAGS.net == "plain" else lambda regularizer: wide_chain(regularizer, shape)
+    return plain_net(FLAGS.depth, shape) if FLAGS.net == "plain" else wide_net(shape)
 
 
 def data():
@@ -74,7 +74,7 @@ def main(_):
         for name, values in seconds.items()
     }
     cores = len(os.sched_getaffinity(0))
-    kind = f"plain{FLAGS.depth}" if FLAGS.net == "plain" else FLAGS.net
+    kind = f"plain{FLAGS.depth}" if FLAGS.net == "plain" else "plain101_imagenet"
     name = f"{FLAGS.compare}-{kind}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-cores{cores}.json"
     path = pathlib.Path(FLAGS.results, name)
     path.parent.mkdir(parents=True, exist_ok=True)
