@@ -135,11 +135,15 @@ def layer_arms(net, factor=1e-4):
 ARMS = {"layers": layer_arms, "regularizers": penalty_arms, "modulation": modulation_arms}
 
 
-def training_step(model, callbacks=()):
-    """A function of images and labels that trains `model` by one step and returns the loss; its `trace` only traces."""
+def training_step(model, callbacks=(), alone=False):
+    """A function of images and labels that trains `model` by one step and returns the loss; its `trace` only traces.
+
+    `alone` trains the kernels by their penalty alone: nothing of the net is computed.
+    """
     model.compile(keras.optimizers.SGD(0.01, 0.9))
     optimizer = model.optimizer
-    optimizer.build(model.trainable_variables)
+    trained = [variable for variable in model.trainable_variables if len(variable.shape) > 1 or not alone]
+    optimizer.build(trained)
     for callback in callbacks:
         callback.set_model(model)
         callback.on_train_begin()
@@ -147,9 +151,12 @@ def training_step(model, callbacks=()):
     @tf.function
     def compiled(images, labels):
         with tf.GradientTape() as tape:
-            logits = model(images, training=True)
-            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)) + sum(model.losses)
-        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+            loss = 0.0
+            if not alone:
+                logits = model(images, training=True)
+                loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+            loss += sum(model.losses)
+        optimizer.apply(tape.gradient(loss, trained), trained)
         return loss
 
     def step(images, labels):

@@ -40,10 +40,11 @@ def step_time_parts(stem):
 def step_time_table(results):
     rows = []
     for stem, result in load(results, "step_time"):
-        _, net, size, batch, precision, cores = step_time_parts(stem)
+        compared, net, size, batch, precision, cores = step_time_parts(stem)
         for name, arm in result["arms"].items():
-            place = [f"{net}, {size} pixels, batch {batch}", precision, cores]
-            figures = [f"{1000 * arm['median_seconds']:.0f}", quartiles(arm["ratio_quartiles"]), arm["first_step_seconds"]]
+            trained = f"{net}'s penalties alone" if compared == "penalties" else f"{net}, {size} pixels, batch {batch}"
+            place = [trained, precision, cores]
+            figures = [f"{1000 * arm['median_seconds']:.3g}", quartiles(arm["ratio_quartiles"]), arm["first_step_seconds"]]
             rows.append([name, *place, *figures])
     return table(["arm", "net", "precision", "cores", "step, ms", "ratio (quartiles)", "first step, s"], rows)
 

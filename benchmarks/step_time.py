@@ -3,7 +3,7 @@
 python benchmarks/step_time.py --compare=regularizers --net=plain --depth=44 --precision=float32 --rounds=20
 
 Each round runs one step of each arm, in an order that alternates. The ratio is that of an arm to the first in the same
-round; its median and quartiles go to `results/step_time/<compare>-<net><depth>-<size>-<batch>-<precision>-cores<cores>.json`.
+round; its median and quartiles go to `results/step_time/<compare>-<net>-<size>-<batch>-<precision>-cores<cores>.json`.
 The first step is the one that traces the graph. Peak memory is of processes of their own: `memory.py`.
 """
 
@@ -29,6 +29,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "step_time"
 
 flags.DEFINE_enum("compare", "layers", list(ARMS), "Which arms.")
 flags.DEFINE_enum("net", "plain", ["plain", "wide"], "plain: of --depth layers; wide: plain_imagenet(101).")
+flags.DEFINE_bool("alone", False, "With --compare=regularizers: the penalties alone, nothing else of the net.")
 flags.DEFINE_integer("depth", 44, "Layers of the plain net.", lower_bound=8)
 flags.DEFINE_integer("image_size", 32, "Pixels a side.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 128, "Images a step.", lower_bound=1)
@@ -52,9 +53,11 @@ def data():
 def main(_):
     keras.config.set_dtype_policy(FLAGS.precision)
     batch, arms = data(), ARMS[FLAGS.compare](net())
+    if FLAGS.alone:
+        arms.pop("OrthonormalDecay(every=1)")  # it has no penalty
     steps, first, seconds = {}, {}, {name: [] for name in arms}
     for name, make in arms.items():
-        steps[name] = training_step(*make())
+        steps[name] = training_step(*make(), FLAGS.alone)
         started = time.perf_counter()
         steps[name](*batch)
         first[name] = time.perf_counter() - started
@@ -68,14 +71,15 @@ def main(_):
     figures = {
         name: {
             "first_step_seconds": round(first[name], 2),
-            "median_seconds": round(float(np.median(values)), 4),
+            "median_seconds": round(float(np.median(values)), 5),
             "ratio_quartiles": [round(float(q), 3) for q in np.percentile(np.array(values) / base, (25, 50, 75))],
         }
         for name, values in seconds.items()
     }
     cores = len(os.sched_getaffinity(0))
     kind = f"plain{FLAGS.depth}" if FLAGS.net == "plain" else "plain101_imagenet"
-    name = f"{FLAGS.compare}-{kind}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-cores{cores}.json"
+    compared = "penalties" if FLAGS.alone else FLAGS.compare
+    name = f"{compared}-{kind}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-cores{cores}.json"
     path = pathlib.Path(FLAGS.results, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
@@ -91,7 +95,7 @@ def main(_):
     write_json(path, content)
     for name, arm in figures.items():
         low, median, high = arm["ratio_quartiles"]
-        print(f"{name}: {1000 * arm['median_seconds']:.0f} ms, {median:.3f} ({low:.3f} to {high:.3f}) times {next(iter(arms))}")
+        print(f"{name}: {1000 * arm['median_seconds']:.3g} ms, {median:.3f} ({low:.3f} to {high:.3f}) times {next(iter(arms))}")
 
 
 if __name__ == "__main__":

@@ -80,6 +80,9 @@ def test_step_time_of_the_regularizers(tmp_path):
     (path,) = tmp_path.glob("regularizers-plain8-8-4-float32-*.json")
     arms = json.loads(path.read_text())["arms"]
     assert list(arms)[:2] == ["L2", "OrthonormalRegularizer"] and len(arms) == 10
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "step_time.py", *given, "--alone"], check=True, capture_output=True)
+    (path,) = tmp_path.glob("penalties-plain8-8-4-float32-*.json")
+    assert len(json.loads(path.read_text())["arms"]) == 9
 
 
 def test_memory_of_one_arm_and_the_ratio_of_all(tmp_path):
