@@ -139,7 +139,9 @@ def gram_deviations(kernel, layout="standard", groups=1):
 
 
 def gram_deviation(columns):
-    """Returns `W^T W - I` of matrices `(count, rows, columns)`."""
+    """Returns `W^T W - I` of matrices `(count, rows, columns)`, or of one matrix `(rows, columns)`."""
+    if len(columns.shape) == 3 and columns.shape[0] == 1:  # a plain product takes half the time of a batch of one
+        return tf.expand_dims(gram_deviation(tf.squeeze(columns, 0)), 0)
     return tf.matmul(columns, columns, transpose_a=True) - tf.eye(columns.shape[-1], dtype=columns.dtype)
 
 
