@@ -1,4 +1,4 @@
-"""What README.md and docs/evidence.md say: their figures are those of the result files, README's code runs, its flags exist."""
+"""What the pages say: their figures are those of the result files, their code runs and does what is said, their flags exist."""
 
 import pathlib
 import re
@@ -24,6 +24,19 @@ def test_code_blocks_run(capsys, tmp_path, monkeypatch):
     assert blocks
     for block in blocks:
         exec(block, {})
+
+
+def test_the_page_on_a_net_that_does_not_train_ends_with_one_that_does(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "my-deep-net-does-not-train.md").read_text(), re.DOTALL)
+    names = {}
+    for block in blocks:  # one after the other, as a reader would
+        exec(block, names)
+    broken, found, tamed, healthy, fixed, accuracy = capsys.readouterr().out.splitlines()
+    assert float(broken) < 0.2 and "the error grows" in found
+    assert float(tamed) > 0.22
+    assert "nothing is wrong" in healthy and float(fixed) > 0.9 and float(accuracy) > 0.85
+    assert (tmp_path / "signal.png").exists()
 
 
 def test_flags_and_names_exist():
