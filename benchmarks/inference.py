@@ -7,24 +7,19 @@ the same round. Peak activation memory is counted: the bytes of all tensors that
 run one after the other and a tensor is dropped after its last use (an activation may overwrite its input).
 """
 
-import importlib.metadata
 import json
 import math
-import os
 import pathlib
-import shlex
-import sys
 import time
 
 import keras
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
-from runs import ROOT, commit
+from measured import cores, write_result
+from runs import ROOT
 
 from ortho_keras import ShiftedReLU, fold_batchnorm, plain_cnn, residual_cnn
-from ortho_keras.experiment import processor
-from ortho_keras.files import write_json
 from ortho_keras.graphs import Graph
 
 FLAGS = flags.FLAGS
@@ -111,21 +106,8 @@ def main(_):
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
-    cores = len(os.sched_getaffinity(0))
-    path = pathlib.Path(FLAGS.results, f"{FLAGS.depth}-{FLAGS.image_size}-cores{cores}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "command": shlex.join(["python", "benchmarks/inference.py", *sys.argv[1:]]),
-        "commit": commit(),
-        "depth": FLAGS.depth,
-        "rounds": FLAGS.rounds,
-        "seed": SEED,
-        "cpu_cores": cores,
-        "processor": processor(),
-        "versions": {name: importlib.metadata.version(name) for name in ("tensorflow", "keras")},
-        "rows": rows,
-    }
-    write_json(path, content)
+    path = pathlib.Path(FLAGS.results, f"{FLAGS.depth}-{FLAGS.image_size}-cores{cores()}.json")
+    write_result(path, depth=FLAGS.depth, rounds=FLAGS.rounds, seed=SEED, rows=rows)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,7 @@ Batches of 128 with crop and flip, as the recipes have them; the pipeline and th
 cores. Goes to `results/input_pipeline/cores<cores>.json`.
 """
 
-import importlib.metadata
-import os
 import pathlib
-import shlex
-import sys
 import tempfile
 import time
 
@@ -20,12 +16,11 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 from arms import SEED, plain_net, training_step
-from runs import ROOT, commit
+from measured import cores, write_result
+from runs import ROOT
 
 from ortho_keras import OrthonormalRegularizer
 from ortho_keras.data import Split, load_data, training_batches
-from ortho_keras.experiment import processor
-from ortho_keras.files import write_json
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "input_pipeline"
@@ -93,19 +88,8 @@ def main(_):
             "ratio_quartiles": [round(float(q), 2) for q in np.percentile(pipeline / trained, (25, 50, 75))],
         }
         print(name, figures[name], flush=True)
-    cores = len(os.sched_getaffinity(0))
-    path = pathlib.Path(FLAGS.results, f"cores{cores}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "command": shlex.join(["python", "benchmarks/input_pipeline.py", *sys.argv[1:]]),
-        "commit": commit(),
-        "cpu_cores": cores,
-        "processor": processor(),
-        "versions": {name: importlib.metadata.version(name) for name in ("tensorflow", "keras")},
-        "files_decoded_per_second": round(decoded),
-        "pipelines": figures,
-    }
-    write_json(path, content)
+    path = pathlib.Path(FLAGS.results, f"cores{cores()}.json")
+    write_result(path, files_decoded_per_second=round(decoded), pipelines=figures)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ Peak memory is the largest resident size of the whole process (`ru_maxrss`). Lar
 processes, and the ratio of medians, go to `results/memory/plain<depth>-<size>-<batch>-<precision>-cores<cores>.json`.
 """
 
-import importlib.metadata
 import os
 import pathlib
 import resource
-import shlex
 import subprocess
 import sys
 
@@ -19,11 +17,9 @@ import keras
 import numpy as np
 from absl import app, flags
 from arms import modulation_arms, penalty_arms, training_step
-from runs import ROOT, commit
+from measured import cores, write_result
+from runs import ROOT
 from step_time import data, net
-
-from ortho_keras.experiment import processor
-from ortho_keras.files import write_json
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "memory"
@@ -57,24 +53,14 @@ def main(_):
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             found.append(int(done.stdout))
     base = np.median(next(iter(peaks.values())))
-    cores = len(os.sched_getaffinity(0))
-    path = pathlib.Path(
-        FLAGS.results, f"plain{FLAGS.depth}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-cores{cores}.json"
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "command": shlex.join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
-        "commit": commit(),
-        "cpu_cores": cores,
-        "processor": processor(),
-        "versions": {name: importlib.metadata.version(name) for name in ("tensorflow", "keras")},
-        "arms": {
-            name: {"peak_bytes": sorted(found), "ratio": round(float(np.median(found) / base), 3)}
-            for name, found in peaks.items()
-        },
+    figures = {
+        name: {"peak_bytes": sorted(found), "ratio": round(float(np.median(found) / base), 3)} for name, found in peaks.items()
     }
-    write_json(path, content)
-    for name, arm in content["arms"].items():
+    path = pathlib.Path(
+        FLAGS.results, f"plain{FLAGS.depth}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-cores{cores()}.json"
+    )
+    write_result(path, arms=figures)
+    for name, arm in figures.items():
         print(f"{name}: {np.median(arm['peak_bytes']) / 2**20:.0f} MiB, {arm['ratio']:.3f} times {next(iter(peaks))}")
 
 

@@ -7,23 +7,18 @@ Plain nets on digits of 8x8 pixels, the same images, order, start and learning r
 `results/orthogonality/digits<depth>-steps<steps>.json`.
 """
 
-import importlib.metadata
-import os
 import pathlib
-import shlex
-import sys
 
 import keras
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
 from arms import penalty_arms, training_step
-from runs import ROOT, commit
+from measured import write_result
+from runs import ROOT
 
 from ortho_keras import BatchNormalizationEstimator, plain_cnn
 from ortho_keras.data import load_data, training_batches
-from ortho_keras.experiment import processor
-from ortho_keras.files import write_json
 from ortho_keras.kernels import gram_deviations, matrix_shape, model_kernels
 
 FLAGS = flags.FLAGS
@@ -79,17 +74,7 @@ def main(_):
             rows.append({"arm": arm, "factor": factor, "residuals": residuals, "accuracies": accuracies})
             print(f"{arm}, {factor:g}: residual {np.mean(residuals):.4g}, test {100 * np.mean(accuracies):.2f} %", flush=True)
     path = pathlib.Path(FLAGS.results, f"digits{FLAGS.depth}-steps{FLAGS.steps}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "command": shlex.join(["python", "benchmarks/orthogonality.py", *sys.argv[1:]]),
-        "commit": commit(),
-        "seeds": [int(seed) for seed in FLAGS.seeds],
-        "cpu_cores": len(os.sched_getaffinity(0)),
-        "processor": processor(),
-        "versions": {name: importlib.metadata.version(name) for name in ("tensorflow", "keras")},
-        "rows": rows,
-    }
-    write_json(path, content)
+    write_result(path, seeds=[int(seed) for seed in FLAGS.seeds], rows=rows)
 
 
 if __name__ == "__main__":

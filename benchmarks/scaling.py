@@ -7,11 +7,8 @@ and the median of the steps after it go to `results/scaling/<size>-<batch>-cores
 `seconds = a * depth^b` over the depths up to 500, by least squares of the logarithms.
 """
 
-import importlib.metadata
 import json
-import os
 import pathlib
-import shlex
 import subprocess
 import sys
 import time
@@ -20,11 +17,10 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 from arms import SEED, plain_net, training_step
-from runs import ROOT, commit
+from measured import cores, write_result
+from runs import ROOT
 
 from ortho_keras import OrthonormalRegularizer, modulate
-from ortho_keras.experiment import processor
-from ortho_keras.files import write_json
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "scaling"
@@ -80,19 +76,8 @@ def main(_):
             print(name, rows[-1], flush=True)
         arms[name] = {"rows": rows, "exponents": {figure: exponent(rows, figure) for figure in FIGURES}}
         print(name, arms[name]["exponents"], flush=True)
-    cores = len(os.sched_getaffinity(0))
-    path = pathlib.Path(FLAGS.results, f"{FLAGS.image_size}-{FLAGS.batch_size}-cores{cores}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "command": shlex.join(["python", "benchmarks/scaling.py", *sys.argv[1:]]),
-        "commit": commit(),
-        "cpu_cores": cores,
-        "processor": processor(),
-        "versions": {name: importlib.metadata.version(name) for name in ("tensorflow", "keras")},
-        "fitted_up_to": FITTED,
-        "arms": arms,
-    }
-    write_json(path, content)
+    path = pathlib.Path(FLAGS.results, f"{FLAGS.image_size}-{FLAGS.batch_size}-cores{cores()}.json")
+    write_result(path, fitted_up_to=FITTED, arms=arms)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,7 @@ round; its median and quartiles go to `results/step_time/<compare>-<net>-<size>-
 The first step is the one that traces the graph. Peak memory is of processes of their own: `memory.py`.
 """
 
-import importlib.metadata
-import os
 import pathlib
-import shlex
-import sys
 import time
 
 import keras
@@ -19,10 +15,8 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 from arms import ARMS, SEED, plain_net, training_step, wide_net
-from runs import ROOT, commit
-
-from ortho_keras.experiment import processor
-from ortho_keras.files import write_json
+from measured import cores, write_result
+from runs import ROOT
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "step_time"
@@ -76,23 +70,11 @@ def main(_):
         }
         for name, values in seconds.items()
     }
-    cores = len(os.sched_getaffinity(0))
     kind = f"plain{FLAGS.depth}" if FLAGS.net == "plain" else "plain101_imagenet"
     compared = "penalties" if FLAGS.alone else FLAGS.compare
-    name = f"{compared}-{kind}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-cores{cores}.json"
+    name = f"{compared}-{kind}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-cores{cores()}.json"
     path = pathlib.Path(FLAGS.results, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "command": shlex.join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
-        "commit": commit(),
-        "rounds": FLAGS.rounds,
-        "seed": SEED,
-        "cpu_cores": cores,
-        "processor": processor(),
-        "versions": {name: importlib.metadata.version(name) for name in ("tensorflow", "keras")},
-        "arms": figures,
-    }
-    write_json(path, content)
+    write_result(path, rounds=FLAGS.rounds, seed=SEED, arms=figures)
     for name, arm in figures.items():
         low, median, high = arm["ratio_quartiles"]
         print(f"{name}: {1000 * arm['median_seconds']:.3g} ms, {median:.3f} ({low:.3f} to {high:.3f}) times {next(iter(arms))}")

@@ -1,0 +1,31 @@
+"""The result file of a benchmark, with all that says where it came from."""
+
+import importlib.metadata
+import os
+import pathlib
+import shlex
+import sys
+
+from runs import commit
+
+from ortho_keras.experiment import processor
+from ortho_keras.files import write_json
+
+
+def write_result(path, **figures):
+    """Writes what a benchmark measured, with its command, commit, hardware and versions, to the JSON file `path`."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    measured = {
+        "command": shlex.join(["python", f"benchmarks/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": commit(),
+        "cpu_cores": cores(),
+        "processor": processor(),
+        "versions": {name: importlib.metadata.version(name) for name in ("tensorflow", "keras")},
+    }
+    write_json(path, {**measured, **figures})
+
+
+def cores():
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
