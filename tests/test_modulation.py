@@ -150,7 +150,7 @@ def test_anchor_holds_a_drift_that_neighbours_do_not_see():
 
 
 MAGNITUDES = {
-    "float32": [1e-30, 1e-20, 1.0, 1e20, 1e30],
+    "float32": [1e-30, 1e-20, 1e-19, 1.0, 1e20, 1e30],
     "float16": [6e-8, 4e-6, 1.0, 3e4],  # from the least subnormal to 6e4
     "bfloat16": [1e-30, 1e-20, 1.0, 1e20, 1e30],
 }
