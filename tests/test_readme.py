@@ -35,9 +35,8 @@ def test_the_page_on_a_net_that_does_not_train_ends_with_one_that_does(capsys, t
     broken, found, tamed, healthy, fixed, accuracy = capsys.readouterr().out.splitlines()
     assert float(broken) < 0.2 and "the error grows" in found
     assert float(tamed) > float(broken) + 0.05
-    assert (
-        "nothing is wrong" in healthy and float(fixed) > 0.8 and float(accuracy) > 0.7
-    )  # 0.9 and more as a rule; threads differ
+    # Another number of threads rounds otherwise, and ends a little higher or lower.
+    assert "nothing is wrong" in healthy and float(fixed) > 0.8 and float(accuracy) > 0.7
     assert (tmp_path / "signal.png").exists()
 
 
