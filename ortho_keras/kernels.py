@@ -130,6 +130,19 @@ def orthonormal_groups(matrices):
     return [square, matrices[..., full * f_in :]] if rest else [square]
 
 
+def column_sets(kernel, layout="standard", groups=1):
+    """Returns a kernel's `orthonormal_groups`, each of `(rows, columns)` where it is one matrix.
+
+    A plain product takes half the time of a batch of one.
+    """
+    count, f_in, f_out = matrix_shape(kernel.shape, layout, groups)
+    _, _, outputs = kernel_axes(layout, len(kernel.shape))
+    if count == 1 and f_out <= f_in and outputs == tuple(range(len(kernel.shape)))[-len(outputs) :]:
+        return [tf.reshape(kernel, (f_in, f_out))]  # most kernels: one node of a graph
+    sets = orthonormal_groups(as_matrices(kernel, layout, groups))
+    return [tf.squeeze(columns, 0) if columns.shape[0] == 1 else columns for columns in sets]
+
+
 def gram_deviations(kernel, layout="standard", groups=1):
     """Returns `W^T W - I` of each set of columns, a list of tensors `(count, columns, columns)`.
 

@@ -95,7 +95,7 @@ class ErrorModulation(keras.layers.Layer):
             def backward(error, above):
                 return *self._backward(error, above, enabled), None
 
-            return (tf.identity(inputs), tf.identity(token)), backward
+            return (inputs, token), backward
 
         token = tf.zeros((), tf.float32) if token is None else token
         # The switch is read here and not in the gradient: a graph's gradient must not hold a variable of its own.
@@ -103,13 +103,8 @@ class ErrorModulation(keras.layers.Layer):
 
     def _backward(self, error, above, enabled):
         """Maps the error above this layer and `sqrt(q_upper)` (0: nothing above) to what goes down."""
-        scale, fires, down = self.decide(root_mean_square(error, self.synchronized), above, enabled)
-
-        def rescaled():
-            wide = error if error.dtype.size > 4 else tf.cast(error, tf.float32)
-            return tf.cast(wide * tf.cast(scale, wide.dtype), error.dtype)
-
-        return _either(fires, rescaled, lambda: error), down  # not 1 * x, which flushes subnormals
+        own = root_mean_square(error, self.synchronized)
+        return _rescaled(error, own, above, enabled, self.tolerance, self.max_scale, self.reference)
 
     def decide(self, own, above, enabled=1.0):
         """The rule on magnitudes alone.
@@ -122,16 +117,10 @@ class ErrorModulation(keras.layers.Layer):
         Returns:
             `(scale, fires, down)`: what the error is multiplied by, whether it is, and the `above` of the layer below.
         """
-        usable = tf.logical_and(own > 0, own < math.inf)
-        scale = above / own
-        mismatch = tf.logical_or(scale > self.tolerance, scale < 1 / self.tolerance)
-        fires = usable & (above > 0) & mismatch & (enabled > 0)
-        scale = tf.where(fires, tf.clip_by_value(scale, 1 / self.max_scale, self.max_scale), 1.0)
-        if self.reference == "neighbour":
-            down = tf.where(usable, own * scale, above)
-        else:
-            down = tf.where(tf.logical_and(usable, tf.equal(above, 0)), own, above)
-        return scale, fires, down
+        return _decide(own, above, enabled, self.tolerance, self.max_scale, self.reference)
+
+    def compute_output_spec(self, inputs, token=None):
+        return keras.KerasTensor(inputs.shape, inputs.dtype), keras.KerasTensor((), "float32")
 
     def compute_mask(self, inputs, previous_mask):
         return previous_mask, None
@@ -155,19 +144,56 @@ def _either(condition, then, otherwise):
     return tf.cond(condition, then, otherwise)
 
 
-def root_mean_square(error, synchronized):
-    """The root of the second-order moment, float32.
+def _one_node(function):
+    """Makes a call one node of a graph, and the function one for all layers of a shape.
 
-    Squares of 1e-30 and of 1e+30 both need float64, which takes twice the time: only a sum that float32 cannot hold is taken
-    again.
+    Unfolded, thirty nodes a layer, it costs memory, and time before the first step (benchmarks/memory.py, scaling.py).
     """
+    kept = tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
+    return lambda *args: function(*args) if tf.executing_eagerly() else kept(*args)
+
+
+@_one_node
+def _rescaled(error, own, above, enabled, tolerance, max_scale, reference):
+    """The error, rescaled where the rule says so, and the `above` of the layer below."""
+    scale, fires, down = _decide(own, above, enabled, tolerance, max_scale, reference)
+
+    def rescaled():
+        wide = error if error.dtype.size > 4 else tf.cast(error, tf.float32)
+        return tf.cast(wide * tf.cast(scale, wide.dtype), error.dtype)
+
+    return _either(fires, rescaled, lambda: error), down  # not 1 * x, which flushes subnormals
+
+
+def _decide(own, above, enabled, tolerance, max_scale, reference):
+    usable = tf.logical_and(own > 0, own < math.inf)
+    scale = above / own
+    mismatch = tf.logical_or(scale > tolerance, scale < 1 / tolerance)
+    fires = usable & (above > 0) & mismatch & (enabled > 0)
+    scale = tf.where(fires, tf.clip_by_value(scale, 1 / max_scale, max_scale), 1.0)
+    if reference == "neighbour":
+        down = tf.where(usable, own * scale, above)
+    else:
+        down = tf.where(tf.logical_and(usable, tf.equal(above, 0)), own, above)
+    return scale, fires, down
+
+
+@_one_node
+def _root_mean_square(error):
+    """Squares of 1e-30 and of 1e+30 both need float64, which takes twice the time: only a sum that float32 cannot hold is taken
+    again."""
     half = tf.nn.l2_loss(tf.cast(error, tf.float32))
     size = tf.cast(tf.size(error), tf.float32)
-    root = _either(
+    return _either(
         tf.logical_and(half > 1e-30 * size, half < 1e37),
         lambda: tf.sqrt(2 * half / size),
         lambda: tf.cast(tf.sqrt(2 * tf.nn.l2_loss(tf.cast(error, tf.float64)) / tf.cast(size, tf.float64)), tf.float32),
     )
+
+
+def root_mean_square(error, synchronized):
+    """The root of the second-order moment, float32; with `synchronized` of all replicas' errors together."""
+    root = _root_mean_square(error)
     replica = tf.distribute.get_replica_context()
     if synchronized and replica is not None and replica.num_replicas_in_sync > 1:
         moment = replica.all_reduce(tf.distribute.ReduceOp.MEAN, tf.square(tf.cast(root, tf.float64)))
