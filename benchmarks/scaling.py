@@ -1,4 +1,4 @@
-"""How build, first step and step grow with depth: plain nets on small images, with the penalty and with modulation.
+"""How build, first step and step grow with depth: plain nets on small images, with L2, with the penalty and with modulation.
 
 python benchmarks/scaling.py --depths=20,44,110,200,302,500,1004
 
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import keras
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
@@ -26,23 +27,29 @@ FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "scaling"
 FIGURES = ("build_seconds", "trace_seconds", "first_step_seconds", "step_seconds")
 FITTED = 500
+ARMS = {  # name -> the net's regularizer, and whether it is modulated
+    "L2": (lambda: keras.regularizers.L2(0.5e-4), False),
+    "OrthonormalRegularizer": (OrthonormalRegularizer, False),
+    "OrthonormalRegularizer and modulation": (OrthonormalRegularizer, True),
+}
 
 flags.DEFINE_list("depths", ["20", "44", "110", "200", "302", "500", "1004"], "Layers, 6n + 2.")
 flags.DEFINE_integer("image_size", 8, "Pixels a side.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 32, "Images a step.", lower_bound=1)
 flags.DEFINE_integer("steps", 10, "Steps that count.", lower_bound=1)
 flags.DEFINE_integer("measure", 0, "Prints the figures of this depth as JSON, and writes nothing.")
-flags.DEFINE_bool("modulated", False, "With --measure: with modulation.")
+flags.DEFINE_enum("arm", "L2", list(ARMS), "With --measure: what is trained.")
 flags.DEFINE_string("results", str(RESULTS), "Folder of the result file.")
 
 
-def measure(depth, modulated):
+def measure(depth, arm):
+    regularizer, modulated = ARMS[arm]
     shape = (FLAGS.image_size, FLAGS.image_size, 3)
     rng = np.random.default_rng(SEED)
     images = tf.constant(rng.normal(size=(FLAGS.batch_size, *shape)).astype("float32"))
     labels = tf.constant(rng.integers(10, size=FLAGS.batch_size))
     times = [time.perf_counter()]
-    model = plain_net(depth, shape)(OrthonormalRegularizer())
+    model = plain_net(depth, shape)(regularizer())
     step = training_step(modulate(model) if modulated else model)
     times.append(time.perf_counter())
     step.trace(images, labels)
@@ -61,16 +68,13 @@ def exponent(rows, name):
 
 def main(_):
     if FLAGS.measure:
-        print(json.dumps(measure(FLAGS.measure, FLAGS.modulated)))
+        print(json.dumps(measure(FLAGS.measure, FLAGS.arm)))
         return
     arms = {}
-    for name, flag in {
-        "OrthonormalRegularizer": "--nomodulated",
-        "OrthonormalRegularizer and modulation": "--modulated",
-    }.items():
+    for name in ARMS:
         rows = []
         for depth in map(int, FLAGS.depths):
-            command = [sys.executable, *sys.argv, f"--measure={depth}", flag]
+            command = [sys.executable, *sys.argv, f"--measure={depth}", f"--arm={name}"]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             rows.append({"depth": depth, **json.loads(done.stdout)})
             print(name, rows[-1], flush=True)
