@@ -54,7 +54,8 @@ with without_start_up_notes():
     from ortho_keras.deploy import check_export, deploy
     from ortho_keras.errors import InputError, Interrupted, NonFiniteLossError, WorkerLostError
     from ortho_keras.experiment import run
-    from ortho_keras.recipes import RECIPES, Recipe, find_preset, read_recipe
+    from ortho_keras.recipe import Recipe, read_recipe
+    from ortho_keras.recipes import RECIPES, find_preset
 
 FLAGS = flags.FLAGS
 RESULTS = pathlib.Path(__file__).resolve().parent / "benchmarks" / "results" / "recipes"

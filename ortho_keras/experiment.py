@@ -23,7 +23,7 @@ from ortho_keras.modulation import modulate
 from ortho_keras.muon import Muon
 from ortho_keras.patch_pca import PatchPCAInitializer
 from ortho_keras.plots import plot_curves
-from ortho_keras.recipes import Recipe
+from ortho_keras.recipe import Recipe
 from ortho_keras.regularizers import OrthonormalRegularizer
 from ortho_keras.runtime import Runtime, device_names
 from ortho_keras.schedules import LearningRate

@@ -206,7 +206,7 @@ import numpy as np
 import keras
 from ortho_keras import runtime
 from ortho_keras.experiment import run
-from ortho_keras.recipes import Recipe
+from ortho_keras.recipe import Recipe
 
 class Keep(keras.callbacks.Callback):
     def on_train_end(self, logs=None):

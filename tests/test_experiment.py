@@ -18,7 +18,8 @@ from ortho_keras.callbacks import read_signals
 from ortho_keras.data import load_data, training_batches
 from ortho_keras.errors import Interrupted
 from ortho_keras.experiment import build_model, compiled_model, make_optimizer, run
-from ortho_keras.recipes import OPTIMIZERS, find_preset
+from ortho_keras.recipe import OPTIMIZERS
+from ortho_keras.recipes import find_preset
 from ortho_keras.training import Trainer
 
 RECIPE = dataclasses.replace(

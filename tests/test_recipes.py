@@ -5,7 +5,8 @@ import math
 import pytest
 
 from ortho_keras.errors import InputError
-from ortho_keras.recipes import OPTIMIZERS, RECIPES, Preset, Recipe, find_preset, read_recipe
+from ortho_keras.recipe import OPTIMIZERS, Recipe, read_recipe
+from ortho_keras.recipes import RECIPES, Preset, find_preset
 from ortho_keras.schedules import LearningRate
 
 METHODS = [name for name in RECIPES if not name.endswith("_l2")]

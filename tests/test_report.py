@@ -10,7 +10,7 @@ import pytest
 
 from ortho_keras.errors import InputError
 from ortho_keras.experiment import run
-from ortho_keras.recipes import Recipe
+from ortho_keras.recipe import Recipe
 from ortho_keras.report import main, write_report
 
 SMALL = Recipe(depth=8, width=4, epochs=2, batch_size=256, learning_rate=0.01, bn_batches=1)

@@ -12,7 +12,8 @@ import pytest
 
 from ortho_keras.errors import InputError
 from ortho_keras.files import write_json
-from ortho_keras.recipes import RECIPES, read_recipe
+from ortho_keras.recipe import read_recipe
+from ortho_keras.recipes import RECIPES
 from tuning.report import command, importance_table, report
 from tuning.space import search_space
 from tuning.trials import FAILED, FINISHED, HOPELESS, RUNNING, SEARCH_FILE, Trial

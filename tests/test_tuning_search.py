@@ -18,7 +18,8 @@ from absl.testing import flagsaver
 
 import train
 from ortho_keras.files import write_json
-from ortho_keras.recipes import RECIPES, read_recipe
+from ortho_keras.recipe import read_recipe
+from ortho_keras.recipes import RECIPES
 from tuning import search, workers
 from tuning.hypermodel import RecipeHyperModel
 from tuning.report import report

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ortho_keras.errors import InputError
-from ortho_keras.recipes import RECIPES, Recipe
+from ortho_keras.recipe import Recipe
+from ortho_keras.recipes import RECIPES
 from tuning.space import OF_MODULATION, SPACE, Choices, Range, search_space
 
 DIGITS = RECIPES["digits"].recipe

@@ -13,7 +13,8 @@ import numpy as np
 
 from ortho_keras.errors import InputError
 from ortho_keras.files import write_json
-from ortho_keras.recipes import RECIPES, Recipe
+from ortho_keras.recipe import Recipe
+from ortho_keras.recipes import RECIPES
 from tuning.space import OF_MODULATION
 from tuning.trials import FAILED, FINISHED, HOPELESS, RUNNING, best_trial, read_search, read_trials
 

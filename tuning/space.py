@@ -3,7 +3,7 @@
 import dataclasses
 
 from ortho_keras.errors import InputError
-from ortho_keras.recipes import Recipe
+from ortho_keras.recipe import Recipe
 
 DIGITS = 4  # significant digits of a sampled value: enough to search by, few enough to paste
 

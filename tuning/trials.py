@@ -6,7 +6,7 @@ import pathlib
 
 from ortho_keras.errors import InputError
 from ortho_keras.files import write_json
-from ortho_keras.recipes import Recipe
+from ortho_keras.recipe import Recipe
 
 RUNNING, FINISHED, HOPELESS, FAILED = "running", "finished", "hopeless", "failed"
 SEARCH_FILE, TRIAL_FILE = "search.json", "outcome.json"

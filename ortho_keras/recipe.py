@@ -1,0 +1,141 @@
+"""A recipe: a frozen set of values that describes one training run completely."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+from ortho_keras.errors import InputError
+
+OPTIMIZERS = ("sgd", "nesterov", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "muon")
+
+
+def _field(default, help, choices=None, least=None, most=None, above=None):
+    """A recipe's field: its default, the flag's help, and the range that a value must lie in."""
+    limits = {"help": help, "choices": choices, "least": least, "most": most, "above": above}
+    return dataclasses.field(default=default, metadata=limits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Every value that decides what a run computes. Each field is a flag of `train.py`; `check` says what is allowed."""
+
+    dataset: str = _field("digits", "digits, a TFDS name (cifar10, cifar100, fashion_mnist, ...) or folder:PATH")
+    image_size: int = _field(0, "resizes images to this many pixels a side; 0 keeps their size", least=0, most=4096)
+    hold_out: bool = _field(
+        True, "a tenth of the training images is held out for validation (where the data has no such split); without, all train"
+    )
+    augment: str = _field("none", "training images: random crop of a padded image; flip", ("none", "crop", "crop_flip"))
+    padding: str = _field("mean", "what pads an image before the crop: its mean, or its mirrored border", ("mean", "symmetric"))
+    network: str = _field("plain", "network without or with shortcuts", ("plain", "residual"))
+    depth: int = _field(44, "layers, 6n + 2: 8, 14, 20, ..., 44, ..., 110", least=8)
+    width: int = _field(16, "filters of the first stage (doubled at each of the two others)", least=1)
+    initializer: str = _field(
+        "orthonormal", "kernels at the start (dirac: the identity where it fits, ours)",
+        ("orthonormal", "delta_orthonormal", "dirac", "he_normal", "glorot_uniform"),
+    )  # fmt: skip
+    stem_initializer: str = _field(
+        "same", "the first convolution at the start: as the others, or the images' principal patches (ours)", ("same", "pca")
+    )
+    bn_shift: float = _field(0.0, "BatchNormalization's initial beta (the paper: 0; near 1: ours)")
+    relu_shift: float = _field(
+        0.0, "the ReLUs are max(x, -relu_shift) (ours; 0: the ReLU; -1: the shift for the depth)", least=-1
+    )
+    regularizer: str = _field("orthonormal", "penalty on every kernel", ("orthonormal", "l2", "none"))
+    factor: float = _field(1e-4, "strength of the penalty: factor / 2 * ||W^T W - I||^2, or factor / 2 * ||W||^2", least=0)
+    modulation: str = _field(
+        "off", "backward error of the convolutions: not touched, or held to the next one up or to the topmost",
+        ("off", "neighbour", "anchor"),
+    )  # fmt: skip
+    tolerance: float = _field(2.0, "modulation: the ratio of magnitudes beyond which a layer is rescaled", least=1)
+    max_scale: float = _field(1000.0, "modulation: the largest rescaling of one layer", least=1)
+    modulation_steps: int = _field(0, "modulation: switched off after this many steps; 0: never", least=0)
+    modulation_sync: bool = _field(True, "moments of the modulation over all replicas, or each replica's own")
+    label_smoothing: float = _field(
+        0.0, "training: this share of each label is spread evenly over all classes", least=0, most=0.9
+    )
+    optimizer: str = _field("sgd", "optimizer (muon: ours, orthonormal steps)", OPTIMIZERS)
+    learning_rate: float = _field(0.1, "learning rate at its highest", above=0)
+    rate_depth: int = _field(
+        0, "layers that learning_rate is meant for: it is multiplied by rate_depth / depth; 0: taken as it is", least=0
+    )
+    vector_rate: float = _field(
+        1.0, "muon: learning rate of BatchNormalization's gamma and beta and of biases, over that of kernels", least=0
+    )
+    momentum: float = _field(0.9, "momentum of sgd, nesterov, rmsprop and muon", least=0, most=1)
+    weight_decay: float = _field(0.0, "decoupled weight decay of adamw", least=0)
+    schedule: str = _field(
+        "step", "learning rate: divided by 10 at 1/2 and 3/4 of the steps, half a cosine to 0, or constant",
+        ("step", "cosine", "constant"),
+    )  # fmt: skip
+    warmup_steps: int = _field(0, "steps over which the learning rate rises from 0", least=0)
+    epochs: int = _field(60, "passes over the training split", least=1)
+    max_steps: int = _field(0, "ends the run after this many steps, to which the schedule is fitted; 0: no such limit", least=0)
+    batch_size: int = _field(128, "images a step", least=1)
+    precision: str = _field("float32", "type of the layers' arithmetic", ("float32", "mixed_bfloat16", "mixed_float16"))
+    bn_batches: int = _field(
+        16, "training batches that re-estimate BatchNormalization's averages before an evaluation; 0: the moving averages",
+        least=0,
+    )  # fmt: skip
+    bn_sync: bool = _field(True, "BatchNormalization's statistics over all replicas, or each replica's own")
+    evaluate_every: int = _field(
+        1, "epochs from one validation to the next (the last always has one, where images are held out)", least=1
+    )
+    seed: int = _field(0, "seed of kernels, order of images and augmentation", least=0, most=2**31 - 1)
+
+    def check(self):
+        """Raises `InputError`, which names the flag, what was expected and what came, at the first value that is wrong."""
+        for field in dataclasses.fields(self):
+            value, limits = getattr(self, field.name), field.metadata
+            wrong = (
+                (limits["choices"] and value not in limits["choices"] and f"one of {', '.join(limits['choices'])}")
+                or (isinstance(value, float) and not math.isfinite(value) and "a finite number")
+                or (limits["least"] is not None and value < limits["least"] and f"at least {limits['least']}")
+                or (limits["most"] is not None and value > limits["most"] and f"at most {limits['most']}")
+                or (limits["above"] is not None and value <= limits["above"] and f"more than {limits['above']}")
+            )
+            if wrong:
+                raise InputError(f"--{field.name} must be {wrong}. Received: {value!r}")
+        if -1 < self.relu_shift < 0:
+            raise InputError(f"--relu_shift must be at least 0, or -1. Received: {self.relu_shift!r}")
+        if (self.depth - 2) % 6:
+            below = self.depth - (self.depth - 2) % 6
+            raise InputError(f"--depth must be 6n + 2; the nearest are {below} and {below + 6}. Received: {self.depth!r}")
+        if self.network == "residual" and self.modulation != "off":
+            raise InputError(
+                "--modulation must be off for --network residual: modulation is defined on a chain, and shortcuts branch. "
+                f"Received: {self.modulation!r}"
+            )
+        return self
+
+    @property
+    def peak_learning_rate(self):
+        return self.learning_rate * (self.rate_depth / self.depth if self.rate_depth else 1)
+
+    def to_json(self):
+        return dataclasses.asdict(self)
+
+
+def read_recipe(path):
+    """Returns name and `Recipe` of a JSON file `{"recipe_name": ..., "recipe": {...}}`; a value that it lacks has its default.
+
+    Raises:
+        InputError: If the file is none, or a value is not what was expected.
+    """
+    refused = f"--recipe_file must be a JSON file with a recipe, as a run's run.json. Received: {str(path)!r}"
+    try:
+        content = json.loads(pathlib.Path(path).read_text())
+        recipe, name = Recipe(**content["recipe"]), content.get("recipe_name") or pathlib.Path(path).stem
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{refused} ({type(error).__name__}: {error})") from error
+    if not isinstance(name, str):
+        raise InputError(f"{refused} (recipe_name={name!r} is no str)")
+    wrong = [field for field in dataclasses.fields(Recipe) if not _fits(getattr(recipe, field.name), field.type)]
+    if wrong:
+        told = ", ".join(f"{field.name}={getattr(recipe, field.name)!r} is no {field.type.__name__}" for field in wrong)
+        raise InputError(f"{refused} ({told})")
+    return name, recipe.check()
+
+
+def _fits(value, kind):
+    return type(value) is kind or (kind is float and type(value) is int)
