@@ -185,9 +185,12 @@ def main(_):
         return 128 + signal.SIGINT
     if not machine.is_chief:
         return 0
-    accuracy = {name: result[f"{name}_accuracy"] for name in ("test", "validation")}
-    shown = ", ".join(f"{name} accuracy {value:.4f}" for name, value in accuracy.items() if value is not None)
-    print(f"{shown}, {result['steps']} steps in {result['seconds']:.0f} s: {workdir}/result.json, curves.png, final.keras")
+    accuracy = {name: result.get(f"{name}_accuracy") for name in ("test", "test_top5", "validation")}
+    shown = [f"{name.replace('_top5', ' top-5')} accuracy {value:.4f}" for name, value in accuracy.items() if value is not None]
+    if result.get("skipped_images"):
+        shown.append(f"{result['skipped_images']} images skipped, which do not decode")
+    shown.append(f"{result['steps']} steps in {result['seconds']:.0f} s")
+    print(f"{', '.join(shown)}: {workdir}/result.json, curves.png, final.keras")
     if exported:
         print(exported)
     return 0

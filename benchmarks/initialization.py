@@ -44,7 +44,7 @@ flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS data; by default 
 
 def measure(data, depth, arguments, seed):
     """Returns the error's growth, in all and a layer, and the lowest image share, of one net."""
-    mean, variance = data.channel_statistics()
+    mean, variance = data.channel_statistics
     batch = data.train.take(slice(128))
     normalization = keras.layers.Normalization(mean=mean, variance=variance)
     model = ortho_keras.plain_cnn(depth, data.image_shape, 10, seed=seed, preprocessing=normalization, **arguments)

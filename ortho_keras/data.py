@@ -1,12 +1,14 @@
 """Images and labels: from TFDS, a folder or scikit-learn to a tf.data pipeline that is a function of the seed alone."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import tensorflow as tf
 
 from ortho_keras.errors import InputError
-from ortho_keras.sources import SPLIT_SEED, read_digits, read_folder, read_tfds
+from ortho_keras.sources import SPLIT_SEED, read_digits, read_folder, read_tfds, stream_folder, stream_tfds
+from ortho_keras.streaming import StreamedSplit
 
 HELD_SHARE = 0.1
 
@@ -15,9 +17,18 @@ HELD_SHARE = 0.1
 class Split:
     images: np.ndarray  # uint8 (n, height, width, channels)
     labels: np.ndarray  # int64 (n,)
+    skipped = ()  # names of images that cannot be decoded: none gets this far
 
     def __len__(self):
         return len(self.labels)
+
+    @property
+    def image_shape(self):
+        return self.images.shape[1:]
+
+    def sample(self, count=None):
+        """Returns the first `count` images and their labels; all of them by default."""
+        return self.images[:count], self.labels[:count]
 
     def take(self, indices):
         return Split(self.images[indices], self.labels[indices])
@@ -25,28 +36,34 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class ImageData:
-    """A data set in memory, with the split that chooses (validation, if any) apart from the one that judges (test)."""
+    """A data set, with the split that chooses (validation, if any) apart from the one that judges (test)."""
 
-    train: Split
-    validation: Split | None
-    test: Split
+    train: Split | StreamedSplit
+    validation: Split | StreamedSplit | None
+    test: Split | StreamedSplit
     class_names: tuple
 
     @property
     def image_shape(self):
-        return self.train.images.shape[1:]
+        return self.train.image_shape
 
+    @property
+    def skipped(self):
+        """Names of the images that did not decode so far."""
+        return [name for split in (self.train, self.validation, self.test) if split for name in split.skipped]
+
+    @functools.cached_property
     def channel_statistics(self):
-        """Returns mean and variance of the training split's pixels by channel, two lists of floats."""
-        pixels = self.train.images.reshape(-1, self.image_shape[-1])
+        """Mean and variance of the training split's pixels by channel, two lists of floats; from a sample of streamed ones."""
+        pixels = self.train.sample()[0].reshape(-1, self.image_shape[-1])
         chunks = [chunk.astype(np.float64) for chunk in np.array_split(pixels, max(1, len(pixels) // 1_000_000))]
         mean = sum(chunk.sum(0) for chunk in chunks) / len(pixels)
         variance = sum(np.square(chunk - mean).sum(0) for chunk in chunks) / len(pixels)
         return mean.tolist(), np.maximum(variance, 1e-12).tolist()
 
 
-def load_data(name, data_dir=None, image_size=0, hold_out=True):
-    """Loads a data set into memory.
+def load_data(name, data_dir=None, image_size=0, hold_out=True, stream=False):
+    """Loads a data set into memory, or finds its images and leaves them on the disk.
 
     Args:
         name: `"digits"` (scikit-learn's 1,797 handwritten digits, 8x8), `"folder:PATH"`, or a TFDS name. A folder holds either
@@ -54,6 +71,8 @@ def load_data(name, data_dir=None, image_size=0, hold_out=True):
         data_dir: TFDS's folder of prepared data. Defaults to TFDS's own, `~/tensorflow_datasets`.
         image_size: int. Resizes to this many pixels a side; 0 keeps the size, which must then be the same for all images.
         hold_out: bool. Whether a data set without a validation split gets one.
+        stream: bool. Whether the images stay on the disk, in their own sizes, of which parts are decoded and resized to
+            `image_size` when they are needed (`StreamedSplit`). A folder or a TFDS set.
 
     Returns:
         An `ImageData`. What the data set does not come with is cut off the training split, the same at every run: a tenth for
@@ -64,6 +83,9 @@ def load_data(name, data_dir=None, image_size=0, hold_out=True):
         InputError: If the data set is unknown, cannot be had or read, or holds no images of one size.
     """
     flag = f"--dataset {name}"
+    if stream:
+        splits, class_names = _streamed(name, data_dir, image_size)
+        return _with_cuts(splits, class_names, flag, hold_out)
     if name == "digits":
         arrays, class_names = read_digits(image_size)
     elif name.startswith("folder:"):
@@ -74,6 +96,19 @@ def load_data(name, data_dir=None, image_size=0, hold_out=True):
     shapes = {key: split.images.shape[1:] for key, split in splits.items()}
     if len(set(shapes.values())) > 1:
         raise InputError(f"{flag} must hold images of one size, or --image_size must be given. Received: {shapes}")
+    return _with_cuts(splits, class_names, flag, hold_out)
+
+
+def _streamed(name, data_dir, image_size):
+    if name == "digits":
+        raise InputError("--dataset must be a folder or a TFDS set with --augment resized_crop. Received: 'digits'")
+    folder = name.startswith("folder:")
+    sources, names = stream_folder(name.removeprefix("folder:")) if folder else stream_tfds(name, data_dir)
+    return {key: StreamedSplit(source, image_size) for key, source in sources.items()}, names
+
+
+def _with_cuts(splits, class_names, flag, hold_out):
+    """An `ImageData` of these splits, what is missing cut off the training split."""
     cuts = [key for key in ("test", "validation") if key not in splits and (hold_out or key == "test")]
     if len(splits["train"]) < 1 + len(cuts):
         raise InputError(
@@ -92,10 +127,10 @@ def training_batches(split, batch_size, augment, seed, start=0, stop=None, pad=0
     whole batches), augmentation draws from the step's own seed. So a run that resumes at step s sees what it would have seen.
 
     Args:
-        split: `Split`, at least one batch.
+        split: `Split` or `StreamedSplit`, at least one batch.
         batch_size: int.
         augment: `"none"`; `"crop"`, a window of the image's size out of the image padded by an eighth (4 pixels of 32);
-            `"crop_flip"`, the same and half of the images mirrored.
+            `"crop_flip"`, the same and half of the images mirrored; `"resized_crop"`, what a `StreamedSplit` always does.
         seed: int.
         start: int, the first step.
         stop: int, the step after the last one, or `None` for an endless dataset.
@@ -109,6 +144,8 @@ def training_batches(split, batch_size, augment, seed, start=0, stop=None, pad=0
         Dataset of `(images, labels)`: float32 `(share, height, width, channels)` of 0 to 255, int64 `(share,)`, where
         `share = batch_size / replicas`.
     """
+    if isinstance(split, StreamedSplit):
+        return split.training_batches(batch_size, seed, start, stop, replicas, own)
     steps = len(split) // batch_size
     share = batch_size // replicas
     replica_of = tf.constant(own, tf.int64)
@@ -136,7 +173,7 @@ def evaluation_batches(split, batch_size, replicas=1, own=(0,)):
     """Returns a `tf.data.Dataset` of the whole split in order, in batches of one size.
 
     Args:
-        split: `Split`.
+        split: `Split` or `StreamedSplit`.
         batch_size: int.
         replicas: See `training_batches`.
         own: See `training_batches`.
@@ -145,6 +182,8 @@ def evaluation_batches(split, batch_size, replicas=1, own=(0,)):
         Dataset of `(images, labels, weights)`, as in `training_batches`; float32 weights are 1, and 0 for the images that
         fill up the last batch.
     """
+    if isinstance(split, StreamedSplit):
+        return split.evaluation_batches(batch_size, replicas, own)
     share = batch_size // replicas
     replica_of = tf.constant(own, tf.int64)
     with tf.device("CPU:0"):

@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import json
 import math
-import os
 import pathlib
 import platform
 
@@ -16,6 +15,7 @@ from ortho_keras.callbacks import ModulationSwitch, SignalMonitor
 from ortho_keras.data import load_data
 from ortho_keras.errors import InputError, WorkerLostError, first_line
 from ortho_keras.files import check_folder, entries, whole_file, write_json
+from ortho_keras.imagenet import plain_imagenet, residual_imagenet
 from ortho_keras.kernels import layer_kernels, model_kernels, orthonormality_error
 from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
 from ortho_keras.models import plain_cnn, residual_cnn
@@ -25,12 +25,18 @@ from ortho_keras.patch_pca import PatchPCAInitializer
 from ortho_keras.plots import plot_curves
 from ortho_keras.recipe import Recipe
 from ortho_keras.regularizers import OrthonormalRegularizer
-from ortho_keras.runtime import Runtime, device_names
+from ortho_keras.runtime import Runtime, cpu_cores, device_names
 from ortho_keras.schedules import LearningRate
 from ortho_keras.training import Trainer, scores
 
 PROBE_IMAGES = 64
 STEM_PIXELS = 5000 * 32 * 32  # whose patches are enough for their principal components
+BUILDERS = {
+    ("cifar", "plain"): plain_cnn,
+    ("cifar", "residual"): residual_cnn,
+    ("imagenet", "plain"): plain_imagenet,
+    ("imagenet", "residual"): residual_imagenet,
+}
 PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "scikit-learn")
 
 
@@ -109,13 +115,12 @@ def _run(recipe, workdir, data_dir, name, runtime, callbacks, keep_checkpoints, 
         callbacks = [*callbacks, ModulationSwitch(recipe.modulation_steps)]
     monitor = None
     if signal_every and runtime.is_chief:
-        probe = data.train.take(slice(PROBE_IMAGES))
-        images = probe.images.astype("float32")
+        images, labels = data.train.sample(PROBE_IMAGES)
 
-        def loss(labels, logits):
-            return scores(labels, logits, recipe.label_smoothing)[-1]
+        def loss(true, logits):
+            return scores(true, logits, recipe.label_smoothing)[-1]
 
-        monitor = SignalMonitor(images, probe.labels, workdir, loss, every=signal_every)
+        monitor = SignalMonitor(images.astype("float32"), labels, workdir, loss, every=signal_every)
         callbacks = [*callbacks, monitor]
     trainer = Trainer(model, recipe, data, workdir, total_steps, runtime, callbacks, keep_checkpoints, log)
     history = trainer.run()
@@ -123,7 +128,7 @@ def _run(recipe, workdir, data_dir, name, runtime, callbacks, keep_checkpoints, 
         log(f"signals.csv and signals.png took {100 * monitor.share:.1f} % of the training time")
     log("evaluating on the test split")
     test = trainer.evaluate(data.test)
-    result = _result(name, recipe, model, history, test, runtime)
+    result = _result(name, recipe, model, history, test, data.skipped, runtime)
     if runtime.is_chief:
         _save_model(model, workdir / "final.keras")
         write_json(workdir / "history.json", history)
@@ -151,7 +156,8 @@ def load_recipe_data(recipe, data_dir=None, replicas=1):
     """Returns the recipe's `ImageData`, of which the replicas can share a batch, or raises `InputError`."""
     if recipe.batch_size % replicas:
         raise InputError(f"--batch_size must be divisible by the {replicas} replicas. Received: {recipe.batch_size}")
-    data = load_data(recipe.dataset, data_dir, recipe.image_size, recipe.hold_out)
+    stream = recipe.augment == "resized_crop"
+    data = load_data(recipe.dataset, data_dir, recipe.image_size, recipe.hold_out, stream)
     if len(data.train) < recipe.batch_size:
         raise InputError(
             f"--batch_size must be at most the number of training images, {len(data.train)}. Received: {recipe.batch_size}"
@@ -164,16 +170,15 @@ def build_model(recipe, data, replicated=False):
 
     `replicated` says that there is more than one replica, so that there is something to synchronize.
     """
-    mean, variance = data.channel_statistics()
+    mean, variance = data.channel_statistics
     stem_initializer = None
     if recipe.stem_initializer == "pca":
-        images = data.train.images[: max(1, STEM_PIXELS // math.prod(data.image_shape[:2]))]
+        images, _ = data.train.sample(max(1, STEM_PIXELS // math.prod(data.image_shape[:2])))
         try:
             stem_initializer = PatchPCAInitializer.from_images((images - np.array(mean)) / np.sqrt(variance))
         except ValueError as error:
             raise InputError(f"--stem_initializer=pca must have images with patches that differ: {error}") from error
-    builder = plain_cnn if recipe.network == "plain" else residual_cnn
-    model = builder(
+    model = BUILDERS[recipe.family, recipe.network](
         recipe.depth,
         input_shape=data.image_shape,
         num_classes=len(data.class_names),
@@ -277,7 +282,7 @@ def _check_workdir(workdir, recipe):
     return json.loads(result.read_text()) if result.exists() else None
 
 
-def _result(name, recipe, model, history, test, runtime):
+def _result(name, recipe, model, history, test, skipped, runtime):
     seconds = sum(row["seconds"] for row in history)
     rates = [row["images/s"] for row in history if "images/s" in row]
     last = history[-1]
@@ -287,9 +292,11 @@ def _result(name, recipe, model, history, test, runtime):
         "seed": recipe.seed,
         "validation_accuracy": last.get("validation_accuracy"),
         "test_accuracy": test["accuracy"],
+        "test_top5_accuracy": test.get("top5_accuracy"),
         "test_crossentropy": test["crossentropy"],
         "training_accuracy": last["accuracy"],
         "penalty": test["penalty"],
+        "skipped_images": len(skipped),
         "steps": last["step"],
         "seconds": round(seconds, 3),
         "images_per_second": round(sorted(rates)[len(rates) // 2], 1) if rates else None,
@@ -299,7 +306,7 @@ def _result(name, recipe, model, history, test, runtime):
         },
         "device": {
             "type": device_names(),
-            "cpu_cores": _cpu_cores(),
+            "cpu_cores": cpu_cores(),
             "machine": platform.machine(),
             "processor": processor(),
             "runtime": runtime.describe(),
@@ -316,11 +323,6 @@ def _own_version():
     import ortho_keras
 
     return ortho_keras.__version__
-
-
-def _cpu_cores():
-    """The cores that this process may use, which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def processor():

@@ -6,6 +6,8 @@ import math
 import pathlib
 
 from ortho_keras.errors import InputError
+from ortho_keras.imagenet import BLOCKS
+from ortho_keras.schedules import SHAPES
 
 OPTIMIZERS = ("sgd", "nesterov", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "muon")
 
@@ -25,11 +27,19 @@ class Recipe:
     hold_out: bool = _field(
         True, "a tenth of the training images is held out for validation (where the data has no such split); without, all train"
     )
-    augment: str = _field("none", "training images: random crop of a padded image; flip", ("none", "crop", "crop_flip"))
+    augment: str = _field(
+        "none",
+        "training images: random crop of a padded image; flip. resized_crop: a random part of a photograph, resized to "
+        "image_size, and flip; images then stay on the disk and are decoded as they are needed",
+        ("none", "crop", "crop_flip", "resized_crop"),
+    )
     padding: str = _field("mean", "what pads an image before the crop: its mean, or its mirrored border", ("mean", "symmetric"))
     network: str = _field("plain", "network without or with shortcuts", ("plain", "residual"))
-    depth: int = _field(44, "layers, 6n + 2: 8, 14, 20, ..., 44, ..., 110", least=8)
-    width: int = _field(16, "filters of the first stage (doubled at each of the two others)", least=1)
+    family: str = _field(
+        "cifar", "He et al.'s nets for small images (three stages) or for photographs (four)", ("cifar", "imagenet")
+    )
+    depth: int = _field(44, "layers: 6n + 2 (8, 14, 20, ..., 44, ..., 110), or of imagenet 34, 44 or 101", least=8)
+    width: int = _field(16, "filters of the first stage (doubled at each of the others); imagenet: 64 in He et al.", least=1)
     initializer: str = _field(
         "orthonormal", "kernels at the start (dirac: the identity where it fits, ours)",
         ("orthonormal", "delta_orthonormal", "dirac", "he_normal", "glorot_uniform"),
@@ -65,8 +75,8 @@ class Recipe:
     momentum: float = _field(0.9, "momentum of sgd, nesterov, rmsprop and muon", least=0, most=1)
     weight_decay: float = _field(0.0, "decoupled weight decay of adamw", least=0)
     schedule: str = _field(
-        "step", "learning rate: divided by 10 at 1/2 and 3/4 of the steps, half a cosine to 0, or constant",
-        ("step", "cosine", "constant"),
+        "step", "learning rate: divided by 10 at 1/2 and 3/4 of the steps, at 1/3 and 2/3, half a cosine to 0, or constant",
+        SHAPES,
     )  # fmt: skip
     warmup_steps: int = _field(0, "steps over which the learning rate rises from 0", least=0)
     epochs: int = _field(60, "passes over the training split", least=1)
@@ -98,9 +108,15 @@ class Recipe:
                 raise InputError(f"--{field.name} must be {wrong}. Received: {value!r}")
         if -1 < self.relu_shift < 0:
             raise InputError(f"--relu_shift must be at least 0, or -1. Received: {self.relu_shift!r}")
-        if (self.depth - 2) % 6:
+        if self.family == "imagenet":
+            if self.depth not in BLOCKS:
+                told = ", ".join(map(str, BLOCKS))
+                raise InputError(f"--depth must be one of {told} with --family imagenet. Received: {self.depth!r}")
+        elif (self.depth - 2) % 6:
             below = self.depth - (self.depth - 2) % 6
             raise InputError(f"--depth must be 6n + 2; the nearest are {below} and {below + 6}. Received: {self.depth!r}")
+        if self.augment == "resized_crop" and not self.image_size:
+            raise InputError("--image_size must be given with --augment resized_crop, which resizes to it. Received: 0")
         if self.network == "residual" and self.modulation != "off":
             raise InputError(
                 "--modulation must be off for --network residual: modulation is defined on a chain, and shortcuts branch. "

@@ -69,6 +69,23 @@ _FAST = dataclasses.replace(
 )
 
 
+# He et al.'s ImageNet schedule, of which the paper tells 90 epochs and the drops at 30 and 60. The warm-up is ours.
+_IMAGENET = Recipe(
+    dataset="imagenet2012",
+    image_size=224,
+    hold_out=False,
+    augment="resized_crop",
+    family="imagenet",
+    depth=34,
+    width=64,
+    schedule="thirds",
+    learning_rate=0.1,
+    warmup_steps=2500,
+    epochs=90,
+    batch_size=256,
+)
+
+
 def _preset(base, about, paper="", **changes):
     return Preset(dataclasses.replace(base, **changes), about, paper)
 
@@ -196,6 +213,57 @@ RECIPES = {
             network="residual",
             depth=110,
             paper="90.0 (orthonormal, read off a figure)",
+        ),
+    ),
+    **_with_control(
+        "plain34_imagenet",
+        _preset(_IMAGENET, "the paper's plain net of 34 layers for ImageNet"),
+    ),
+    **_with_control(
+        "plain44_imagenet",
+        _preset(_IMAGENET, "the paper's plain net of 44 layers for ImageNet", depth=44),
+    ),
+    **_with_control(
+        "plain101_imagenet",
+        _preset(
+            _IMAGENET,
+            "the paper's plain net of 101 layers for ImageNet, with modulation",
+            depth=101,
+            modulation="anchor",
+            paper="70.0 (second-hand)",
+        ),
+    ),
+    **_with_control(
+        "resnet34_imagenet",
+        _preset(
+            _IMAGENET,
+            "the residual twin of plain34_imagenet",
+            network="residual",
+            paper="72.9 (orthonormal, read off a figure; L2: 72.3)",
+        ),
+    ),
+    **_with_control(
+        "resnet101_imagenet",
+        _preset(
+            _IMAGENET,
+            "the residual twin of plain101_imagenet",
+            network="residual",
+            depth=101,
+            paper="75.9 (orthonormal, read off a figure; L2: 75.5)",
+        ),
+    ),
+    **_with_control(
+        "plain34_imagenet_smoke",
+        _preset(
+            _IMAGENET,
+            "plain34_imagenet made small, to try a folder of a few hundred photographs: --dataset=folder:PATH",
+            dataset="imagenette",
+            image_size=64,
+            width=16,
+            learning_rate=0.02,
+            warmup_steps=20,
+            epochs=3,
+            batch_size=32,
         ),
     ),
 }

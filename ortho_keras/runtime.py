@@ -195,3 +195,8 @@ def _make_logical_cpus(count, text):
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
     except RuntimeError as error:
         raise InputError(f"--devices must be set before TensorFlow is used. Received: {text!r} ({error})") from error
+
+
+def cpu_cores():
+    """The cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

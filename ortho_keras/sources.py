@@ -1,4 +1,4 @@
-"""Where images come from: scikit-learn's digits, TFDS, a folder. Each is read whole into memory."""
+"""Where images come from: scikit-learn's digits, TFDS, a folder. Read whole into memory, or left on the disk."""
 
 import logging
 import os
@@ -12,9 +12,11 @@ import numpy as np
 import tensorflow as tf
 
 from ortho_keras.errors import InputError, first_line
+from ortho_keras.streaming import ImageFiles, ImageRecords
 
 SPLIT_SEED = 0  # fixed, so that every run has the same validation and test images
 VALIDATION_NAMES = ("validation", "val", "valid")
+SUFFIXES = (".jpg", ".jpeg", ".png")  # as TFDS's ImageFolder
 
 
 def read_digits(image_size):
@@ -34,9 +36,45 @@ def read_digits(image_size):
 
 def read_tfds(name, data_dir, image_size):
     """Returns a TFDS classification set, downloaded first if it is not prepared; as `read_digits`."""
+    flag = f"--dataset {name}"
+    builder, wanted = _tfds_splits(name, data_dir)
+    dtype = np.dtype(builder.info.features["image"].np_dtype)
+    if dtype != np.uint8:
+        raise InputError(f"--dataset must have images of 8 bits. Received: {name!r} with {dtype.name}")
+    try:
+        splits = {
+            key: _in_memory(builder.as_dataset(split=split, shuffle_files=False), image_size, flag)
+            for key, split in wanted.items()
+        }
+    except (OSError, tf.errors.OpError) as error:
+        raise InputError(f"{flag} must be whole in {builder.data_path}. Received: {first_line(error)}") from error
+    return splits, builder.info.features["label"].names
+
+
+def stream_tfds(name, data_dir):
+    """Returns `({split: ImageRecords}, class names)` of a TFDS classification set of encoded photographs."""
+    flag = f"--dataset {name}"
+    builder, wanted = _tfds_splits(name, data_dir)
+    kind = builder.info.file_format.value
+    if kind != "tfrecord":
+        raise InputError(f"{flag} must be prepared as TFRecord files for --augment resized_crop. Received: {kind}")
+
+    def records(split):
+        return ImageRecords(flag, builder.info.splits[split].filepaths, builder.info.features)
+
+    try:
+        splits = {key: records(split) for key, split in wanted.items()}
+        if "validation" in splits and len(splits["test"]) and splits["test"].first_label() < 0:
+            splits["test"] = splits.pop("validation")  # as ImageNet's, whose test labels are not public
+    except (OSError, tf.errors.OpError) as error:
+        raise InputError(f"{flag} must be whole in {builder.data_path}. Received: {first_line(error)}") from error
+    return splits, builder.info.features["label"].names
+
+
+def _tfds_splits(name, data_dir):
+    """Returns a prepared set's builder, and which of its splits is `train`, `test` and, where there is one, `validation`."""
     import tensorflow_datasets as tfds
 
-    flag = f"--dataset {name}"
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except Exception as error:  # by the name's form TFDS raises almost anything
@@ -48,11 +86,8 @@ def read_tfds(name, data_dir, image_size):
         raise InputError(
             f"--dataset must have an image and a class label for each example. Received: {name!r} with {list(features)}"
         )
-    dtype = np.dtype(features["image"].np_dtype)
-    if dtype != np.uint8:
-        raise InputError(f"--dataset must have images of 8 bits. Received: {name!r} with {dtype.name}")
     if not builder.is_prepared():
-        _prepare(builder, flag)
+        _prepare(builder, f"--dataset {name}")
     names = list(builder.info.splits)
     validation = next((split for split in VALIDATION_NAMES if split in names), None)
     test = "test" if "test" in names else validation
@@ -61,14 +96,7 @@ def read_tfds(name, data_dir, image_size):
     wanted = {"train": "train", "test": test}
     if validation not in (None, test):
         wanted["validation"] = validation
-    try:
-        splits = {
-            key: _in_memory(builder.as_dataset(split=split, shuffle_files=False), image_size, flag)
-            for key, split in wanted.items()
-        }
-    except (OSError, tf.errors.OpError) as error:
-        raise InputError(f"{flag} must be whole in {builder.data_path}. Received: {first_line(error)}") from error
-    return splits, features["label"].names
+    return builder, wanted
 
 
 def _prepare(builder, flag):
@@ -109,19 +137,14 @@ def read_folder(path, image_size):
     import tensorflow_datasets as tfds
 
     flag = f"--dataset folder:{path}"
-    root = pathlib.Path(path).expanduser()
+    root = _checked_folder(path, flag)
     try:
-        if not path or not root.is_dir():
-            raise InputError(f"{flag} must name a folder that exists. Received: {path!r}")
         with tempfile.TemporaryDirectory() as scratch:
             folders = _linked(root, pathlib.Path(scratch))
             builder = tfds.folder_dataset.ImageFolder(scratch)
             found = [split for split, info in builder.info.splits.items() if info.num_examples]
             if "train" not in found:
-                raise InputError(
-                    f"{flag} must hold one folder of JPEG or PNG images for each class, or train/ and test/ with such folders "
-                    f"in each. Received: no image in {folders} folder(s)"
-                )
+                raise _no_images(flag, folders)
             # The files' names come with the undecoded bytes: an unreadable one can then be named.
             raw = {"image": tfds.decode.SkipDecoding()}
             splits = {
@@ -133,24 +156,65 @@ def read_folder(path, image_size):
     return splits, builder.info.features["label"].names
 
 
+def stream_folder(path):
+    """Returns `({split: ImageFiles}, class names)` of a folder as `read_folder` takes it."""
+    flag = f"--dataset folder:{path}"
+    root = _checked_folder(path, flag)
+    try:
+        found = {
+            split: {
+                source.name: [file for file in sorted(source.iterdir()) if file.suffix.lower() in SUFFIXES]
+                for source in _visible_folders(folder)
+            }
+            for split, folder in _folder_parts(root).items()
+        }
+    except OSError as error:
+        raise InputError(f"{flag} must be readable. Received: {first_line(error)}") from error
+    names = sorted({name for classes in found.values() for name in classes})
+    splits = {}
+    for split, classes in found.items():
+        labelled = [(file, names.index(name)) for name in sorted(classes) for file in classes[name]]
+        if labelled:
+            splits[split] = ImageFiles(flag, root, *zip(*labelled))
+    if "train" not in splits:
+        raise _no_images(flag, sum(map(len, found.values())))
+    return splits, names
+
+
+def _checked_folder(path, flag):
+    root = pathlib.Path(path).expanduser()
+    if not path or not root.is_dir():
+        raise InputError(f"{flag} must name a folder that exists. Received: {path!r}")
+    return root
+
+
+def _no_images(flag, folders):
+    return InputError(
+        f"{flag} must hold one folder of JPEG or PNG images for each class, or train/ and test/ with such folders in each. "
+        f"Received: no image in {folders} folder(s)"
+    )
+
+
+def _visible_folders(folder):
+    """Hidden folders (`.ipynb_checkpoints`) are no classes."""
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _folder_parts(root):
+    """Returns `{split: folder}`. `train` is a split only if it holds folders itself; otherwise all is training."""
+    if not (root / "train").is_dir() or not _visible_folders(root / "train"):
+        return {"train": root}
+    validation = next((name for name in VALIDATION_NAMES if (root / name).is_dir()), None)
+    places = {"train": "train", "test": "test", "validation": validation}
+    return {split: root / name for split, name in places.items() if name and (root / name).is_dir()}
+
+
 def _linked(root, scratch):
-    """Links a folder's class folders where TFDS's ImageFolder expects them, `scratch/split/class`; returns their number.
-
-    Hidden folders (`.ipynb_checkpoints`) are no classes. `train` is a split only if it holds folders itself.
-    """
-
-    def visible(folder):
-        return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-    parts = {"train": root}
-    if (root / "train").is_dir() and visible(root / "train"):
-        validation = next((name for name in VALIDATION_NAMES if (root / name).is_dir()), None)
-        places = {"train": "train", "test": "test", "validation": validation}
-        parts = {split: root / name for split, name in places.items() if name and (root / name).is_dir()}
+    """Links a folder's class folders where TFDS's ImageFolder expects them, `scratch/split/class`; returns their number."""
     count = 0
-    for split, folder in parts.items():
+    for split, folder in _folder_parts(root).items():
         (scratch / split).mkdir()
-        for source in visible(folder):
+        for source in _visible_folders(folder):
             next(source.iterdir(), None)  # an unreadable folder is told here
             os.symlink(source.resolve(), scratch / split / source.name)
             count += 1

@@ -13,10 +13,11 @@ import tensorflow as tf
 from ortho_keras.batchnorm import BatchNormalizationEstimator
 from ortho_keras.checkpoints import restore_checkpoint, save_checkpoint, state_variables
 from ortho_keras.data import evaluation_batches, training_batches
-from ortho_keras.errors import Interrupted, NonFiniteLossError
+from ortho_keras.errors import InputError, Interrupted, NonFiniteLossError
 from ortho_keras.runtime import Runtime
 
 SUM = tf.distribute.ReduceOp.SUM
+TOP, FEW_CLASSES = 5, 10  # top-5 accuracy says something where there are more classes than these
 LEAST_LOSS_SCALE = 2.0**-10  # float16's own range is used up long before
 
 
@@ -50,12 +51,13 @@ class Trainer:
         self.log = log if self.runtime.is_chief else lambda line: None
         self.steps_per_epoch = len(data.train) // recipe.batch_size
         self.epochs = -(-total_steps // self.steps_per_epoch)
-        mean = np.asarray(data.channel_statistics()[0], np.float32)
+        mean = np.asarray(data.channel_statistics[0], np.float32)
         self.pad = recipe.padding if recipe.padding != "mean" else mean
         self.estimator = BatchNormalizationEstimator(model)
         self.callbacks = keras.callbacks.CallbackList(list(callbacks), model=model, epochs=self.epochs)
         self._train = _train_function(model, recipe.batch_size, recipe.label_smoothing, self.runtime)
         self._score = _score_function(model, self.runtime)
+        self._told = set()
 
     def run(self):
         """Trains to the last step and returns the history: a list of one dict of figures for each epoch.
@@ -85,18 +87,29 @@ class Trainer:
         return history
 
     def evaluate(self, split):
-        """Returns `crossentropy` and `accuracy` on a split, and the `penalty`, as floats.
+        """Returns `crossentropy` and `accuracy` on a split, and the `penalty`, as floats; `top5_accuracy` of many classes.
 
         BatchNormalization's averages are re-estimated first, from the same training batches each time.
         """
         if self.recipe.bn_batches:
             self.estimator(images for images, _ in self._training_batches(0, self.recipe.bn_batches))
         batch_size = min(self.recipe.batch_size, -(-len(split) // self.runtime.replicas) * self.runtime.replicas)
-        totals = np.zeros(3)
+        totals = np.zeros(4)
         for batch in self._distributed(lambda own: evaluation_batches(split, batch_size, self.runtime.replicas, own)):
             totals += self._score(*batch).numpy()
-        crossentropy, correct, count = totals
-        return {"crossentropy": crossentropy / count, "accuracy": correct / count, "penalty": float(sum(self.model.losses))}
+        self._tell_skipped()
+        crossentropy, correct, among, count = totals
+        if not count:
+            raise InputError(f"--dataset must hold images that decode. Received: {len(split)} that do not")
+        figures = {"crossentropy": crossentropy / count, "accuracy": correct / count, "penalty": float(sum(self.model.losses))}
+        return figures | ({"top5_accuracy": among / count} if len(self.data.class_names) > FEW_CLASSES else {})
+
+    def _tell_skipped(self):
+        """Names the images that were found not to decode since the last time."""
+        new = [name for name in self.data.skipped if name not in self._told]
+        self._told.update(new)
+        for name in new:
+            self.log(f"skipped, as it does not decode: {name}")
 
     def _training_batches(self, start, stop):
         r = self.recipe
@@ -200,9 +213,11 @@ class Trainer:
                 )
         if self.data.validation and (step == self.total_steps or number % self.recipe.evaluate_every == 0):
             validation = self.evaluate(self.data.validation)
-            figures |= {f"validation_{name}": validation[name] for name in ("crossentropy", "accuracy")}
+            figures |= {f"validation_{name}": value for name, value in validation.items() if name != "penalty"}
+        self._tell_skipped()
         parts = [f"epoch {number}/{self.epochs}", f"step {step}", f"{figures['seconds']:.1f}s"]
-        shown = ("images/s", "loss", "penalty", "accuracy", "validation_accuracy", "learning_rate", "loss_scale")
+        shown = ["images/s", "loss", "penalty", "accuracy", "validation_accuracy", "validation_top5_accuracy"]
+        shown += ["learning_rate", "loss_scale"]
         parts += [f"{name} {figures[name]:.4g}" for name in shown if name in figures]
         self.log(" - ".join(parts))
         return figures
@@ -243,11 +258,13 @@ def _train_function(model, batch_size, label_smoothing, runtime):
 
 
 def _score_function(model, runtime):
-    """One evaluation step: `(images, labels, weights)` to the sums over replicas `[cross-entropy, correct, weight]`."""
+    """One evaluation step: `(images, labels, weights)` to sums over replicas `[cross-entropy, correct, among five, weight]`."""
 
     def step(images, labels, weights):
-        crossentropy, correct, _ = scores(labels, model(images, training=False))
-        return tf.stack([tf.reduce_sum(weights * score) for score in (crossentropy, correct, tf.ones_like(weights))])
+        logits = tf.cast(model(images, training=False), tf.float32)
+        crossentropy, correct, _ = scores(labels, logits)
+        among = tf.cast(tf.math.in_top_k(labels, logits, min(TOP, logits.shape[-1])), tf.float32)
+        return tf.stack([tf.reduce_sum(weights * score) for score in (crossentropy, correct, among, tf.ones_like(weights))])
 
     @tf.function(reduce_retracing=True)
     def score(images, labels, weights):

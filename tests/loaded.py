@@ -7,10 +7,10 @@ from ortho_keras.data import load_data
 from ortho_keras.errors import InputError
 
 
-def refusal(name, data_dir=None, image_size=0):
+def refusal(name, data_dir=None, image_size=0, **options):
     """The message with which `load_data` refuses: one line that names the flag, what was expected and what came."""
     with pytest.raises(InputError) as caught:
-        load_data(name, data_dir, image_size)
+        load_data(name, data_dir, image_size, **options)
     message = str(caught.value)
     assert message.startswith("--dataset") and " must " in message and "Received: " in message and "\n" not in message
     return message

@@ -99,7 +99,7 @@ def test_channel_statistics_equal_those_of_whole_numbers():
     images = np.stack([rng.integers(low, high, (2100, 32, 32)) for low, high in ((0, 256), (250, 256), (7, 8))], -1)
     train = Split(images.astype(np.uint8), np.zeros(2100, np.int64))  # 2.15 million pixels
     other = Split(255 - train.images[:1], np.zeros(1, np.int64))
-    mean, variance = ImageData(train, other, other, ("one",)).channel_statistics()
+    mean, variance = ImageData(train, other, other, ("one",)).channel_statistics
     n, sums, squares = 2100 * 32 * 32, images.sum((0, 1, 2)).tolist(), np.square(images).sum((0, 1, 2)).tolist()  # exact
     assert mean == [total / n for total in sums]
     np.testing.assert_allclose(variance[:2], [(n * sq - total**2) / n**2 for total, sq in zip(sums[:2], squares)], rtol=1e-11)

@@ -11,6 +11,7 @@ from ortho_keras.schedules import LearningRate
 
 METHODS = [name for name in RECIPES if not name.endswith("_l2")]
 PAPER = ["plain44_cifar10", "plain110_cifar10", "resnet44_cifar10", "resnet110_cifar10"]
+SMOKE = ["plain34_imagenet_smoke", "plain34_imagenet_smoke_l2"]
 CIFAR10_STEPS = 45_000 // 128  # an epoch: a tenth of 50,000 is held out
 
 
@@ -91,7 +92,42 @@ def test_names_tell_network_depth_and_data(name):
         return
     network, data = name.split("_")[:2]
     assert f"{'plain' if recipe.network == 'plain' else 'resnet'}{recipe.depth}" == network
-    assert recipe.dataset == data
+    if name in SMOKE:
+        assert recipe.family == data and recipe.dataset == "imagenette"  # the small subset, or a folder
+    elif data == "imagenet":
+        assert (recipe.family, recipe.dataset) == (data, "imagenet2012")
+    else:
+        assert (recipe.family, recipe.dataset) == ("cifar", data)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "_imagenet" in name])
+def test_imagenet_recipes_run_90_epochs_with_drops_at_30_and_60(name):
+    recipe = RECIPES[name].recipe
+    assert (recipe.augment, recipe.optimizer, recipe.momentum, recipe.precision) == ("resized_crop", "sgd", 0.9, "float32")
+    assert recipe.schedule == "thirds"
+    if name in SMOKE:
+        return
+    assert (recipe.epochs, recipe.batch_size, recipe.image_size, recipe.width, recipe.hold_out) == (90, 256, 224, 64, False)
+    epoch = 1_281_167 // 256
+    rate = LearningRate(recipe.learning_rate, 90 * epoch, recipe.schedule, recipe.warmup_steps)
+    steps = [2499, 30 * epoch - 1, 30 * epoch, 60 * epoch - 1, 60 * epoch, 90 * epoch - 1]
+    assert [float(rate(step)) / 0.1 for step in steps] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01], rel=1e-6)
+
+
+def test_photographs_need_a_size_and_a_depth_of_theirs():
+    assert refusal(augment="resized_crop") == (
+        "--image_size must be given with --augment resized_crop, which resizes to it. Received: 0"
+    )
+    expected = "--depth must be one of 34, 44, 101 with --family imagenet. Received: 50"
+    assert refusal(family="imagenet", depth=50) == expected
+    for depth in (34, 44, 101):
+        Recipe(family="imagenet", depth=depth).check()
+
+
+@pytest.mark.parametrize("depth", [34, 101])
+def test_residual_twins_for_photographs_differ_in_the_shortcuts(depth):
+    plain, twin = RECIPES[f"plain{depth}_imagenet"].recipe, RECIPES[f"resnet{depth}_imagenet"].recipe
+    assert {"network"} <= differences(plain, twin) <= {"network", "modulation"} and twin.modulation == "off"
 
 
 @pytest.mark.parametrize("depth", [44, 110])
@@ -153,11 +189,11 @@ def test_fast_recipes_and_their_controls_have_the_same_data_steps_and_schedule(n
         ({"image_size": 5000}, "--image_size must be at most 4096. Received: 5000"),
         ({"seed": -1}, "--seed must be at least 0. Received: -1"),
         ({"seed": 2**31}, "--seed must be at most 2147483647. Received: 2147483648"),
-        ({"augment": "flip"}, "--augment must be one of none, crop, crop_flip. Received: 'flip'"),
+        ({"augment": "flip"}, "--augment must be one of none, crop, crop_flip, resized_crop. Received: 'flip'"),
         ({"network": "dense"}, "--network must be one of plain, residual. Received: 'dense'"),
         ({"regularizer": "L2"}, "--regularizer must be one of orthonormal, l2, none. Received: 'L2'"),
         ({"modulation": "on"}, "--modulation must be one of off, neighbour, anchor. Received: 'on'"),
-        ({"schedule": ""}, "--schedule must be one of step, cosine, constant. Received: ''"),
+        ({"schedule": ""}, "--schedule must be one of step, thirds, cosine, constant. Received: ''"),
         ({"precision": "float16"}, "--precision must be one of float32, mixed_bfloat16, mixed_float16. Received: 'float16'"),
     ],
 )  # fmt: skip
@@ -170,7 +206,7 @@ def test_unknown_choice_is_told_with_all_of_them(field):
     choices = next(f.metadata["choices"] for f in dataclasses.fields(Recipe) if f.name == field)
     assert refusal(**{field: "adamant"}) == f"--{field} must be one of {', '.join(choices)}. Received: 'adamant'"
     for choice in choices:
-        Recipe(**{field: choice}).check()
+        Recipe(**{field: choice}, image_size=64).check()
 
 
 def test_unknown_optimizer():

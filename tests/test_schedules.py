@@ -17,6 +17,11 @@ def test_step_is_divided_by_ten_at_half_and_at_three_quarters():
     np.testing.assert_allclose(rates(schedule, range(10)), [0.5] * 4 + [0.05] * 2 + [0.005] * 4, rtol=1e-6)
 
 
+def test_thirds_are_divided_by_ten_at_a_third_and_at_two():
+    schedule = LearningRate(0.5, 6, "thirds")
+    np.testing.assert_allclose(rates(schedule, range(8)), [0.5] * 2 + [0.05] * 2 + [0.005] * 4, rtol=1e-6)
+
+
 def test_constant_stays():
     assert rates(LearningRate(0.25, 5, "constant"), [0, 1, 4, 5, 1000]) == [0.25] * 5
 
@@ -41,6 +46,8 @@ def test_drops_fall_on_the_very_step(total):
     steps = np.arange(total)
     expected = np.where(2 * steps < total, 1.0, np.where(4 * steps < 3 * total, 0.1, 0.01))  # whole numbers
     np.testing.assert_allclose(LearningRate(1.0, total, "step")(steps), expected, rtol=1e-6)
+    expected = np.where(3 * steps < total, 1.0, np.where(3 * steps < 2 * total, 0.1, 0.01))
+    np.testing.assert_allclose(LearningRate(1.0, total, "thirds")(steps), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 1, 100, 70_000])
