@@ -78,7 +78,8 @@ def _signature(name, thing):
     function = thing.__init__ if inspect.isclass(thing) else thing
     if function.__module__.partition(".")[0] != "ortho_keras":
         return f"{name}(...)  # the arguments of {inspect.getmro(thing)[1].__name__}"
-    given = [str(p) for p in inspect.signature(function).parameters.values() if p.name not in ("self", "cls")]
+    parameters = inspect.signature(function).parameters.values()
+    given = [str(p).replace("'", '"') for p in parameters if p.name not in ("self", "cls")]  # as ruff would have it
     line = f"{name}({', '.join(given)})"
     return line if len(line) <= 100 else f"{name}(\n" + "".join(f"    {one},\n" for one in given) + ")"
 
