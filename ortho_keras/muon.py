@@ -102,7 +102,9 @@ class Muon(keras.optimizers.Optimizer):
 
 @tf.function(autograph=False)  # a graph of many layers then holds one call a layer, and traces it once for each shape
 def orthonormal_factor(kernel):
-    """Returns U V^T of a kernel's singular value decomposition U S V^T, nearly: singular values come out at 0.68 to 1.13.
+    """Returns U V^T of a kernel's singular value decomposition U S V^T, nearly.
+
+    Singular values from 0.01 of the kernel's (Frobenius) norm up come out at 0.68 to 1.13, those from 0.001 at 0.47 to 1.21.
 
     Args:
         kernel: Tensor of rank 2 or more, read as `(f_in, f_out)`. Singular values below 1e-3 of its norm stay smaller than 1;
