@@ -2,7 +2,6 @@
 
 import keras
 
-from ortho_keras.activations import shift_for_depth
 from ortho_keras.graphs import allow_deep_graphs
 from ortho_keras.layer_builder import STEM, LayerBuilder, check_sizes
 
@@ -119,10 +118,7 @@ def _build(settings, residual, depth, input_shape, num_classes, width, preproces
     if isinstance(depth, bool) or depth not in BLOCKS:
         raise ValueError(f"`depth` must be one of {', '.join(map(str, BLOCKS))}. Received: depth={depth!r}")
     check_sizes(input_shape, num_classes=(num_classes, 2), width=(width, 1))
-    regularizer, initializer, stem_initializer, bn_shift, relu_shift, bn_synchronized, seed = settings
-    shift = shift_for_depth(depth) if relu_shift == "auto" else relu_shift
-    builder = LayerBuilder(regularizer, initializer, stem_initializer, bn_shift, shift, bn_synchronized, seed)
-
+    builder = LayerBuilder(depth, *settings)
     allow_deep_graphs(4 * depth)
     inputs = keras.Input(input_shape, name="image")
     x = inputs if preprocessing is None else preprocessing(inputs)

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from ortho_keras.activations import ShiftedReLU, checked_shift
+from ortho_keras.activations import ShiftedReLU, checked_shift, shift_for_depth
 from ortho_keras.batchnorm import FusedBatchNormalization
 from ortho_keras.initializers import DeltaOrthonormalInitializer, DiracInitializer, OrthonormalInitializer
 from ortho_keras.regularizers import OrthonormalRegularizer
@@ -22,7 +22,7 @@ NAMED_INITIALIZERS = {
 class LayerBuilder:
     """Makes one layer after the other, each with its share of the seed."""
 
-    def __init__(self, regularizer, initializer, stem_initializer, bn_shift, relu_shift, bn_synchronized, seed):
+    def __init__(self, depth, regularizer, initializer, stem_initializer, bn_shift, relu_shift, bn_synchronized, seed):
         named = regularizer == "orthonormal"
         self.regularizer = OrthonormalRegularizer() if named else keras.regularizers.get(regularizer)
         if isinstance(initializer, str) and initializer in NAMED_INITIALIZERS:
@@ -31,7 +31,7 @@ class LayerBuilder:
         self.stem_initializer = keras.initializers.get(stem_initializer)
         if isinstance(bn_shift, bool) or not isinstance(bn_shift, (int, float)) or not np.isfinite(bn_shift):
             raise ValueError(f"`bn_shift` must be a finite number. Received: bn_shift={bn_shift!r}")
-        self.relu_shift = checked_shift("relu_shift", relu_shift)
+        self.relu_shift = checked_shift("relu_shift", shift_for_depth(depth) if relu_shift == "auto" else relu_shift)
         self.normalization = {
             **BATCH_NORMALIZATION,
             "beta_initializer": keras.initializers.Constant(bn_shift),

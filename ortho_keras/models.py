@@ -2,7 +2,6 @@
 
 import keras
 
-from ortho_keras.activations import shift_for_depth
 from ortho_keras.graphs import allow_deep_graphs
 from ortho_keras.layer_builder import STEM, LayerBuilder, check_sizes
 
@@ -62,10 +61,8 @@ def plain_cnn(
         ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)). `bn_shift` and `relu_shift` are
         ours, `"delta_orthonormal"` is Xiao et al.'s and `"dirac"` after DiracNets (see the initializers).
     """
-    builder = LayerBuilder(
-        regularizer, initializer, stem_initializer, bn_shift, _shift(relu_shift, depth), bn_synchronized, seed
-    )
-    return _build(builder, False, depth, input_shape, num_classes, width, preprocessing, name or f"plain{depth}")
+    settings = (regularizer, initializer, stem_initializer, bn_shift, relu_shift, bn_synchronized, seed)
+    return _build(settings, False, depth, input_shape, num_classes, width, preprocessing, name or f"plain{depth}")
 
 
 def residual_cnn(
@@ -112,10 +109,8 @@ def residual_cnn(
     Reference:
         He et al. 2016 ([arXiv:1512.03385](https://arxiv.org/abs/1512.03385)), section 4.2, option A.
     """
-    builder = LayerBuilder(
-        regularizer, initializer, stem_initializer, bn_shift, _shift(relu_shift, depth), bn_synchronized, seed
-    )
-    return _build(builder, True, depth, input_shape, num_classes, width, preprocessing, name or f"residual{depth}")
+    settings = (regularizer, initializer, stem_initializer, bn_shift, relu_shift, bn_synchronized, seed)
+    return _build(settings, True, depth, input_shape, num_classes, width, preprocessing, name or f"residual{depth}")
 
 
 def check_depth(depth):
@@ -129,14 +124,10 @@ def check_depth(depth):
     return (depth - 2) // 6
 
 
-def _shift(relu_shift, depth):
-    check_depth(depth)
-    return shift_for_depth(depth) if relu_shift == "auto" else relu_shift
-
-
-def _build(builder, residual, depth, input_shape, num_classes, width, preprocessing, name):
+def _build(settings, residual, depth, input_shape, num_classes, width, preprocessing, name):
     pairs = check_depth(depth)
     check_sizes(input_shape, num_classes=(num_classes, 2), width=(width, 1))
+    builder = LayerBuilder(depth, *settings)
     allow_deep_graphs(4 * depth)
     inputs = keras.Input(input_shape, name="image")
     x = inputs if preprocessing is None else preprocessing(inputs)
