@@ -16,6 +16,7 @@ def cost_tables(results):
         "scaling": scaling_table,
         "orthogonality": orthogonality_table,
         "input pipeline": input_table,
+        "photographs": photographs_table,
         "inference": inference_table,
         "cost commands": command_table,
     }
@@ -113,6 +114,14 @@ def input_table(results):
     return table(["images in", "cores", "pipeline, images/s", "plain-44's step, images/s", "ratio (quartiles)"], rows)
 
 
+def photographs_table(results):
+    rows = []
+    for _, result in load(results, "photographs"):
+        for way, figures in result["ways"].items():
+            rows.append([way, result["cpu_cores"], figures["images_per_second"], quartiles(figures["ratio_quartiles"])])
+    return table(["photographs of 500 x 375 pixels", "cores", "images/s", "over decoding alone (quartiles)"], rows)
+
+
 def inference_table(results):
     rows = []
     for _, result in load(results, "inference"):
@@ -126,7 +135,7 @@ def inference_table(results):
 def command_table(results):
     """The command, commit, hardware and versions behind each result file of the tables above."""
     rows = []
-    for benchmark in ("step_time", "memory", "scaling", "orthogonality", "input_pipeline", "inference"):
+    for benchmark in ("step_time", "memory", "scaling", "orthogonality", "input_pipeline", "photographs", "inference"):
         for stem, result in load(results, benchmark):
             versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
             place = [f"{result['cpu_cores']} of {result['processor']}", versions, result["commit"][:10]]

@@ -126,6 +126,17 @@ def test_input_pipeline_writes_its_rates(tmp_path):
         assert abs(figures["ratio_quartiles"][1] / (rates[0] / rates[1]) - 1) < 0.05
 
 
+def test_photographs_writes_the_rate_of_each_way(tmp_path):
+    given = ["--files=320", "--repeats=1", f"--results={tmp_path}"]
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "photographs.py", *given], check=True, capture_output=True)
+    (path,) = tmp_path.iterdir()
+    ways = json.loads(path.read_text())["ways"]
+    whole = ways["whole files, decoded"]["images_per_second"]
+    assert len(ways) == 7 and whole > 0
+    for figures in ways.values():
+        assert abs(figures["ratio_quartiles"][1] / (figures["images_per_second"] / whole) - 1) < 0.05
+
+
 def test_inference_counts_what_a_shortcut_keeps_alive(tmp_path):
     given = ["--depth=8", "--image_size=8", "--batches=3", "--rounds=2", f"--results={tmp_path}"]
     subprocess.run([sys.executable, ROOT / "benchmarks" / "inference.py", *given], check=True, capture_output=True)
