@@ -261,7 +261,7 @@ RECIPES = {
             image_size=64,
             width=16,
             learning_rate=0.02,
-            warmup_steps=20,
+            warmup_steps=5,
             epochs=3,
             batch_size=32,
         ),
