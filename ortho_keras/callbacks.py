@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from ortho_keras.files import whole_file
 from ortho_keras.modulation import ErrorModulation, switch_modulation
+from ortho_keras.optional import require
 from ortho_keras.plots import plot_heat_map
 from ortho_keras.signal_report import Probe
 from ortho_keras.signals import LayerSignal
@@ -47,6 +48,7 @@ class SignalMonitor(keras.callbacks.Callback):
         singular_values: bool. See `signal_report`; slower.
 
     Raises:
+        ImportError: If tensorboard or matplotlib is not installed.
         ValueError: If `every` or `max_share` is outside its range, or `directory` is no path of a folder; at the start of
             training, as `signal_report`, before anything is written.
 
@@ -66,6 +68,7 @@ class SignalMonitor(keras.callbacks.Callback):
             raise ValueError(f"`max_share` must be a number above 0. Received: max_share={max_share!r}")
         if not isinstance(directory, (str, os.PathLike)) or (os.path.exists(directory) and not os.path.isdir(directory)):
             raise ValueError(f"`directory` must be the path of a folder. Received: directory={directory!r}")
+        require("SignalMonitor", "tensorboard", "matplotlib")
         self.x = x
         self.y = y
         self.directory = pathlib.Path(directory)

@@ -10,6 +10,7 @@ import tensorflow as tf
 from ortho_keras.files import whole_file
 from ortho_keras.graphs import Graph
 from ortho_keras.kernels import as_matrices, layer_kernels
+from ortho_keras.optional import require
 from ortho_keras.spectra import mean_cosines
 
 # Pixels.
@@ -34,6 +35,7 @@ def plot_features(model, images, layers, path, maps=8):
         maps: int, at least 1. The first `maps` channels of each output are drawn.
 
     Raises:
+        ImportError: If matplotlib is not installed.
         ValueError: If an argument is not as above. A wrong layer's name is answered with the nearest ones.
 
     Example:
@@ -106,6 +108,7 @@ def plot_filters(model, layers, path, filters=16):
         filters: int, at least 1. The first `filters` of each layer are drawn; the title's cosine is over all of them.
 
     Raises:
+        ImportError: If matplotlib is not installed.
         ValueError: If an argument is not as above. A wrong layer's name is answered with the nearest ones.
 
     Example:
@@ -262,6 +265,7 @@ class _Sheet:
     """A picture that is put together in pixels from its top left corner."""
 
     def __init__(self):
+        require("a picture", "matplotlib")
         self.tiles, self.texts = [], []
 
     def tile(self, pixels, x, y, width, height):

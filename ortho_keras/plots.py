@@ -5,6 +5,7 @@ import textwrap
 import numpy as np
 
 from ortho_keras.files import whole_file
+from ortho_keras.optional import require
 
 
 def plot_curves(history, path, title):
@@ -107,6 +108,7 @@ def plot_heat_map(steps, names, ratios, path, title):
 
 
 def _figure(size, rows, columns):
+    require("a picture", "matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -22,6 +22,7 @@ from ortho_keras.errors import InputError, first_line
 from ortho_keras.features import plot_filters
 from ortho_keras.files import whole_file
 from ortho_keras.loading import load_model
+from ortho_keras.optional import require
 from ortho_keras.plots import plot_heat_map
 
 STYLE = """
@@ -79,9 +80,11 @@ def write_report(workdirs, path):
         path: Path of the page; replaced if it is there.
 
     Raises:
+        ImportError: If matplotlib is not installed.
         InputError: If a workdir holds no run, or one is named twice.
         ValueError: If `path` is not of a file in a folder that can be written.
     """
+    require("a report", "matplotlib")
     runs = _labelled([pathlib.Path(workdir) for workdir in workdirs])
     sections = [
         ("Result", _summary(runs)),
@@ -255,7 +258,7 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     try:
         write_report(given.workdirs, given.output)
-    except InputError as error:
+    except (ImportError, InputError) as error:
         print(f"ortho_keras.report: {error}", file=sys.stderr)
         return 2
     except ValueError as error:

@@ -175,6 +175,7 @@ class SignalReport:
             path: Path of the file, in a folder that exists.
 
         Raises:
+            ImportError: If matplotlib is not installed.
             ValueError: If there cannot be a file.
         """
         plot_signals(self, path)
