@@ -38,6 +38,7 @@ tr.differs td { background: #fff4d6; }
 """
 SUMMARY = {
     "test accuracy": ("test_accuracy", "{:.4f}"),
+    "test top-5 accuracy": ("test_top5_accuracy", "{:.4f}"),
     "validation accuracy": ("validation_accuracy", "{:.4f}"),
     "training accuracy": ("training_accuracy", "{:.4f}"),
     "test cross-entropy": ("test_crossentropy", "{:.4f}"),
@@ -46,7 +47,10 @@ SUMMARY = {
     "training, s": ("seconds", "{:.0f}"),
     "images/s": ("images_per_second", "{:.0f}"),
     "parameters": ("parameters", "{:,}"),
+    "images skipped": ("skipped_images", "{:,}"),
 }
+
+ONLY_WHERE_THERE = ("test_top5_accuracy", "skipped_images")  # rows of data with many classes, and of damaged data
 
 
 class Run:
@@ -134,6 +138,8 @@ def _summary(runs):
     rows = []
     for name, (key, form) in SUMMARY.items():
         values = [run.result.get(key) for run in runs.values()]
+        if key in ONLY_WHERE_THERE and not any(values):
+            continue
         rows.append([name, *("" if value is None else form.format(value) for value in values)])
     errors = [run.result.get("orthonormality_error", {}).values() for run in runs.values()]
     rows.append(["largest |WᵀW − I|", *(f"{max(values):.3g}" if values else "" for values in errors)])

@@ -8,6 +8,7 @@ from photographs import write_photographs
 
 from ortho_keras import experiment, load_model
 from ortho_keras.recipes import RECIPES
+from ortho_keras.report import write_report
 
 METHODS = [f"{net}_imagenet" for net in ("plain34", "plain44", "plain101", "resnet34", "resnet101")]
 CLASSES = 12
@@ -76,3 +77,13 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_images(folder, tmp_path):
     parts = experiment.run(recipe, tmp_path / "parts", log=lines.append)
     assert parts["test_crossentropy"] == pytest.approx(whole["test_crossentropy"], rel=1e-4)
     assert parts["training_accuracy"] == whole["training_accuracy"]
+
+
+def test_the_report_has_top_five_and_what_was_skipped(folder, tmp_path):
+    (folder / "train" / "class00" / "broken.jpg").write_bytes(b"none")
+    recipe = small("plain34_imagenet_smoke", folder, max_steps=1, width=8)
+    result = experiment.run(recipe, tmp_path / "run", log=lambda line: None)
+    write_report([tmp_path / "run"], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert f"<td>test top-5 accuracy</td><td>{result['test_top5_accuracy']:.4f}</td>" in page
+    assert "<td>images skipped</td><td>1</td>" in page

@@ -68,6 +68,7 @@ def test_two_runs_side_by_side(runs, tmp_path):
 
     rows = {cells[0]: (marked, cells[1:]) for marked, cells in page.rows if len(cells) == 3}
     results = [json.loads((runs / name / "result.json").read_text()) for name in ("method", "a <control> & more")]
+    assert "test top-5 accuracy" not in rows and "images skipped" not in rows  # ten classes, all sound
     assert rows["test accuracy"][1] == [f"{result['test_accuracy']:.4f}" for result in results]
     assert rows["largest |WᵀW − I|"][1] == [f"{max(r['orthonormality_error'].values()):.3g}" for r in results]
     assert rows["regularizer"] == ("differs", ["orthonormal", "l2"])
