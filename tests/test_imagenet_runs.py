@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 
 
 def small(name, folder, **values):
-    values = {"max_steps": 3, "batch_size": 4, "bn_batches": 1, "warmup_steps": 0, "learning_rate": 0.01} | values
+    values = {"max_steps": 3, "batch_size": 4, "bn_batches": 0, "warmup_steps": 0, "learning_rate": 0.01} | values
     return dataclasses.replace(RECIPES[name].recipe, dataset=f"folder:{folder}", image_size=64, **values)
 
 
