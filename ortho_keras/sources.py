@@ -105,12 +105,15 @@ def _prepare(builder, flag):
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries; the error itself is told
     downloader.MAX_RETRIES = 3  # 10 take minutes where there is no network
     try:
-        _check_hosts(builder)
+        if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+            _check_hosts(builder)
         builder.download_and_prepare()
     except Exception as error:  # TFDS passes on whatever its downloader meets
+        by_hand = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+        told = f"; its files are to be fetched by hand: {' '.join(by_hand.split())}" if by_hand else ""
         raise InputError(
             f"{flag} must be prepared in --data_dir or downloadable. Received: nothing prepared in "
-            f"{builder.data_path}, and the download failed ({first_line(error)})"
+            f"{builder.data_path}, and the download failed ({first_line(error)}){told}"
         ) from error
 
 

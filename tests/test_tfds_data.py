@@ -138,6 +138,18 @@ class UnreachableTiny(GeneratedTiny):
         dl_manager.download(*UNREACHABLE)
 
 
+class ByHandTiny(UnreachableTiny):
+    """Its files are to be fetched by hand, as ImageNet's."""
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = """
+    Register somewhere, and put tiny.tar
+    into manual_dir.
+    """
+
+    def _split_generators(self, dl_manager):
+        return super()._split_generators(dl_manager) if list(dl_manager.manual_dir.glob("tiny.tar")) else {}
+
+
 class BrokenTiny(GeneratedTiny):
     """Fails half-way through preparing."""
 
@@ -159,6 +171,13 @@ class GeneratedTexts(GeneratedTiny):
 
 def files_below(path):
     return [file for file in path.rglob("*") if not file.is_dir()]
+
+
+def test_files_that_are_to_be_fetched_by_hand(tmp_path):
+    """The message has TFDS's instructions; no host is tried first."""
+    message = refusal("by_hand_tiny", tmp_path)
+    assert "Manual directory" in message and "no connection" not in message
+    assert message.endswith("its files are to be fetched by hand: Register somewhere, and put tiny.tar into manual_dir.")
 
 
 def test_tfds_data_is_prepared_once(tmp_path):
