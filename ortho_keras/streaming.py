@@ -15,7 +15,6 @@ AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 CENTRE = 224 / 256  # evaluation: the central share of the shorter side, as by resizing it to 256 and cutting 224
 SAMPLE = 512  # images whose pixels give mean and variance
 MIRROR = (0, 1 << 62)  # tells the seed of this draw from that of the part
-TRIES = 100  # images in a row that do not decode
 DECODED_AT = (1, 2, 4, 8)  # libjpeg decodes at the resolution over these
 EXACT = "INTEGER_ACCURATE"  # what other readers of JPEG take; TensorFlow's default is several levels off
 END_OF_JPEG = b"\xff\xd9"
@@ -97,7 +96,7 @@ class StreamedSplit:
 
             def replaced(images, labels, found, indices, tries):
                 indices = (indices + 1) % len(self)
-                with tf.control_dependencies([tf.debugging.Assert(tries < TRIES, [f"{TRIES} images in a row do not decode"])]):
+                with tf.control_dependencies([tf.debugging.Assert(tries < len(self), ["no image decodes"])]):
                     places = tf.where(~found)
                 new = [tf.gather_nd(values, places) for values in (indices, keys)]
                 parts = self._decoded(*new)

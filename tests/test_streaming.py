@@ -150,6 +150,13 @@ def test_what_does_not_decode_is_replaced_by_the_next_that_does(tmp_path):
     assert sorted(split.skipped) == [f"{number:03d}.jpg" for number in (1, 2, 3, 4, 5, 6, 8)]
 
 
+def test_a_long_run_of_files_that_do_not_decode(tmp_path):
+    """As where a whole class is damaged."""
+    split = split_of(tmp_path, [flat(9)] + [b"none"] * 150 + [flat(9)])
+    labels = np.concatenate(labels_of(split, 76, 0, 2))
+    assert set(labels) == {0, 151} and np.sum(labels == 0) == 1 and len(split.skipped) == 150
+
+
 def test_what_does_not_decode_does_not_count_in_an_evaluation(tmp_path):
     split = split_of(tmp_path, [flat(50), b"", flat(90), b"none", flat(120)])
     (first, labels, weights), (last, _, final) = evaluation_batches(split, 3)
@@ -165,7 +172,7 @@ def test_nothing_that_decodes(tmp_path):
     split = split_of(tmp_path, [b"none"] * 4)
     with pytest.raises(Exception, match=r"--dataset test must hold images that decode. Received: 4 that do not"):
         split.sample()
-    with pytest.raises(tf.errors.InvalidArgumentError, match="100 images in a row do not decode"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="no image decodes"):
         labels_of(split, 2, 0, 1)
 
 
