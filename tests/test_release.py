@@ -10,7 +10,7 @@ import ortho_keras
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DEVELOPMENT = {"pytest", "ruff"}
+DEVELOPMENT = {"pytest", "pytest-xdist", "ruff"}
 FOLDERS = ("", "ortho_keras", "tuning", "examples", "benchmarks", "docs", "tests", ".github/workflows")
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 
