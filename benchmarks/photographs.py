@@ -26,7 +26,7 @@ WHOLE = "whole files, decoded"
 
 FIRST = 4  # batches that do not count: the first makes the pipeline, and the next are ready with it
 
-flags.DEFINE_integer("files", 1280, "JPEG files.", lower_bound=(FIRST + 1) * BATCH)
+flags.DEFINE_integer("files", 1280, "JPEG files, of which a tenth is cut off as a test split.", lower_bound=2 * FIRST * BATCH)
 flags.DEFINE_integer("repeats", 7, "Rounds.", lower_bound=1)
 flags.DEFINE_string("results", str(RESULTS), "Folder of the result file.")
 
