@@ -16,11 +16,12 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 from arms import SEED, plain_net, training_step
-from measured import cores, write_result
+from measured import write_result
 from runs import ROOT
 
 from ortho_keras import OrthonormalRegularizer
 from ortho_keras.data import Split, load_data, training_batches
+from ortho_keras.runtime import cpu_cores
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "input_pipeline"
@@ -88,7 +89,7 @@ def main(_):
             "ratio_quartiles": [round(float(q), 2) for q in np.percentile(pipeline / trained, (25, 50, 75))],
         }
         print(name, figures[name], flush=True)
-    path = pathlib.Path(FLAGS.results, f"cores{cores()}.json")
+    path = pathlib.Path(FLAGS.results, f"cores{cpu_cores()}.json")
     write_result(path, files_decoded_per_second=round(decoded), pipelines=figures)
 
 

@@ -1,7 +1,6 @@
 """The result file of a benchmark, with all that says where it came from."""
 
 import importlib.metadata
-import os
 import pathlib
 import shlex
 import sys
@@ -10,6 +9,7 @@ from runs import commit
 
 from ortho_keras.experiment import processor
 from ortho_keras.files import write_json
+from ortho_keras.runtime import cpu_cores
 
 
 def write_result(path, **figures):
@@ -19,13 +19,8 @@ def write_result(path, **figures):
     measured = {
         "command": shlex.join(["python", f"benchmarks/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": commit(),
-        "cpu_cores": cores(),
+        "cpu_cores": cpu_cores(),
         "processor": processor(),
         "versions": {name: importlib.metadata.version(name) for name in ("tensorflow", "keras")},
     }
     write_json(path, {**measured, **figures})
-
-
-def cores():
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))

@@ -17,9 +17,11 @@ import keras
 import numpy as np
 from absl import app, flags
 from arms import modulation_arms, penalty_arms, training_step
-from measured import cores, write_result
+from measured import write_result
 from runs import ROOT
 from step_time import data, net
+
+from ortho_keras.runtime import cpu_cores
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "memory"
@@ -57,7 +59,7 @@ def main(_):
         name: {"peak_bytes": sorted(found), "ratio": round(float(np.median(found) / base), 3)} for name, found in peaks.items()
     }
     path = pathlib.Path(
-        FLAGS.results, f"plain{FLAGS.depth}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-cores{cores()}.json"
+        FLAGS.results, f"plain{FLAGS.depth}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-cores{cpu_cores()}.json"
     )
     write_result(path, arms=figures)
     for name, arm in figures.items():

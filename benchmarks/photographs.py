@@ -14,10 +14,11 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 from arms import SEED
-from measured import cores, write_result
+from measured import write_result
 from runs import ROOT
 
 from ortho_keras.data import evaluation_batches, load_data, training_batches
+from ortho_keras.runtime import cpu_cores
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "photographs"
@@ -49,7 +50,7 @@ def whole_files(paths, size=0):
         image = tf.io.decode_jpeg(tf.io.read_file(path), 3)
         return tf.image.resize(image, (size, size)) if size else tf.shape(image)
 
-    files = tf.data.Dataset.from_tensor_slices(paths).map(read, num_parallel_calls=cores())
+    files = tf.data.Dataset.from_tensor_slices(paths).map(read, num_parallel_calls=cpu_cores())
     return files.batch(BATCH, drop_remainder=True).prefetch(2)
 
 
@@ -92,7 +93,7 @@ def main(_):
             "ratio_quartiles": [round(float(ratio), 3) for ratio in ratios],
         }
         print(way, figures[way], flush=True)
-    write_result(pathlib.Path(FLAGS.results, f"cores{cores()}.json"), ways=figures)
+    write_result(pathlib.Path(FLAGS.results, f"cores{cpu_cores()}.json"), ways=figures)
 
 
 if __name__ == "__main__":

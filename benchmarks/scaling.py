@@ -18,10 +18,11 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 from arms import SEED, plain_net, training_step
-from measured import cores, write_result
+from measured import write_result
 from runs import ROOT
 
 from ortho_keras import OrthonormalRegularizer, modulate
+from ortho_keras.runtime import cpu_cores
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "scaling"
@@ -80,7 +81,7 @@ def main(_):
             print(name, rows[-1], flush=True)
         arms[name] = {"rows": rows, "exponents": {figure: exponent(rows, figure) for figure in FIGURES}}
         print(name, arms[name]["exponents"], flush=True)
-    path = pathlib.Path(FLAGS.results, f"{FLAGS.image_size}-{FLAGS.batch_size}-cores{cores()}.json")
+    path = pathlib.Path(FLAGS.results, f"{FLAGS.image_size}-{FLAGS.batch_size}-cores{cpu_cores()}.json")
     write_result(path, fitted_up_to=FITTED, arms=arms)
 
 

@@ -15,8 +15,10 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 from arms import ARMS, SEED, plain_net, training_step, wide_net
-from measured import cores, write_result
+from measured import write_result
 from runs import ROOT
+
+from ortho_keras.runtime import cpu_cores
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "step_time"
@@ -72,7 +74,7 @@ def main(_):
     }
     kind = f"plain{FLAGS.depth}" if FLAGS.net == "plain" else "plain101_imagenet"
     compared = "penalties" if FLAGS.alone else FLAGS.compare
-    name = f"{compared}-{kind}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-cores{cores()}.json"
+    name = f"{compared}-{kind}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-cores{cpu_cores()}.json"
     path = pathlib.Path(FLAGS.results, name)
     write_result(path, rounds=FLAGS.rounds, seed=SEED, arms=figures)
     for name, arm in figures.items():
