@@ -120,7 +120,7 @@ def _with_cuts(splits, class_names, flag, hold_out):
     return ImageData(splits["train"], splits.get("validation"), splits["test"], tuple(class_names))
 
 
-def training_batches(split, batch_size, augment, seed, start=0, stop=None, pad=0.0, replicas=1, own=(0,)):
+def training_batches(split, batch_size, augment, seed, start=0, stop=None, pad=0.0, border=0, replicas=1, own=(0,)):
     """Returns a `tf.data.Dataset` of training steps `start` to `stop` of the run that `seed` names.
 
     Step s is a function of the seed and s alone: the order is a new permutation in each epoch (of `len(split) // batch_size`
@@ -129,13 +129,15 @@ def training_batches(split, batch_size, augment, seed, start=0, stop=None, pad=0
     Args:
         split: `Split` or `StreamedSplit`, at least one batch.
         batch_size: int.
-        augment: `"none"`; `"crop"`, a window of the image's size out of the image padded by an eighth (4 pixels of 32);
-            `"crop_flip"`, the same and half of the images mirrored; `"resized_crop"`, what a `StreamedSplit` always does.
+        augment: `"none"`; `"crop"`, a window of the image's size out of the padded image; `"crop_flip"`, the same and half
+            of the images mirrored; `"resized_crop"`, what a `StreamedSplit` always does.
         seed: int.
         start: int, the first step.
         stop: int, the step after the last one, or `None` for an endless dataset.
         pad: Pixel value by channel that pads an image, or `"symmetric"`, which mirrors its border. The mean of the
             pixels is what He et al. 2016 pad with (zeros, behind a subtraction of the mean).
+        border: int, pixels to pad by on each side, at most the shorter side of an image; 0 for an eighth of each side (4 of 32,
+            as He et al. 2016).
         replicas: int, how many replicas share each batch; divides `batch_size`.
         own: The replicas, from 0, whose shares are wanted. Their shares of step `start` come first, in turn, then those
             of the next step. The shares of all replicas together are the batch that one replica would see.
@@ -162,7 +164,7 @@ def training_batches(split, batch_size, augment, seed, start=0, stop=None, pad=0
         permutation = tf.random.experimental.stateless_shuffle(tf.range(len(split), dtype=tf.int64), tf.stack([key, epoch]))
         indices = tf.gather(permutation, within * batch_size + mine)
         x = tf.cast(tf.gather(images, indices), tf.float32)
-        return _augmented(x, augment, tf.gather(draws, mine), pad), tf.gather(labels, indices)
+        return _augmented(x, augment, tf.gather(draws, mine), pad, border), tf.gather(labels, indices)
 
     last = np.iinfo(np.int64).max if stop is None else stop * len(own)
     order = tf.data.Dataset.range(start * len(own), last)
@@ -200,12 +202,12 @@ def evaluation_batches(split, batch_size, replicas=1, own=(0,)):
     return order.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
 
 
-def _augmented(images, augment, draws, pad):
+def _augmented(images, augment, draws, pad, border):
     """Crops and mirrors by three uniform draws for each image, `(batch, 3)`."""
     if augment == "none":
         return images
     height, width = images.shape[1:3]
-    pad_y, pad_x = max(1, height // 8), max(1, width // 8)
+    pad_y, pad_x = border or max(1, height // 8), border or max(1, width // 8)
     margins = [[0, 0], [pad_y, pad_y], [pad_x, pad_x], [0, 0]]
     padded = tf.pad(images, margins, pad) if isinstance(pad, str) else tf.pad(images - pad, margins) + pad
     top = tf.cast(draws[:, 0] * (2 * pad_y + 1), tf.int32)[:, tf.newaxis] + tf.range(height)

@@ -112,10 +112,10 @@ class Trainer:
             self.log(f"skipped, as it does not decode: {name}")
 
     def _training_batches(self, start, stop):
-        r = self.recipe
+        r, replicas = self.recipe, self.runtime.replicas
         return self._distributed(
             lambda own: training_batches(
-                self.data.train, r.batch_size, r.augment, r.seed, start, stop, self.pad, self.runtime.replicas, own
+                self.data.train, r.batch_size, r.augment, r.seed, start, stop, self.pad, r.crop_border, replicas, own
             )
         )
 

@@ -61,6 +61,7 @@ def wait_for_line(process, text):
         (["--factor=much"], ["flag --factor=much", "float"]),
         (["--depth=45"], ["--depth must be 6n + 2; the nearest are 44 and 50", "45"]),
         (["--batch_size=0"], ["--batch_size must be at least 1", "0"]),
+        (["--image_size=12", "--crop_border=13"], ["--crop_border must be at most the images' side, 12", "13"]),
         (["--batch_size=5000"], ["--batch_size must be at most the number of training images, 1293", "5000"]),
         (["--network=residual", "--modulation=anchor"], ["--modulation must be off for --network residual", "'anchor'"]),
         (["--recipe=digits", "--recipe_file=a.json"], ["--recipe and --recipe_file must not both be given", "digits, a.json"]),
