@@ -22,21 +22,30 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
             return super().call(inputs, training=training, mask=mask)
         moving_mean, moving_variance = (tf.convert_to_tensor(v) for v in (self.moving_mean, self.moving_variance))
         training = bool(training and self.trainable)
+        none = tf.zeros((0,), moving_mean.dtype)
         outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
             x=inputs,
             scale=self.gamma if self.scale else tf.ones_like(moving_mean),
             offset=self.beta if self.center else tf.zeros_like(moving_mean),
-            mean=tf.zeros((0,), moving_mean.dtype) if training else moving_mean,
-            variance=tf.zeros((0,), moving_mean.dtype) if training else moving_variance,
+            mean=none if training else moving_mean,
+            variance=none if training else moving_variance,
             epsilon=self.epsilon,
             is_training=training,
         )
         if training:
-            count = tf.cast(tf.reduce_prod(tf.shape(inputs)[:3]), variance.dtype)
-            variance *= tf.maximum(count - 1, 1) / count  # the operation's is the unbiased one; Keras's is over the count
-            for average, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
-                average.assign(self.momentum * tf.convert_to_tensor(average) + (1 - self.momentum) * value)
+            share = 1 - self.momentum
+            self.moving_mean.assign(self.momentum * moving_mean + share * mean)
+            self.moving_variance.assign(self.momentum * moving_variance + share * _over_count(inputs) * variance)
         return outputs
+
+
+def _over_count(inputs):
+    """What makes of the operation's variance, the unbiased one, Keras's, which is over the count. A float where shapes tell."""
+    count = inputs.shape[:3].num_elements()
+    if count is None:
+        count = tf.cast(tf.reduce_prod(tf.shape(inputs)[:3]), tf.float32)
+        return tf.maximum(count - 1, 1) / count
+    return max(count - 1, 1) / max(count, 1)
 
 
 class BatchNormalizationEstimator:

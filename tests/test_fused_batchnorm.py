@@ -51,6 +51,17 @@ def test_fused_training_equals_the_oracle(shape):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=2e-4 if m > 1 else 1e-3)
 
 
+@pytest.mark.parametrize("shape", [(6, 5, 4, 3), (1, 1, 1, 4)])
+def test_fused_averages_are_the_same_where_shapes_are_not_known(shape):
+    x = np.random.default_rng(8).normal(1.5, 2, size=shape).astype("float32")
+    layer, expected = fused_layer(shape), fused_layer(shape)
+    signature = [tf.TensorSpec((None, None, None, shape[-1]), tf.float32)]
+    tf.function(lambda inputs: layer(inputs, training=True), signature)(x)
+    expected(x, training=True)
+    for found, wanted in zip(layer.weights, expected.weights, strict=True):
+        np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=1e-6, atol=1e-6)
+
+
 POLICIES = ["float32", "mixed_bfloat16", "mixed_float16", "float64", "float16", "bfloat16"]
 
 
