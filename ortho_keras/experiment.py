@@ -25,12 +25,13 @@ from ortho_keras.patch_pca import PatchPCAInitializer
 from ortho_keras.plots import plot_curves
 from ortho_keras.recipe import Recipe
 from ortho_keras.regularizers import OrthonormalRegularizer
-from ortho_keras.runtime import Runtime, cpu_cores, device_names
+from ortho_keras.runtime import Runtime, cpu_cores, device_names, slowdown
 from ortho_keras.schedules import LearningRate
 from ortho_keras.training import Trainer, scores
 
 PROBE_IMAGES = 64
 STEM_PIXELS = 5000 * 32 * 32  # whose patches are enough for their principal components
+SLOW = 2.0  # times as long as in float32, from which a type is worth a warning
 BUILDERS = {
     ("cifar", "plain"): plain_cnn,
     ("cifar", "residual"): residual_cnn,
@@ -106,6 +107,11 @@ def _run(recipe, workdir, data_dir, name, runtime, callbacks, keep_checkpoints, 
         f"{recipe.dataset}: {len(data.train)} training, {len(data.validation or ())} validation and {len(data.test)} test "
         f"images {data.image_shape}, {len(data.class_names)} classes"
     )
+    if recipe.precision != "float32" and (times := slowdown(recipe.precision.removeprefix("mixed_"))) > SLOW:
+        log(
+            f"--precision={recipe.precision} is slow here: a convolution's gradients take {times:.0f} times as long as in "
+            "--precision=float32"
+        )
     with _precision(recipe.precision), runtime.strategy.scope():
         keras.utils.set_random_seed(recipe.seed)
         model, total_steps = compiled_model(recipe, data, runtime.replicas > 1)

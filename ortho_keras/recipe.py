@@ -35,7 +35,7 @@ class Recipe:
     )
     padding: str = _field("mean", "what pads an image before the crop: its mean, or its mirrored border", ("mean", "symmetric"))
     crop_border: int = _field(
-        0, "pixels on each side that an image is padded by before the crop; 0: an eighth of it (4 of 32)", least=0
+        0, "pixels by which each side of an image is padded before the crop; 0: an eighth of the side (4 of 32)", least=0
     )
     network: str = _field("plain", "network without or with shortcuts", ("plain", "residual"))
     family: str = _field(

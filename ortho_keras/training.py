@@ -1,6 +1,7 @@
 """The training loop: one step under any strategy, from any step on, with what a long run needs around it."""
 
 import contextlib
+import datetime
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ from ortho_keras.runtime import Runtime
 
 SUM = tf.distribute.ReduceOp.SUM
 TOP, FEW_CLASSES = 5, 10  # top-5 accuracy says something where there are more classes than these
+PACE_AFTER = 30.0  # seconds of steps before it is said how long the rest takes
 LEAST_LOSS_SCALE = 2.0**-10  # float16's own range is used up long before
 
 
@@ -58,6 +60,7 @@ class Trainer:
         self._train = _train_function(model, recipe.batch_size, recipe.label_smoothing, self.runtime)
         self._score = _score_function(model, self.runtime)
         self._told = set()
+        self._pace_told = False
 
     def run(self):
         """Trains to the last step and returns the history: a list of one dict of figures for each epoch.
@@ -189,6 +192,8 @@ class Trainer:
                 first, traced = step, now  # the first step traces the graph: its time is not a step's
             else:
                 logs["images/s"] = (step - first) * batch_size / (now - traced)
+                if not show and now - traced > PACE_AFTER:
+                    self._tell_pace(step, (now - traced) / (step - first))
             bar.update(step - begin, [(name, logs[name]) for name in names if name in logs])
             self.callbacks.on_train_batch_end(step - 1, logs)
             epoch |= {"seconds": now - started, "logs": logs}
@@ -196,6 +201,13 @@ class Trainer:
                 self._save(step, history, epoch)
                 raise self._interrupted(step, stop)
         return step, bool(stopped)
+
+    def _tell_pace(self, step, seconds):
+        """Says once how long the rest takes: where a log has no progress bar, an epoch can be hours of silence."""
+        if not self._pace_told:
+            self._pace_told, left = True, self.total_steps - step
+            time_left = datetime.timedelta(seconds=round(left * seconds))
+            self.log(f"{seconds:.3g} s a step: the {left} steps that are left take about {time_left}")
 
     def _interrupted(self, step, stop):
         return Interrupted(f"stopped after step {step} of {self.total_steps}", stop.signum or signal.SIGTERM)

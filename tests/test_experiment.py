@@ -1,8 +1,10 @@
 """A whole run in this process: what it leaves behind, and that the loop computes what a plain Keras loop computes."""
 
 import dataclasses
+import datetime
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from ortho_keras import orthonormality_error
+from ortho_keras import experiment, orthonormality_error, runtime, training
 from ortho_keras.callbacks import read_signals
 from ortho_keras.data import load_data, training_batches
 from ortho_keras.errors import Interrupted
@@ -94,6 +96,40 @@ def test_history_and_log(finished):
         assert row["loss"] == pytest.approx(row["crossentropy"] + row["penalty"])
     shown = [line for line in lines if line.startswith("epoch ")]
     assert len(shown) == 8 and all("images/s" in line and "penalty" in line for line in shown)
+
+
+@pytest.mark.parametrize(
+    ("precision", "times", "told"), [("mixed_bfloat16", 7.6, 1), ("mixed_bfloat16", 1.9, 0), ("float32", 99.0, 0)]
+)
+def test_a_slow_precision_is_told(tmp_path, monkeypatch, precision, times, told):
+    asked = []
+    monkeypatch.setattr(experiment, "slowdown", lambda dtype: asked.append(dtype) or times)
+    lines = []
+    run(dataclasses.replace(RECIPE, precision=precision, max_steps=1, bn_batches=1), tmp_path, log=lines.append)
+    assert asked == ["bfloat16"] * (precision == "mixed_bfloat16")
+    shown = [line for line in lines if "is slow here" in line]
+    assert shown == told * [
+        "--precision=mixed_bfloat16 is slow here: a convolution's gradients take 8 times as long as in --precision=float32"
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_slowdown_is_a_ratio(dtype):
+    assert 0.01 < runtime.slowdown(dtype) < 1000
+
+
+def test_the_pace_is_told_once_where_an_epoch_is_long(tmp_path, monkeypatch, finished):
+    assert not any("s a step" in line for line in finished[2])
+    monkeypatch.setattr(training, "PACE_AFTER", 0.0)
+    lines = []
+    run(dataclasses.replace(RECIPE, epochs=2, bn_batches=1), tmp_path, log=lines.append)
+    (shown,) = [line for line in lines if "s a step" in line]
+    seconds, left, hours, minutes, rest = re.fullmatch(
+        r"(.+) s a step: the (\d+) steps that are left take about (\d+):(\d\d):(\d\d)", shown
+    ).groups()
+    assert int(left) == 40 - 2  # told after the second step: the first one traces
+    about = datetime.timedelta(hours=int(hours), minutes=int(minutes), seconds=int(rest)).total_seconds()
+    assert about == pytest.approx(38 * float(seconds), rel=0.01, abs=0.5)
 
 
 def test_curves_are_a_picture(finished):
