@@ -99,14 +99,21 @@ def test_history_and_log(finished):
 
 
 @pytest.mark.parametrize(
-    ("precision", "times", "told"), [("mixed_bfloat16", 7.6, 1), ("mixed_bfloat16", 1.9, 0), ("float32", 99.0, 0)]
+    ("precision", "times", "jit", "asks", "told"),
+    [
+        ("mixed_bfloat16", 7.6, False, 1, 1),
+        ("mixed_bfloat16", 1.9, False, 1, 0),
+        ("mixed_bfloat16", 7.6, True, 0, 0),
+        ("float32", 7.6, False, 0, 0),
+    ],
 )
-def test_a_slow_precision_is_told(tmp_path, monkeypatch, precision, times, told):
+def test_a_slow_precision_is_told(tmp_path, monkeypatch, precision, times, jit, asks, told):
     asked = []
     monkeypatch.setattr(experiment, "slowdown", lambda dtype: asked.append(dtype) or times)
     lines = []
-    run(dataclasses.replace(RECIPE, precision=precision, max_steps=1, bn_batches=1), tmp_path, log=lines.append)
-    assert asked == ["bfloat16"] * (precision == "mixed_bfloat16")
+    recipe = dataclasses.replace(RECIPE, precision=precision, width=2, max_steps=1, bn_batches=1)
+    run(recipe, tmp_path, runtime=runtime.Runtime(jit_compile=jit), log=lines.append)
+    assert asked == asks * ["bfloat16"]
     shown = [line for line in lines if "is slow here" in line]
     assert shown == told * [
         "--precision=mixed_bfloat16 is slow here: a convolution's gradients take 8 times as long as in --precision=float32"
