@@ -70,6 +70,28 @@ def recipes_table(runs):
     return table([*header, "largest \\|WᵀW − I\\|"], rows)
 
 
+def trials_table():
+    """One row for each trial: a recipe, the values that were changed in it, and what came out."""
+    runs = {}
+    for path in sorted((RESULTS / "trials").glob("*.json")):
+        result = json.loads(path.read_text())
+        flags = [flag for flag in shlex.split(result["command"])[2:] if not flag.startswith(("--recipe=", "--seed="))]
+        runs.setdefault((result["recipe_name"], " ".join(flags)), []).append(result)
+    rows = []
+    for (name, flags), results in runs.items():
+        validation = [result["validation_accuracy"] for result in results]
+        rows.append(
+            [
+                f"`{name}`",
+                f"`{flags}`",
+                "" if None in validation else spread(validation),
+                spread([result["test_accuracy"] for result in results]),
+                ", ".join(sorted({result["commit"][:10] for result in results})),
+            ]
+        )
+    return table(["recipe", "changed", "validation accuracy, %", "test accuracy, % (mean ± deviation, seeds)", "commit"], rows)
+
+
 def conditions(runs):
     every = [result for results in runs.values() for result in results]
     devices = {f"{r['device']['cpu_cores']} core(s) of {r['device']['processor']}" for r in every}
@@ -250,7 +272,7 @@ def fill(text, contents):
 def main(_):
     recipes = load_recipes()
     contents = {"recipes": recipes_table(recipes), "conditions": conditions(recipes), "initialization": initialization_table()}
-    contents |= {"depth": depth_table(), **cost_tables(RESULTS)}
+    contents |= {"trials": trials_table(), "depth": depth_table(), **cost_tables(RESULTS)}
     contents |= search_tables() if (RESULTS / "search").exists() else {}
     folders = {rung: RESULTS / "ablation" / rung for rung in RUNGS}
     rungs = {rung: load_ablation(folder) for rung, folder in folders.items() if folder.exists()}

@@ -165,3 +165,24 @@ def test_pages_refuse_a_result_of_other_values(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
     assert done.returncode == 1 and "recipes/digits-seed0.json is of other values than the recipe has" in done.stderr
+
+
+def test_a_trial_is_kept_apart_from_the_recipe_and_tells_what_was_changed(tmp_path):
+    values = ["depth=8", "width=2", "epochs=1", "crop_border=1"]
+    script, places = ROOT / "benchmarks" / "recipes.py", [f"--results={tmp_path}", f"--runs={tmp_path / 'runs'}"]
+    given = ["--recipes=digits", f"--values={','.join(values)}", "--seeds=3"]
+    subprocess.run([sys.executable, script, *given, *places], check=True, capture_output=True)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "runs"] == ["trials"]
+    (path,) = (tmp_path / "trials").iterdir()
+    result = json.loads(path.read_text())
+    changed = " ".join(f"--{value}" for value in values)
+    assert result["command"] == f"python train.py --recipe=digits {changed} --seed=3"
+    assert result["recipe"]["crop_border"] == 1 and result["steps"] == 20
+    show = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import pages, pathlib; "
+        f"pages.RESULTS = pathlib.Path({str(tmp_path)!r}); print(pages.trials_table())"
+    )
+    done = subprocess.run([sys.executable, "-c", show], check=True, capture_output=True, text=True)
+    row = [cell.strip() for cell in done.stdout.strip().splitlines()[-1].strip("|").split("|")]
+    shares = [f"{100 * result[name]:.2f} (1)" for name in ("validation_accuracy", "test_accuracy")]
+    assert row == ["`digits`", f"`{changed}`", *shares, result["commit"][:10]]
