@@ -108,7 +108,8 @@ def input_table(results):
     rows = []
     for _, result in load(results, "input_pipeline"):
         for name, figures in result["pipelines"].items():
-            rates = [figures["pipeline_images_per_second"], figures["step_images_per_second"]]
+            rates = [figures[f"{part}_images_per_second"] for part in ("pipeline", "step")]
+            rates = [f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}" for rate in rates]
             rows.append([name, result["cpu_cores"], *rates, quartiles(figures["ratio_quartiles"])])
         rows.append(["reading and decoding a folder, once", result["cpu_cores"], result["files_decoded_per_second"], "", ""])
     return table(["images in", "cores", "pipeline, images/s", "plain-44's step, images/s", "ratio (quartiles)"], rows)

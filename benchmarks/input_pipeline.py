@@ -84,8 +84,8 @@ def main(_):
     for name, pairs in rates.items():
         pipeline, trained = np.array(pairs).T
         figures[name] = {
-            "pipeline_images_per_second": round(float(np.median(pipeline))),
-            "step_images_per_second": round(float(np.median(trained))),
+            "pipeline_images_per_second": round(float(np.median(pipeline)), 2),
+            "step_images_per_second": round(float(np.median(trained)), 2),
             "ratio_quartiles": [round(float(q), 2) for q in np.percentile(pipeline / trained, (25, 50, 75))],
         }
         print(name, figures[name], flush=True)
