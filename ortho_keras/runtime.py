@@ -137,7 +137,7 @@ def slowdown(dtype):
     """Returns how many times as long as in float32 the gradients of a small convolution take in a type, on the default device.
 
     A processor without instructions for a type computes some operations in it by far slower code: without AVX-512,
-    TensorFlow's (2.21) gradients of a bfloat16 convolution take five to fifteen times as long as in float32.
+    TensorFlow's (2.21) gradients of a bfloat16 convolution take four to twenty times as long as in float32.
     """
 
     def seconds(dtype):
