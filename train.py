@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import platform
 import re
 import signal
 import statistics
@@ -22,6 +23,8 @@ import tempfile
 from absl import app, flags, logging
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's notes on what its build could do
+if platform.machine().lower() in ("x86_64", "amd64"):  # convolutions take half the time where TensorFlow leaves it off
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 _NOTES = re.compile(r"before absl::InitializeLog|oneDNN custom operations|Could not find cuda drivers|failed call to cuInit")
 _DEFAULT_RECIPE = "digits"
 

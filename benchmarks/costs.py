@@ -13,6 +13,7 @@ def cost_tables(results):
         "step time": step_time_table,
         "cost summary": summary_table,
         "memory": memory_table,
+        "onednn": onednn_table,
         "scaling": scaling_table,
         "orthogonality": orthogonality_table,
         "input pipeline": input_table,
@@ -78,6 +79,16 @@ def memory_table(results):
     return table(["arm", "net", "precision", "cores", "peak, MiB (least to most)", "ratio of medians"], rows)
 
 
+def onednn_table(results):
+    rows = []
+    for stem, result in load(results, "onednn"):
+        net, size, batch, precision, cores = re.fullmatch(r"(\w+)-(\d+)-(\d+)-(\w+)-cores(\d+)", stem).groups()
+        for name, arm in result["arms"].items():
+            figures = [f"{1000 * arm['median_seconds']:.3g}", quartiles(arm["ratio_quartiles"])]
+            rows.append([name, f"{net}, {size} pixels, batch {batch}", precision, cores, *figures])
+    return table(["arm", "net", "precision", "cores", "step, ms", "ratio (quartiles)"], rows)
+
+
 def scaling_table(results):
     rows = []
     for _, result in load(results, "scaling"):
@@ -136,9 +147,9 @@ def inference_table(results):
 def command_table(results):
     """The command, commit, hardware and versions behind each result file of the tables above."""
     rows = []
-    for benchmark in ("step_time", "memory", "scaling", "orthogonality", "input_pipeline", "photographs", "inference"):
-        for stem, result in load(results, benchmark):
+    for kind in ("step_time", "memory", "onednn", "scaling", "orthogonality", "input_pipeline", "photographs", "inference"):
+        for stem, result in load(results, kind):
             versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
             place = [f"{result['cpu_cores']} of {result['processor']}", versions, result["commit"][:10]]
-            rows.append([f"`{result['command']}`", f"`{benchmark}/{stem}.json`", *place])
+            rows.append([f"`{result['command']}`", f"`{kind}/{stem}.json`", *place])
     return table(["command", "result file", "cores", "versions", "commit"], rows)

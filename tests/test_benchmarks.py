@@ -85,6 +85,19 @@ def test_step_time_of_the_regularizers(tmp_path):
     assert len(json.loads(path.read_text())["arms"]) == 9
 
 
+def test_onednn_takes_its_arms_by_turns(tmp_path):
+    given = ["--depth=8", "--image_size=8", "--batch_size=4", "--rounds=2", f"--results={tmp_path}"]
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "onednn.py", *given], check=True, capture_output=True)
+    (path,) = tmp_path.glob("plain8-8-4-float32-cores*.json")
+    result = json.loads(path.read_text())
+    assert result["command"].startswith("python benchmarks/onednn.py --depth=8 ") and result["rounds"] == 2
+    base, on, off = result["arms"].values()
+    assert base["ratio_quartiles"] == [1, 1, 1] and base["median_seconds"] > 0
+    for arm in (on, off):
+        low, median, high = arm["ratio_quartiles"]
+        assert 0 < low <= median <= high
+
+
 def test_memory_of_one_arm_and_the_ratio_of_all(tmp_path):
     given = ["--depth=8", "--image_size=8", "--batch_size=4", f"--results={tmp_path}"]
     command = [sys.executable, ROOT / "benchmarks" / "memory.py", *given, "--arm=SRIPRegularizer"]

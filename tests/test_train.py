@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import platform
 import signal
 import subprocess
 import sys
@@ -43,6 +44,31 @@ def wait_for_line(process, text):
         if text in line:
             return
     pytest.fail(f"no line with {text!r}; stderr: {process.stderr.read()}")
+
+
+_CONVOLUTIONS = """
+import glob, sys, train
+import tensorflow as tf
+from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
+convolve = tf.function(lambda x, w: tf.nn.conv2d(x, w, 1, "SAME"))
+tf.profiler.experimental.start(sys.argv[1])
+convolve(tf.ones((4, 8, 8, 16)), tf.ones((3, 3, 16, 16)))
+tf.profiler.experimental.stop()
+(path,) = glob.glob(sys.argv[1] + "/**/*.xplane.pb", recursive=True)
+space = xplane_pb2.XSpace.FromString(open(path, "rb").read())
+print({entry.name for plane in space.planes for entry in plane.event_metadata.values() if "Conv2D" in entry.name})
+"""
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="x86 only")
+@pytest.mark.parametrize(("given", "expected"), [({}, "_MklNativeConv2D"), ({"TF_ENABLE_ONEDNN_OPTS": "0"}, "Conv2D:Conv2D")])
+def test_convolutions_are_onednns_unless_the_user_says_otherwise(tmp_path, given, expected):
+    environment = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"} | given
+    done = subprocess.run(
+        [sys.executable, "-c", _CONVOLUTIONS, tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert expected in done.stdout and ("Mkl" in done.stdout) == ("Mkl" in expected)
 
 
 @pytest.mark.parametrize(
