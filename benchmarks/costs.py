@@ -117,13 +117,14 @@ def orthogonality_table(results):
 
 def input_table(results):
     rows = []
-    for _, result in load(results, "input_pipeline"):
+    for stem, result in load(results, "input_pipeline"):
+        net = stem.partition("-")[0]
         for name, figures in result["pipelines"].items():
             rates = [figures[f"{part}_images_per_second"] for part in ("pipeline", "step")]
             rates = [f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}" for rate in rates]
-            rows.append([name, result["cpu_cores"], *rates, quartiles(figures["ratio_quartiles"])])
-        rows.append(["reading and decoding a folder, once", result["cpu_cores"], result["files_decoded_per_second"], "", ""])
-    return table(["images in", "cores", "pipeline, images/s", "plain-44's step, images/s", "ratio (quartiles)"], rows)
+            rows.append([name, net, result["cpu_cores"], *rates, quartiles(figures["ratio_quartiles"])])
+        rows.append(["a folder, read and decoded once", "", result["cpu_cores"], result["files_decoded_per_second"], "", ""])
+    return table(["images in", "net", "cores", "pipeline, images/s", "step, images/s", "ratio (quartiles)"], rows)
 
 
 def photographs_table(results):

@@ -1,10 +1,10 @@
-"""Images a second of the input pipeline alone, against what a training step of plain-44 takes.
+"""Images a second of the input pipeline alone, against what a training step of a plain net (44 layers) takes.
 
 python benchmarks/input_pipeline.py --images=50000 --files=4000
 
 Random pixels of CIFAR-10's shape, and a folder of JPEG files, which is decoded once, into memory, before the first step.
 Batches of 128 with crop and flip, as the recipes have them; the pipeline and the training step take turns, each alone with all
-cores. Goes to `results/input_pipeline/cores<cores>.json`.
+cores. Goes to `results/input_pipeline/plain<depth>-cores<cores>.json`.
 """
 
 import pathlib
@@ -27,6 +27,7 @@ FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "input_pipeline"
 BATCH, SIZE = 128, 32
 
+flags.DEFINE_integer("depth", 44, "Layers of the plain net whose step it feeds.", lower_bound=8)
 flags.DEFINE_integer("images", 50_000, "Images in memory.", lower_bound=BATCH)
 flags.DEFINE_integer("files", 4000, "JPEG files, of 32 x 32 pixels.", lower_bound=2 * BATCH)
 flags.DEFINE_integer("batches", 100, "Batches of each measurement.", lower_bound=2)
@@ -76,7 +77,7 @@ def main(_):
     rates = {f"{name}, {precision}": [] for name in ("memory", "folder") for precision in ("float32", "mixed_bfloat16")}
     for precision in ("float32", "mixed_bfloat16"):
         keras.config.set_dtype_policy(precision)
-        step = training_step(plain_net(44, (SIZE, SIZE, 3))(OrthonormalRegularizer()))
+        step = training_step(plain_net(FLAGS.depth, (SIZE, SIZE, 3))(OrthonormalRegularizer()))
         for _ in range(FLAGS.repeats):
             for name, split in (("memory", memory), ("folder", files)):
                 rates[f"{name}, {precision}"].append((pipeline_rate(split), step_rate(step, split)))
@@ -89,7 +90,7 @@ def main(_):
             "ratio_quartiles": [round(float(q), 2) for q in np.percentile(pipeline / trained, (25, 50, 75))],
         }
         print(name, figures[name], flush=True)
-    path = pathlib.Path(FLAGS.results, f"cores{cpu_cores()}.json")
+    path = pathlib.Path(FLAGS.results, f"plain{FLAGS.depth}-cores{cpu_cores()}.json")
     write_result(path, files_decoded_per_second=round(decoded), pipelines=figures)
 
 

@@ -131,7 +131,7 @@ def test_orthogonality_falls_with_the_factor(tmp_path):
 
 
 def test_input_pipeline_writes_its_rates(tmp_path):
-    given = ["--images=256", "--files=256", "--batches=2", "--repeats=1", f"--results={tmp_path}"]
+    given = ["--depth=8", "--images=256", "--files=256", "--batches=2", "--repeats=1", f"--results={tmp_path}"]
     subprocess.run([sys.executable, ROOT / "benchmarks" / "input_pipeline.py", *given], check=True, capture_output=True)
     (path,) = tmp_path.iterdir()
     for figures in json.loads(path.read_text())["pipelines"].values():
