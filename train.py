@@ -174,7 +174,7 @@ def main(_):
             signal_every=FLAGS.signal_every,
         )
         exported = deploy(pathlib.Path(workdir, "final.keras"), FLAGS.export) if FLAGS.export and machine.is_chief else ""
-    except InputError as error:
+    except (ImportError, InputError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except (NonFiniteLossError, WorkerLostError) as error:

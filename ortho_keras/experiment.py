@@ -1,7 +1,6 @@
 """One experiment: a recipe and a directory in, a trained model and its figures out."""
 
 import contextlib
-import importlib.metadata
 import json
 import math
 import pathlib
@@ -21,6 +20,7 @@ from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
 from ortho_keras.models import plain_cnn, residual_cnn
 from ortho_keras.modulation import modulate
 from ortho_keras.muon import Muon
+from ortho_keras.optional import installed_versions, require
 from ortho_keras.patch_pca import PatchPCAInitializer
 from ortho_keras.plots import plot_curves
 from ortho_keras.recipe import Recipe
@@ -67,8 +67,10 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
         NonFiniteLossError: If the loss became inf or NaN.
         Interrupted: If SIGINT or SIGTERM came; a checkpoint is written.
         WorkerLostError: If another worker went away.
+        ImportError: If a package that only runs need is not installed.
     """
     recipe.check()
+    require("a run", "matplotlib", "tensorboard")
     runtime = runtime or Runtime()
     try:
         return _run(
@@ -323,7 +325,7 @@ def _result(name, recipe, model, history, test, skipped, runtime):
         "versions": {
             "python": platform.python_version(),
             "ortho_keras": _own_version(),
-            **{package: importlib.metadata.version(package) for package in PACKAGES},
+            **installed_versions(*PACKAGES),
         },
     }
 

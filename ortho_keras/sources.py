@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from ortho_keras.errors import InputError, first_line
+from ortho_keras.optional import require
 from ortho_keras.streaming import ImageFiles, ImageRecords
 
 SPLIT_SEED = 0  # fixed, so that every run has the same validation and test images
@@ -21,6 +22,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png")  # as TFDS's ImageFolder
 
 def read_digits(image_size):
     """Returns scikit-learn's handwritten digits: `({split: (images, labels)}, class names)`; images are uint8."""
+    require("--dataset digits", "sklearn")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -73,6 +75,7 @@ def stream_tfds(name, data_dir):
 
 def _tfds_splits(name, data_dir):
     """Returns a prepared set's builder, and which of its splits is `train`, `test` and, where there is one, `validation`."""
+    require(f"--dataset {name}", "tensorflow_datasets")
     import tensorflow_datasets as tfds
 
     try:

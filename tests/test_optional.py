@@ -6,10 +6,14 @@ import sys
 
 import numpy as np
 import pytest
+from absl.testing import flagsaver
+from photographs import write_photographs
 
 import ortho_keras
+import train
 from ortho_keras import report
-from ortho_keras.optional import require
+from ortho_keras.data import load_data
+from ortho_keras.optional import installed_versions, require
 
 OPTIONAL = ("tensorflow_datasets", "importlib_resources", "tensorboard", "sklearn", "keras_tuner", "matplotlib", "pandas")
 
@@ -28,6 +32,34 @@ def test_require_names_what_is_missing_and_only_that():
     require("a test", "numpy", "keras")
     with pytest.raises(ImportError, match=r"^a test needs no_such_one and nor_this: pip install no_such_one nor_this$"):
         require("a test", "no_such_one", "numpy", "nor_this")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "package", "installed"),
+    [("digits", "sklearn", "scikit-learn"), ("cifar10", "tensorflow_datasets", "tensorflow-datasets")],
+)
+def test_a_data_set_names_the_package_that_it_needs(monkeypatch, tmp_path, dataset, package, installed):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"^--dataset {dataset} needs {installed}: pip install {installed}$"):
+        load_data(dataset, tmp_path)
+
+
+def test_a_run_says_what_it_lacks_before_it_begins(monkeypatch, tmp_path, capsys):
+    given = ["--image_size=0", "--depth=8", "--width=2", "--max_steps=2", "--bn_batches=0", f"--workdir={tmp_path / 'run'}"]
+    write_photographs(tmp_path / "data", {"train": 4, "test": 2}, 2)
+    with flagsaver.flagsaver():
+        train.parse_flags(["train.py", f"--dataset=folder:{tmp_path / 'data'}", "--batch_size=4", *given])
+        with monkeypatch.context() as without:
+            for package in ("matplotlib", "tensorboard"):
+                without.setitem(sys.modules, package, None)
+            assert train.main([]) == 2
+        expected = "train.py: a run needs matplotlib and tensorboard: pip install matplotlib tensorboard\n"
+        assert capsys.readouterr().err == expected and not (tmp_path / "run").exists()
+
+
+def test_versions_are_those_of_what_is_installed():
+    found = installed_versions("numpy", "no-such-distribution")
+    assert found == {"numpy": np.__version__}
 
 
 def test_features_name_the_package_that_they_need(monkeypatch, tmp_path, capsys):
