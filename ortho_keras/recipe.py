@@ -67,7 +67,7 @@ class Recipe:
     label_smoothing: float = _field(
         0.0, "training: this share of each label is spread evenly over all classes", least=0, most=0.9
     )
-    optimizer: str = _field("sgd", "optimizer (muon: ours, orthonormal steps)", OPTIMIZERS)
+    optimizer: str = _field("sgd", "optimizer (muon: orthonormal steps, after Jordan et al. 2024)", OPTIMIZERS)
     learning_rate: float = _field(0.1, "learning rate at its highest", above=0)
     rate_depth: int = _field(
         0, "layers that learning_rate is meant for: it is multiplied by rate_depth / depth; 0: taken as it is", least=0

@@ -113,7 +113,7 @@ RECIPES = {
         "digits",
         _preset(
             _SMALL_DIGITS,
-            "real handwritten digits (from scikit-learn, no download): 44 layers without shortcuts in under two minutes",
+            "real handwritten digits (from scikit-learn, no download): 44 layers without shortcuts",
             image_size=16,
             augment="crop",
             padding="symmetric",
@@ -142,7 +142,7 @@ RECIPES = {
     **_with_control(
         "plain44_cifar10_fast",
         _preset(
-            _FAST, "44 layers in 16 epochs: identities, shifted ReLU and Muon (ours) beside orthonormality", hold_out=False
+            _FAST, "44 layers in 16 epochs: identities and shifted ReLU (ours), and Muon, beside orthonormality", hold_out=False
         ),
         **_SGD,
     ),
@@ -162,7 +162,7 @@ RECIPES = {
         "plain110_cifar10",
         _preset(
             _PAPER,
-            "the paper's plain net of 110 layers, with modulation",
+            "the paper's plain net of 110 layers, with modulation by the anchor (ours; the paper's: by the neighbour)",
             depth=110,
             modulation="anchor",
             learning_rate=0.01,
@@ -184,7 +184,7 @@ RECIPES = {
         "plain110_cifar10_fast",
         _preset(
             _FAST,
-            "110 layers in 16 epochs: identities, shifted ReLU and Muon (ours) beside orthonormality",
+            "110 layers in 16 epochs: identities and shifted ReLU (ours), and Muon, beside orthonormality",
             depth=110,
             paper="81.6 (orthonormal and modulation, second-hand)",
         ),
@@ -221,13 +221,13 @@ RECIPES = {
     ),
     **_with_control(
         "plain44_imagenet",
-        _preset(_IMAGENET, "the paper's plain net of 44 layers for ImageNet", depth=44),
+        _preset(_IMAGENET, "a plain net of 44 layers for ImageNet (how the paper spreads them is not known)", depth=44),
     ),
     **_with_control(
         "plain101_imagenet",
         _preset(
             _IMAGENET,
-            "the paper's plain net of 101 layers for ImageNet, with modulation",
+            "the paper's plain net of 101 layers for ImageNet; modulation by the anchor (ours; the paper's: by the neighbour)",
             depth=101,
             modulation="anchor",
             paper="70.0 (second-hand)",
