@@ -1,5 +1,8 @@
 """BatchNormalization in one operation, and its averages re-estimated before an evaluation."""
 
+import contextlib
+import itertools
+
 import keras
 import tensorflow as tf
 
@@ -55,11 +58,16 @@ class BatchNormalizationEstimator:
     in training mode over some batches and sets each moving mean and variance to the plain average of the batches' own
     (weights, optimizer and everything else stay as they are). Training is not affected by it: it uses each batch's own.
 
-    The first call traces the model once; keep the object to estimate again. Dropout and the like see training mode too.
-    A frozen layer keeps its averages. A model that was built under a `tf.distribute` strategy gets the mean over replicas.
+    The first call traces the model once; keep the object to estimate again. Dropout and the like see training mode too, and
+    what else changes itself in it does so (`SpectralNormalization`). A layer that is called several times gets the average
+    over its calls. A frozen layer keeps its averages, and so does one that the model calls in inference mode. A model that
+    was built under a `tf.distribute` strategy gets the mean over replicas.
 
     Args:
         model: A built Keras model.
+
+    Raises:
+        ValueError: If `model` is not a built Keras model.
 
     Example:
 
@@ -72,13 +80,16 @@ class BatchNormalizationEstimator:
     """
 
     def __init__(self, model):
+        if not isinstance(model, keras.Model) or not model.built:
+            raise ValueError(f"`model` must be a built Keras model (call `model.build(...)`). Received: model={model!r}")
         found = [layer for layer, _ in walk_layers(model) if isinstance(layer, keras.layers.BatchNormalization)]
         self.layers = [layer for layer in found if layer.built and layer.trainable]
         self.averages = [v for layer in self.layers for v in (layer.moving_mean, layer.moving_variance)]
         strategy = model.distribute_strategy
 
         def observe(images):
-            model(images, training=True)
+            with _averaging_over_calls(self.layers):
+                model(images, training=True)
             return [tf.cast(v.value, tf.float64) for v in self.averages]
 
         @tf.function(reduce_retracing=True)
@@ -100,13 +111,10 @@ class BatchNormalizationEstimator:
         """
         if not self.layers:
             return
-        momenta = [layer.momentum for layer in self.layers]
         before = [tf.identity(v.value) for v in self.averages]
         sums, count = [0.0] * len(before), 0
-        for layer in self.layers:
-            layer.momentum = 0.0  # each moving average then is the batch's own; frozen into the graph at its first trace
         for variable in self.averages:
-            variable.assign(tf.zeros_like(variable.value))  # 0 times a NaN would remain one
+            variable.assign(tf.where(tf.math.is_finite(variable.value), variable.value, 0))  # 0 times a NaN would remain one
         try:
             for images in batches:
                 sums = [total + mean for total, mean in zip(sums, self._observe(images))]
@@ -117,8 +125,33 @@ class BatchNormalizationEstimator:
             for variable, value in zip(self.averages, before):
                 variable.assign(value)
             raise
-        finally:
-            for layer, momentum in zip(self.layers, momenta):
-                layer.momentum = momentum
         for variable, total in zip(self.averages, sums):
             variable.assign(total / count)
+
+
+@contextlib.contextmanager
+def _averaging_over_calls(layers):
+    """Within it the moving averages of a layer that is called n times become the plain average over these calls.
+
+    The momentum of its calls is 0, 1/2, 2/3 and so on; a graph that is traced meanwhile keeps them.
+    """
+    momenta = [layer.momentum for layer in layers]
+
+    def counted(layer, call):
+        calls = itertools.count()
+
+        def with_momentum(*args, **kwargs):
+            before = next(calls)
+            layer.momentum = before / (before + 1)
+            return call(*args, **kwargs)
+
+        return with_momentum
+
+    try:
+        for layer in layers:
+            layer.call = counted(layer, layer.call)
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta):
+            del layer.call
+            layer.momentum = momentum

@@ -5,7 +5,7 @@ import math
 
 import keras
 
-from ortho_keras.graphs import Graph
+from ortho_keras.graphs import Graph, has_own_call
 from ortho_keras.kernels import kernel_axes, layer_kernels, matrix_shape, model_kernels, walk_layers
 from ortho_keras.regularizers import OrthonormalRegularizer
 
@@ -152,7 +152,7 @@ def _regularizer_notes(kernels):
 def _bias_notes(model):
     """Biases of convolutions that reach nothing but a BatchNormalization, which subtracts them with the mean."""
     convolutions = [layer for layer, _ in walk_layers(model) if _has_plain_bias(layer)]
-    if not convolutions or not isinstance(model, (keras.Function, keras.Sequential)):
+    if not convolutions or not isinstance(model, (keras.Function, keras.Sequential)) or has_own_call(model):
         return []
     made, takers = {id(layer): [] for layer in convolutions}, {}  # a convolution's outputs; who takes a tensor, by its id
 

@@ -1,10 +1,13 @@
 """A net as it is deployed: modulation removed, BatchNormalization folded into the layers before it."""
 
+import tempfile
+
 import keras
 import numpy as np
 
-from ortho_keras.graphs import Graph
-from ortho_keras.kernels import layer_kernels
+from ortho_keras.batchnorm import FusedBatchNormalization
+from ortho_keras.graphs import Graph, has_own_call
+from ortho_keras.kernels import layer_kernels, walk_layers
 from ortho_keras.modulation import ErrorModulation
 
 _SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
@@ -15,13 +18,14 @@ def fold_batchnorm(model, dtype=None):
 
     `gamma * (W x + b - mean) / sqrt(variance + epsilon) + beta` is again a convolution (or dense layer) with a bias. Folded is
     a BatchNormalization that alone takes the output of a convolution or `Dense` without an activation of its own, over that
-    layer's channels, where each of the two is called once. Others stay, as every other layer does. `ErrorModulation`, which
-    does nothing in inference, goes, and so do regularizers. Nested Functional and Sequential models
-    are unfolded. The copy's outputs are the model's up to rounding; training one does not touch the other.
+    layer's channels, where each of the two is called once, and computes as Keras's class does. Others stay, as every other
+    layer does. `ErrorModulation`, which does nothing in inference, goes, and so do regularizers. Nested Functional and
+    Sequential models are unfolded. The copy's outputs are the model's up to rounding; training one does not touch the other.
 
     Args:
         model: A built Functional or Sequential model.
         dtype: The copy's type or policy, such as `"float32"` for a model trained in bfloat16. Defaults to each layer's own.
+            A layer inside a wrapper (`TimeDistributed`) keeps its own.
 
     Returns:
         A Functional model, not compiled, of the model's name. Layers keep their names.
@@ -38,7 +42,7 @@ def fold_batchnorm(model, dtype=None):
         raise ValueError(f"`model` must be a built Keras model (call `model.build(...)`). Received: model={model!r}")
     graph = Graph(model)
     calls = _Calls()
-    graph.run(_inputs(model), calls.call)
+    calls.end(graph.run(_inputs(model), calls.call))
     with model.distribute_strategy.scope():
         inputs = _inputs(model)
         copy = keras.Model(inputs, graph.run(inputs, _Folding(calls.folded(), dtype).call), name=model.name)
@@ -59,6 +63,7 @@ class _Calls:
         self.made = {}  # id of a tensor -> (the tensor, the layer that made it)
         self.taken = {}  # id of a tensor -> the layers that took it
         self.count = {}  # id of a layer -> how often it was called
+        self.ends = set()  # ids of the model's outputs
 
     def call(self, layer, *args, **kwargs):
         if isinstance(layer, ErrorModulation):
@@ -70,12 +75,15 @@ class _Calls:
         self.made |= {id(tensor): (tensor, layer) for tensor in keras.tree.flatten(outputs)}
         return outputs
 
+    def end(self, outputs):
+        self.ends = {id(tensor) for tensor in keras.tree.flatten(outputs)}
+
     def folded(self):
         """Returns `{id of a layer: the BatchNormalization that is folded into it}`."""
         found = {}
         for tensor, layer in self.made.values():
             takers = self.taken.get(id(tensor), [])
-            if len(takers) != 1 or not isinstance(takers[0], keras.layers.BatchNormalization):
+            if id(tensor) in self.ends or len(takers) != 1 or not isinstance(takers[0], keras.layers.BatchNormalization):
                 continue
             if self.count[id(layer)] == self.count[id(takers[0])] == 1 and _fits(layer, takers[0], len(tensor.shape)):
                 found[id(layer)] = takers[0]
@@ -85,6 +93,8 @@ class _Calls:
 def _fits(layer, normalization, rank):
     kernels = layer_kernels(layer) if isinstance(layer, keras.Layer) else []
     if not kernels or isinstance(layer, keras.layers.EinsumDense) or layer.activation is not keras.activations.linear:
+        return False
+    if has_own_call(layer) or (has_own_call(normalization) and type(normalization) is not FusedBatchNormalization):
         return False
     channels = 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1
     return normalization.axis % rank == channels
@@ -117,7 +127,19 @@ class _Folding:
         self.copies[id(layer)] = copy = type(layer).from_config(config)
         outputs = copy(*args, **kwargs)
         copy.set_weights(layer.get_weights() if normalization is None else _weights(layer, normalization))
+        _restore_rest(layer, copy)
         return outputs
+
+
+def _restore_rest(layer, copy):
+    """What layers hold beside their weights, as loading a file would: an adapted Normalization's figures, a lookup's table."""
+    for (one, _), (other, _) in zip(walk_layers(layer), walk_layers(copy)):
+        if isinstance(other, keras.layers.Normalization) and other.input_mean is None:
+            other.finalize_state()
+        if hasattr(one, "save_assets"):
+            with tempfile.TemporaryDirectory() as folder:
+                one.save_assets(folder)
+                other.load_assets(folder)
 
 
 def _weights(layer, normalization):

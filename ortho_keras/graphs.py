@@ -24,7 +24,7 @@ class Graph:
                 "`model` must be a Functional or Sequential model, whose layers are known. "
                 f"Received: {getattr(model, 'name', model)!r}, a {type(model).__name__}"
             )
-        if _has_own_call(model):
+        if has_own_call(model):
             raise ValueError(
                 "`model` must not have a `call` of its own, which its graph does not show. "
                 f"Received: {model.name!r}, a {type(model).__name__}"
@@ -85,11 +85,12 @@ def _replaced(structure, tensors):
 
 
 def _unfolded(layer):
-    return Graph(layer) if isinstance(layer, (keras.Function, keras.Sequential)) and not _has_own_call(layer) else layer
+    return Graph(layer) if isinstance(layer, (keras.Function, keras.Sequential)) and not has_own_call(layer) else layer
 
 
-def _has_own_call(model):
-    return not type(model).call.__module__.startswith("keras.")
+def has_own_call(layer):
+    """Whether what a layer or model computes is not Keras's, whatever it inherits from."""
+    return not type(layer).call.__module__.startswith("keras.")
 
 
 def _call(layer, args, kwargs, call, training):

@@ -253,12 +253,15 @@ def walk_layers(layer, inside=()):
             return
         seen.add(id(layer))
         yield layer, owners
-        if isinstance(layer, keras.Model):
-            inner = layer.layers
-        else:
-            inner = [item for item in keras.tree.flatten(list(vars(layer).values())) if isinstance(item, keras.Layer)]
-        for child in inner:
+        for child in layer.layers if isinstance(layer, keras.Model) else held(vars(layer)):
             yield from walk(child, (*owners, layer))
+
+    def held(value):
+        if isinstance(value, keras.Layer):
+            yield value
+        elif isinstance(value, (dict, list, tuple, set, frozenset)):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from held(item)
 
     yield from walk(layer, tuple(inside))
 

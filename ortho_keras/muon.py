@@ -32,8 +32,8 @@ class Muon(keras.optimizers.Optimizer):
         momentum: float, from 0 to below 1.
         vector_rate: float, at least 0. The learning rate of variables of rank 0 and 1, over `learning_rate`.
         beta_2: float, from 0 to below 1. Adam's decay of squares, for these.
-        epsilon: float, above 0. Adam's, for these.
-        exclude: Sequence of names of variables that are no kernels whatever their rank.
+        epsilon: float, above 0. Adam's, for these; in float16 at least 6e-5.
+        exclude: List or tuple of names of variables that are no kernels whatever their rank.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -63,6 +63,8 @@ class Muon(keras.optimizers.Optimizer):
                 "`vector_rate` must be at least 0 and `epsilon` above 0. "
                 f"Received: vector_rate={vector_rate!r}, epsilon={epsilon!r}"
             )
+        if not isinstance(exclude, (list, tuple)) or not all(isinstance(one, str) for one in exclude):
+            raise ValueError(f"`exclude` must be a list or tuple of names of variables. Received: exclude={exclude!r}")
         self.momentum = momentum
         self.vector_rate = vector_rate
         self.beta_2 = beta_2
@@ -82,7 +84,7 @@ class Muon(keras.optimizers.Optimizer):
     def update_step(self, gradient, variable, learning_rate):
         index = self._get_variable_index(variable)
         momentum, squares = self._momenta[index], self._squares[index]
-        rate, gradient = tf.cast(learning_rate, variable.dtype), tf.cast(gradient, variable.dtype)
+        rate, gradient = tf.cast(learning_rate, variable.dtype), tf.convert_to_tensor(tf.cast(gradient, variable.dtype))
         if squares is None:
             self.assign(momentum, self.momentum * tf.convert_to_tensor(momentum) + gradient)
             step = orthonormal_factor(gradient + self.momentum * tf.convert_to_tensor(momentum))
@@ -92,7 +94,8 @@ class Muon(keras.optimizers.Optimizer):
             self.assign(squares, self.beta_2 * tf.convert_to_tensor(squares) + (1 - self.beta_2) * tf.square(gradient))
             mean = tf.convert_to_tensor(momentum) / (1 - tf.pow(tf.cast(self.momentum, count.dtype), count))
             square = tf.convert_to_tensor(squares) / (1 - tf.pow(tf.cast(self.beta_2, count.dtype), count))
-            step = self.vector_rate * mean / (tf.sqrt(square) + self.epsilon)
+            least = 6e-5 if variable.dtype == "float16" else 0.0  # a smaller one would be 0 there, or as inexact as the squares
+            step = self.vector_rate * mean / (tf.sqrt(square) + max(self.epsilon, least))
         self.assign_sub(variable, rate * step)
 
     def get_config(self):

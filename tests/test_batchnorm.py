@@ -188,6 +188,47 @@ def test_a_frozen_layer_keeps_its_averages():
     np.testing.assert_allclose(averages(model)["bn1"], expected, rtol=1e-4, atol=1e-5)
 
 
+class FrozenBackbone(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.below, self.frozen, self.trained = layers.Dense(4), layers.BatchNormalization(), layers.BatchNormalization()
+
+    def call(self, x, training=None):
+        return self.trained(self.frozen(self.below(x), training=False), training=training)
+
+
+def test_a_layer_called_in_inference_mode_keeps_its_averages():
+    model, x = FrozenBackbone(), np.random.default_rng(0).normal(3, 2, (64, 3)).astype("float32")
+    model(x)
+    kept = [np.array([1.0, 2, 3, 4], "float32"), np.array([4.0, 3, 2, 1], "float32")]
+    for variable, value in zip((model.frozen.moving_mean, model.frozen.moving_variance), kept):
+        variable.assign(value)
+    BatchNormalizationEstimator(model)([x] * 3)
+    np.testing.assert_array_equal([model.frozen.moving_mean, model.frozen.moving_variance], kept)
+    kernel, bias = (np.asarray(v, np.float64) for v in (model.below.kernel, model.below.bias))
+    through = (x @ kernel + bias - kept[0]) / np.sqrt(kept[1] + 1e-3)
+    np.testing.assert_allclose(model.trained.moving_mean, through.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(model.trained.moving_variance, through.var(0), rtol=1e-4)
+
+
+def test_a_layer_that_is_called_several_times_gets_the_mean_over_its_calls():
+    shared = layers.BatchNormalization(momentum=0.9)
+    inputs = [keras.Input((3,)) for _ in range(3)]
+    model = keras.Model(inputs, [shared(x) for x in inputs])
+    rng = np.random.default_rng(0)
+    batches = [[rng.normal(5 * at, 1 + at, (size, 3)) for at in range(3)] for size in (8, 4)]
+    BatchNormalizationEstimator(model)(batches)
+    for found, statistic in ((shared.moving_mean, np.mean), (shared.moving_variance, np.var)):
+        np.testing.assert_allclose(found, np.mean([statistic(x, 0) for batch in batches for x in batch], 0), rtol=1e-4)
+    assert shared.momentum == 0.9 and "call" not in vars(shared)
+
+
+@pytest.mark.parametrize("model", [3, keras.Sequential([layers.Dense(2), layers.BatchNormalization()])])
+def test_what_is_no_built_model(model):
+    with pytest.raises(ValueError, match="`model` must be a built Keras model"):
+        BatchNormalizationEstimator(model)
+
+
 def test_optimizer_and_metrics_stay():
     model, batches = two_normalizations(), batches_of(4, 4)
     model.compile("adam", "mse")

@@ -126,6 +126,17 @@ def test_subclassed_and_nested_models():
     assert [(design.f_in, design.f_out) for design in check_design(model).layers] == [(27, 30), (270, 3)]
 
 
+def test_a_functional_model_with_a_call_of_its_own():
+    class Twice(keras.Model):
+        def call(self, x):
+            return 2 * super().call(x)
+
+    inputs = keras.Input((5, 5, 3))
+    model = Twice(inputs, layers.BatchNormalization()(layers.Conv2D(4, 3)(inputs)))
+    report = check_design(model)
+    assert report.fits and not report.notes  # what its call does with the bias is not known
+
+
 def test_other_penalties_beside_orthonormal_ones_are_noted():
     def dense(name, regularizer, trainable=True):
         return layers.Dense(4, kernel_regularizer=regularizer, name=name, trainable=trainable)

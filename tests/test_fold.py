@@ -114,6 +114,61 @@ def test_what_cannot_be_folded_stays(body, left):
     check(disturbed(keras.Model(inputs, body(inputs))), 6, 6, 3, normalizations=left)
 
 
+class Standardized(L.Conv2D):
+    def call(self, x):
+        mean, deviation = keras.ops.mean(self.kernel, (0, 1, 2)), keras.ops.std(self.kernel, (0, 1, 2))
+        return keras.ops.conv(x, (self.kernel - mean) / deviation, padding="valid")
+
+
+class Cut(L.Dense):
+    def call(self, x):
+        return keras.ops.relu(super().call(x))
+
+
+class Doubled(L.BatchNormalization):
+    def call(self, x, training=None):
+        return 2 * super().call(x, training=training)
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        lambda: [Standardized(4, 3, use_bias=False), L.BatchNormalization()],
+        lambda: [Cut(4), L.BatchNormalization()],
+        lambda: [L.Conv2D(4, 3), Doubled()],
+    ],
+)
+def test_a_subclass_with_a_call_of_its_own_stays(chain):
+    check(disturbed(keras.Sequential([keras.Input((6, 6, 3)), *chain()])), 6, 6, 3, normalizations=1)
+
+
+def test_what_is_an_output_too_stays():
+    inputs = keras.Input((6, 6, 3))
+    x = L.Conv2D(4, 3)(inputs)
+    y = L.Conv2D(4, 3)(L.BatchNormalization()(x))
+    model = disturbed(keras.Model(inputs, {"pyramid": x, "top": L.BatchNormalization()(y)}))
+    deployed = fold_batchnorm(model)
+    assert kinds(deployed).count(L.BatchNormalization) == 1
+    images = np.random.default_rng(1).normal(size=(4, 6, 6, 3)).astype("float32")
+    for name, expected in model.predict(images, verbose=0).items():
+        np.testing.assert_allclose(deployed.predict(images, verbose=0)[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_layer_learned_apart_from_its_weights_goes_along():
+    rng = np.random.default_rng(0)
+    pixels, words = rng.normal(3, 2, (20, 6, 6, 3)).astype("float32"), np.array([[5], [7], [9]])
+    scale, index = L.Normalization(), L.IntegerLookup()
+    scale.adapt(pixels)
+    index.adapt(words)
+    images, word = keras.Input((6, 6, 3)), keras.Input((1,), dtype="int64")
+    x = L.Flatten()(L.BatchNormalization()(L.Conv2D(4, 3)(scale(images))))
+    y = L.Flatten()(L.TimeDistributed(scale)(keras.ops.expand_dims(images, 1)))
+    model = disturbed(keras.Model([images, word], L.Concatenate()([x, y, L.Flatten()(L.Embedding(6, 4)(index(word)))])))
+    deployed = fold_batchnorm(model)
+    batch = [pixels[:3], words]
+    np.testing.assert_allclose(deployed(batch), model(batch), rtol=1e-4, atol=1e-5)
+
+
 def test_nested_models_several_inputs_and_outputs():
     inner = keras.Sequential([keras.Input((6, 6, 3)), L.Conv2D(4, 3), L.BatchNormalization(), L.ReLU()], name="inner")
     a, b = keras.Input((6, 6, 3), name="a"), keras.Input((4, 4, 4), name="b")

@@ -64,6 +64,22 @@ def test_walk_layers_names_the_owners():
     assert owners[id(wrapper.layer.layers[0])] == (model, wrapper, wrapper.layer)
 
 
+class Keyed(layers.Layer):
+    """Its dicts have keys that no order exists for."""
+
+    def __init__(self):
+        super().__init__()
+        self.settings, self.heads = {"a": 1, 2: [3]}, {1: layers.Dense(3), "b": (layers.Dense(5),)}
+
+    def call(self, x):
+        return self.heads[1](x), self.heads["b"][0](x)
+
+
+def test_layers_in_dicts_of_any_keys():
+    model = keras.Sequential([keras.Input((4,)), Keyed()])
+    assert [kernel.variable.shape for kernel in kernels.model_kernels(model)] == [(4, 3), (4, 5)]
+
+
 def test_an_unused_layer_has_no_kernel():
     model = keras.Sequential([keras.Input((4,)), Composite(unused=True)])
     assert len(kernels.model_kernels(model)) == 4  # the fifth was never built

@@ -80,6 +80,34 @@ def test_biases_and_embeddings_of_rank_2_are_moved_by_adam():
     assert adam == {v.path for v in model.trainable_variables if v.name in ("bias", "embeddings")} and len(adam) == 6
 
 
+def test_a_sparse_gradient_moves_an_embedding_as_a_dense_one_does():
+    words, y = np.array([[1, 5, 1], [0, 2, 5]]), np.array([[0.5, -1.0], [2.0, 0.0]])
+
+    def trained(first):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((3,), dtype="int32"), first, keras.layers.Flatten(), keras.layers.Dense(2)])
+        model.compile(ortho_keras.Muon(0.01, exclude=("bias", "embeddings", "kernel")), "mse")
+        model.layers[0].set_weights([np.random.default_rng(0).normal(size=(7, 4))])
+        model.fit(words, y, epochs=3, verbose=0)
+        return model.get_weights()
+
+    class OneHot(keras.layers.Embedding):
+        def call(self, inputs):
+            return keras.ops.one_hot(inputs, 7) @ self.embeddings
+
+    for sparse, dense in zip(trained(keras.layers.Embedding(7, 4)), trained(OneHot(7, 4))):
+        np.testing.assert_allclose(sparse, dense, atol=1e-6)
+
+
+def test_float16_without_gradients_stays_finite():
+    bias = keras.Variable(np.ones(3), dtype="float16")
+    optimizer = ortho_keras.Muon(0.01)
+    optimizer.apply([tf.zeros((3,), "float16")], [bias])
+    np.testing.assert_array_equal(bias, np.ones(3))
+    optimizer.apply([tf.fill((3,), tf.constant(1e-4, "float16"))], [bias])  # its square is 0 in float16
+    assert 0.9 < np.asarray(bias).min() < 1
+
+
 def test_two_replicas_step_as_one(two_replicas):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(16, 8, 8, 1)).astype("float32"), rng.integers(10, size=16)
@@ -121,6 +149,8 @@ def test_it_saves_and_loads(tmp_path):
         ({"momentum": "a"}, "`momentum` must be at least 0 and below 1. Received: momentum='a'"),
         ({"vector_rate": None}, "`vector_rate` must be at least 0"),
         ({"epsilon": 0}, "`epsilon` above 0"),
+        ({"exclude": "embeddings"}, "`exclude` must be a list or tuple of names of variables. Received: exclude='embeddings'"),
+        ({"exclude": None}, "`exclude` must be a list or tuple of names of variables. Received: exclude=None"),
     ],
 )
 def test_bad_arguments(arguments, message):
