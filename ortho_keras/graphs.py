@@ -53,7 +53,8 @@ class Graph:
         Args:
             inputs: Tensors, symbolic or not, in the structure of `model.input`.
             call: Function that calls the layer (or `keras.ops` operation) and returns its outputs.
-            training: What layers that take `training` get, unless the model fixes it; `None` for nothing.
+            training: What layers that take `training` get, whatever the model fixes: Keras (3.15) does so too where `fit` or
+                `predict` runs a Functional model. `None`: what the model fixes, or nothing.
 
         Returns:
             The outputs, in the structure of `model.output`.
@@ -62,13 +63,23 @@ class Graph:
             for layer, *_ in self.steps:
                 inputs = _call(layer, (inputs,), {}, call, training)
             return inputs
-        tensors = {id(symbol): tensor for symbol, tensor in zip(self.inputs, keras.tree.flatten(inputs))}
+        tensors = {id(symbol): tensor for symbol, tensor in zip(self.inputs, self._arranged(inputs, call))}
         for layer, args, kwargs, symbols in self.steps:
             args, kwargs = _replaced((args, kwargs), tensors)
             outputs = keras.tree.flatten(_call(layer, args, kwargs, call, training))
             tensors |= {id(symbol): tensor for symbol, tensor in zip(symbols, outputs)}
         outputs = [tensors[id(symbol)] for symbol in self.outputs]
         return keras.tree.pack_sequence_as(self.model.output, outputs)
+
+    def _arranged(self, inputs, call):
+        """The inputs in the order and types of the model's own, as Keras arranges them where a model is called in a model."""
+        if isinstance(inputs, dict) and not isinstance(self.model.input, dict):
+            inputs = [inputs[tensor.name] for tensor in self.model.inputs]
+        arranged = keras.tree.flatten(inputs)
+        for index, (tensor, symbol) in enumerate(zip(arranged, self.inputs)):
+            if _is_float(symbol) and not _is_float(tensor):
+                arranged[index] = call(keras.layers.Rescaling(1.0, dtype=symbol.dtype), tensor)  # which casts integers
+        return arranged
 
 
 def allow_deep_graphs(layers):
@@ -78,6 +89,10 @@ def allow_deep_graphs(layers):
     limit, are 330 times Conv-BN-ReLU.
     """
     sys.setrecursionlimit(max(sys.getrecursionlimit(), 2 * layers + 1000))
+
+
+def _is_float(tensor):
+    return keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
 
 
 def _replaced(structure, tensors):
@@ -96,7 +111,7 @@ def has_own_call(layer):
 def _call(layer, args, kwargs, call, training):
     if isinstance(layer, Graph):
         inputs = args[0] if args else kwargs["inputs"]
-        return layer.run(inputs, call, kwargs.get("training", training))
+        return layer.run(inputs, call, kwargs.get("training") if training is None else training)
     fixed = {} if training is None else {"training": training}
     accepted = {name: value for name, value in fixed.items() if name in inspect.signature(layer.call).parameters}
-    return call(layer, *args, **{**accepted, **kwargs})
+    return call(layer, *args, **{**kwargs, **accepted})

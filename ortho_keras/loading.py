@@ -1,6 +1,7 @@
 """Loading a model file that came from somewhere else."""
 
 import pathlib
+import re
 import stat
 import zipfile
 
@@ -46,6 +47,12 @@ def load_model(path, compile=True):
         return keras.saving.load_model(path, compile=compile, safe_mode=True)
     except Exception as error:  # a damaged file makes Keras raise almost anything
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        unknown = re.search(r"Could not locate (class|function) '([^']+)'", str(error))
+        if unknown:
+            first = (
+                f"its {unknown[1]} {unknown[2]!r} is not known here: decorate it with "
+                "@keras.saving.register_keras_serializable() and import it first"
+            )
         if "ambda" in str(error):
             first = f"it holds a Lambda layer, whose code would run: {first}"
         raise ValueError(

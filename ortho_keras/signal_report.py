@@ -24,9 +24,10 @@ def signal_report(model, x, y, loss=None, tolerance=2.0, max_scale=1000.0, refer
     The model runs as in training (BatchNormalization by the batch's statistics, dropout on); weights, BatchNormalization's
     averages, the optimizer and the layers' random states are afterwards what they were. (A layer of one's own that draws
     without a seed generator moves Keras's or TensorFlow's global one.) The error is that of the loss alone, the mean
-    over the batch, without penalties, and it is taken before a layer's own activation, where it has one. A layer that is called
-    more than once has one entry for each call; "next" and "top" go by the order of calls. A layer of one's own, or a
-    subclassed model inside, is one layer. Recurrent layers and embeddings are not measured, but named.
+    over the batch, without penalties, and it is taken before a layer's own activation, where it has one (behind it in a
+    `TimeDistributed`). A layer that is called more than once has one entry for each call; "next" and "top" go by the order of
+    calls. A layer of one's own, or a subclassed model inside, is one layer. Recurrent layers and embeddings are not measured,
+    but named.
 
     Args:
         model: A built Functional or Sequential Keras model of any shape, nested and branching ones included.
@@ -139,7 +140,7 @@ class Probe:
                 LayerSignal(
                     name=call.name,
                     kind=type(call.layer).__name__,
-                    positions=len(call.linear.shape) > 2,
+                    positions=len(call.linear.shape) > 1 + len(call.channels),
                     forward_moment=_magnitude(call.linear) ** 2,
                     backward_moment=own**2,
                     error_to_next=ratio(own, after),
@@ -297,17 +298,17 @@ def _extremes(call, wanted):
     if wanted:
         each = [kernel_extremes(k.variable, k.layout, k.groups) for k in call.kernels]
         kernel = min(low for low, _ in each), max(high for _, high in each)
-        operator = operator_extremes(call.layer, call.input_shape)
+        operator = operator_extremes(call.inner, call.input_shape)
     names = ("kernel_smallest", "kernel_largest", "operator_smallest", "operator_largest")
     return dict(zip(names, (*kernel, *operator)))
 
 
 def _image_share(outputs, channels):
     """The share of variance over images and positions that lies between images at one position; NaN without positions."""
-    if len(outputs.shape) < 3:
+    if len(outputs.shape) <= 1 + len(channels):
         return math.nan
     outputs = tf.cast(outputs, tf.float64)
-    others = [axis for axis in range(len(outputs.shape)) if axis != channels]
+    others = [axis for axis in range(len(outputs.shape)) if axis not in channels]
     between = float(tf.reduce_mean(tf.math.reduce_variance(outputs, 0)))
     return ratio(between, float(tf.reduce_mean(tf.math.reduce_variance(outputs, others))))
 

@@ -90,12 +90,13 @@ class SignalReport:
         if steps and not silent and not broken and not 0.1 <= total <= 10:
             change = f"grows {per_layer:.3g} times" if total > 1 else f"shrinks to {per_layer:.3g} of itself"
             found.append(f"the error {change} a layer going down: {total:.2g} over {_count(steps, 'layer')}")
-        shares = [(layer.image_share, layer.name) for layer in self.layers if layer.image_share < 0.2]
+        shares = [(layer.image_share, layer.name, layer.kind) for layer in self.layers if layer.image_share < 0.2]
         if shares:
-            share, name = min(shares)
+            share, name, kind = min(shares)
+            between, like = ("images", ", as zero-padded borders draw it") if "Conv" in kind else ("samples", "")
             found.append(
-                f"only {100 * share:.2g} % of the variance at {name!r} is between images, the rest is one pattern over "
-                f"positions, as zero-padded borders draw it ({_count(shares, 'layer')} below 20 %)"
+                f"only {100 * share:.2g} % of the variance at {name!r} is between {between}, the rest is one pattern over "
+                f"positions{like} ({_count(shares, 'layer')} below 20 %)"
             )
         dead = [(layer.dead_share, layer.name) for layer in self.layers if layer.dead_share > 0.3]
         if dead:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 
 import keras
 import tensorflow as tf
@@ -18,12 +19,14 @@ class Call:
 
     def __init__(self, layer, name, kernels, inputs, linear, outputs):
         self.layer = layer
+        self.inner = _unwrapped(layer)
         self.name = name
         self.kernels = kernels
-        self.input_shape = inputs.shape
+        timed = isinstance(layer, keras.layers.TimeDistributed)
+        self.input_shape = inputs.shape[:1] + inputs.shape[2:] if timed else inputs.shape  # of the inner layer
         self.linear = linear  # the output before the layer's own activation, or the output
         self.outputs = outputs
-        self.channels = 1 if getattr(layer, "data_format", None) == "channels_first" else len(outputs.shape) - 1
+        self.channels = _channel_axes(self.inner, len(outputs.shape), int(timed))
         self.behind = outputs  # the same, behind the call's ErrorModulation
         self.dead_share = math.nan
 
@@ -60,7 +63,8 @@ class Trace:
             name, again = layer.name, 2
             while name in names:  # one layer called again, or a namesake in another nested model
                 name, again = f"{layer.name} ({again})", again + 1
-            self.calls.append(Call(layer, name, kernels, given[0], linear[-1] if linear else first, first))
+            inputs = next(value for value in given if hasattr(value, "shape"))  # flags given by name may come first
+            self.calls.append(Call(layer, name, kernels, inputs, linear[0] if len(linear) == 1 else first, first))
             source = len(self.calls) - 1
         elif isinstance(layer, ErrorModulation) and source is not None:
             self.calls[source].behind, self.modulated = first, True
@@ -83,7 +87,8 @@ class Trace:
 
 @contextlib.contextmanager
 def _own_activation(layer):
-    """Collects, in a list, what a convolution, dense or einsum layer hands to its own activation."""
+    """Collects, in a list, what a convolution, dense or einsum layer, in a wrapper or not, hands to its own activation."""
+    layer = _unwrapped(layer)
     linear, activation = [], getattr(layer, "activation", None)
     if activation in (None, keras.activations.linear) or not isinstance(layer, keras.Layer) or not layer_kernels(layer):
         yield linear
@@ -100,9 +105,28 @@ def _own_activation(layer):
         layer.activation = activation
 
 
+def _unwrapped(layer):
+    while isinstance(layer, keras.layers.Wrapper):
+        layer = layer.layer
+    return layer
+
+
+def _channel_axes(layer, rank, leading):
+    """The axes of an output of this rank that are a layer's channels: an EinsumDense's can be several, heads and units."""
+    if getattr(layer, "data_format", None) == "channels_first":
+        return (1 + leading,)
+    if isinstance(layer, keras.layers.EinsumDense):
+        inputs, _, outputs = re.split(r",|->", layer.equation.replace(" ", "").replace("...", "."))
+        new = [at for at, letter in enumerate(outputs) if letter not in inputs]
+        behind = rank - len(outputs)  # how far the axes behind an ellipsis are from where the equation has them
+        return tuple(at + (behind if "." in outputs[:at] else leading) for at in new) or (rank - 1,)
+    return (rank - 1,)
+
+
 def _constant_share(outputs, channels):
     """The share of channels that are the same for all images and positions: no signal, and no gradient, passes."""
-    channels = min(channels, len(outputs.shape) - 1)
-    others = [axis for axis in range(len(outputs.shape)) if axis != channels]
+    rank = len(outputs.shape)
+    channels = channels if max(channels) < rank else (rank - 1,)  # flattened since
+    others = [axis for axis in range(rank) if axis not in channels]
     constant = tf.equal(tf.reduce_max(outputs, others), tf.reduce_min(outputs, others))
     return float(tf.reduce_mean(tf.cast(constant, tf.float32)))

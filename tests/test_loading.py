@@ -53,6 +53,16 @@ def test_a_link_is_refused(tmp_path):
         load_model(tmp_path / "model.keras")
 
 
+def test_a_class_that_is_not_known_is_named(tmp_path):
+    class Unregistered(keras.layers.Layer):
+        def call(self, x):
+            return x
+
+    keras.Sequential([keras.Input((3,)), Unregistered(), keras.layers.Dense(2)]).save(tmp_path / "own.keras")
+    with pytest.raises(ValueError, match=r"its class 'Unregistered' is not known here: decorate it with @keras"):
+        load_model(tmp_path / "own.keras")
+
+
 def test_what_is_no_model(tmp_path):
     (tmp_path / "text.keras").write_text("model")
     with zipfile.ZipFile(tmp_path / "empty.keras", "w"):

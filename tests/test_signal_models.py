@@ -1,5 +1,6 @@
 """signal_report on models of many kinds, on inputs as `fit` takes them, and what it refuses."""
 
+import dataclasses
 import math
 
 import keras
@@ -75,6 +76,31 @@ def test_training_mode_reaches_layers_that_take_no_such_argument():
     assert [layer.kind for layer in report.layers] == ["Block", "Dense"]
 
 
+def gradient_ratios(model, x, y):
+    """Norm of each kernel's gradient over the kernel's, of the model's own call in training mode."""
+    kernels = [variable for variable in model.trainable_variables if variable.name == "kernel"]
+    with tf.GradientTape() as tape:
+        loss = LOGITS(y, model(x, training=True))
+    gradients = tape.gradient(loss, [kernel.value for kernel in kernels])
+    return float(loss), [np.linalg.norm(gradient) / np.linalg.norm(kernel) for gradient, kernel in zip(gradients, kernels)]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_inference_mode_that_the_graph_fixes_is_not_what_fit_runs(nested):
+    inputs = keras.Input((6,))
+    normalization = keras.layers.BatchNormalization()
+    base = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8), normalization]) if nested else normalization
+    hidden = base(keras.layers.Dense(8)(inputs), training=False)
+    model = keras.Model(inputs, keras.layers.Dense(10)(keras.layers.ReLU()(hidden)))
+    x, y = batch((6,), 16)
+    x = 100 + 50 * x
+    report = ortho_keras.signal_report(model, x, y, LOGITS)
+    loss, ratios = gradient_ratios(model, x, y)
+    model.compile(keras.optimizers.SGD(0.0), LOGITS)
+    assert report.loss == pytest.approx(loss, rel=1e-5) == pytest.approx(model.fit(x, y, verbose=0).history["loss"][0])
+    np.testing.assert_allclose([layer.gradient_ratio for layer in report.layers], ratios, rtol=1e-4)
+
+
 def test_kernels_that_training_mode_moves_are_put_back():
     model = keras.Sequential(
         [keras.Input((6,)), keras.layers.SpectralNormalization(keras.layers.Dense(8)), keras.layers.Dense(10)]
@@ -128,6 +154,69 @@ def test_layers_called_by_keyword():
     x = keras.layers.MultiHeadAttention(2, 3, name="attention")(query=inputs, value=base(inputs=inputs))
     model = keras.Model(inputs, keras.layers.Dense(10, name="top")(keras.layers.Flatten()(x)))
     assert [layer.name for layer in report_of(model, (5, 6)).layers] == ["inside", "attention", "top"]
+
+
+def test_a_nested_model_gets_its_inputs_by_name_and_type():
+    a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b", dtype="float32")
+    inner = keras.Model([b, a], keras.layers.Subtract()([b, a]))
+    first, second = keras.Input((4,)), keras.Input((4,), dtype="uint8")
+    model = keras.Model([first, second], keras.layers.Dense(10)(inner({"a": first, "b": second})))
+    (x, y), rng = batch((4,)), np.random.default_rng(2)
+    x = [x, rng.integers(9, size=(8, 4)).astype("uint8")]
+    assert ortho_keras.signal_report(model, x, y, LOGITS).loss == pytest.approx(float(LOGITS(y, model(x))), rel=1e-5)
+
+
+def test_a_flag_given_by_keyword_beside_the_inputs():
+    class Block(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(8)
+
+        def call(self, x, flag=None):
+            return self.dense(x)
+
+    inputs = keras.Input((6,))
+    report = report_of(keras.Model(inputs, keras.layers.Dense(10)(Block()(x=inputs, flag=True))))
+    assert [layer.kind for layer in report.layers] == ["Block", "Dense"]
+
+
+def test_the_channels_of_an_einsum_can_be_several_axes():
+    heads = keras.layers.EinsumDense("...td,dhk->...thk", (5, 2, 3), bias_axes="hk")
+    model = keras.Sequential([keras.Input((5, 6)), heads, keras.layers.ReLU(), keras.layers.Flatten(), keras.layers.Dense(10)])
+    heads.bias.assign([[5, 5, 5], [-50, -50, -50]])
+    x, y = batch((5, 6), 16)
+    report = ortho_keras.signal_report(model, x, y, LOGITS)
+    outputs = np.einsum("btd,dhk->bthk", x.astype(np.float64), heads.kernel)
+    share = outputs.var(0).mean() / outputs.var((0, 1)).mean()
+    assert report.layers[0].dead_share == 0.5 and report.layers[0].image_share == pytest.approx(share, rel=1e-4)
+    assert not any("pattern" in finding for finding in report.findings)
+    flat = keras.layers.EinsumDense("bd,dhk->bhk", (2, 3))
+    report = report_of(keras.Sequential([keras.Input((6,)), flat, keras.layers.Flatten(), keras.layers.Dense(10)]))
+    assert math.isnan(report.layers[0].image_share) and not report.layers[0].positions
+
+
+def test_wrapped_layers():
+    """Over time steps, the same figures as the layer by itself; a normalized kernel's before its layer's activation."""
+
+    def net(wrap, activation):
+        keras.utils.set_random_seed(1)
+        inner = wrap(keras.layers.Dense(8, activation=activation))
+        return keras.Sequential([keras.Input((5, 6)), inner, keras.layers.Flatten(), keras.layers.Dense(10)])
+
+    for activation in (None, "relu"):
+        plain, timed = (report_of(net(wrap, activation), (5, 6)) for wrap in (lambda x: x, keras.layers.TimeDistributed))
+        mine, expected = (dataclasses.asdict(report.layers[0]) for report in (timed, plain))
+        behind = {"forward_moment", "backward_moment", "error_to_next", "error_to_top", "image_share"}
+        for name in set(mine) - {"name", "kind", "scale", "fired"} - (behind if activation else set()):
+            assert mine[name] == pytest.approx(expected[name], rel=1e-4, nan_ok=True), name
+
+    report, twin = (net(keras.layers.SpectralNormalization, "relu") for _ in range(2))
+    (x, _), report = batch((5, 6), 16), report_of(report, (5, 6))
+    twin(x, training=True)  # normalizes its kernel
+    kernel, bias = (np.asarray(weight, np.float64) for weight in twin.layers[0].layer.get_weights())
+    layer = report.layers[0]
+    assert layer.forward_moment == pytest.approx(np.mean((x @ kernel + bias) ** 2), rel=1e-4)
+    assert layer.dead_share == 0 and math.isfinite(layer.operator_largest)
 
 
 def test_growth_is_not_told_across_pooling():
