@@ -10,6 +10,7 @@ TF_CONFIG='{"cluster": {"worker": ["host0:5000", "host1:5000"]}, "task": {"type"
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -27,6 +28,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):  # convolutions take half 
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 _NOTES = re.compile(r"before absl::InitializeLog|oneDNN custom operations|Could not find cuda drivers|failed call to cuInit")
 _DEFAULT_RECIPE = "digits"
+LONGEST_NAME = 200  # bytes of a folder's name, of the 255 that file systems take
 
 
 @contextlib.contextmanager
@@ -126,7 +128,10 @@ def default_workdir(name, given):
         path = pathlib.Path(FLAGS.recipe_file).absolute()
         name = f"{path.parent.name}-{path.stem}"
     values = (f"{key}={str(value).replace('/', '_')}" for key, value in given.items())
-    return pathlib.Path("runs", "-".join([name, *values]))
+    folder = "-".join([name, *values])
+    if len(folder.encode()) > LONGEST_NAME:
+        folder = f"{name}-{hashlib.sha256(folder.encode()).hexdigest()[:16]}"
+    return pathlib.Path("runs", folder)
 
 
 def list_recipes():
@@ -156,13 +161,16 @@ def main(_):
         return 0
     try:
         recipe, name, given = recipe_from_flags()
-        workdir = FLAGS.workdir or default_workdir(name, given)
+        workdir = pathlib.Path(FLAGS.workdir or default_workdir(name, given)).expanduser()
         if FLAGS.keep_checkpoints < 1:
             raise InputError(f"--keep_checkpoints must be at least 1. Received: {FLAGS.keep_checkpoints}")
         if FLAGS.signal_every < 0:
             raise InputError(f"--signal_every must be at least 0. Received: {FLAGS.signal_every}")
         if FLAGS.export is not None:
             check_export(FLAGS.export)
+        for value, ruler in recipe.without_effect().items():
+            if value in given:
+                print(f"train.py: --{value} has no effect with {ruler}", file=sys.stderr)
         machine = runtime.start(FLAGS.strategy, FLAGS.devices, FLAGS.jit_compile, FLAGS.deterministic, FLAGS.tf32)
         result = run(
             recipe,

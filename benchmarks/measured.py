@@ -7,8 +7,8 @@ import sys
 
 from runs import commit
 
-from ortho_keras.experiment import processor
 from ortho_keras.files import write_json
+from ortho_keras.result import processor
 from ortho_keras.runtime import cpu_cores
 
 

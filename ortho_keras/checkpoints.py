@@ -17,7 +17,7 @@ def state_variables(model):
 
 
 def save_checkpoint(directory, model, step, history, keep=2):
-    """Writes the state after `step` steps, and keeps the last `keep` checkpoints.
+    """Writes the state after `step` steps, and keeps the last `keep` checkpoints up to it.
 
     The file is a `.npz` (a zip with a checksum for each array, read without pickle). It is written under another name and
     renamed, so a kill at any moment leaves the one before it good.
@@ -39,7 +39,8 @@ def save_checkpoint(directory, model, step, history, keep=2):
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    for old in _found(directory)[keep:]:
+    found = _found(directory)  # one of a later step is of a run that could not go on from it
+    for old in [*found[: found.index(path)], *found[found.index(path) + keep :]]:
         old.unlink()
 
 

@@ -18,7 +18,7 @@ IMAGES = 16
 
 def check_export(output):
     """Raises `InputError` if `output`, which `--export` gave, is no path that `deploy` can write."""
-    output = pathlib.Path(output)
+    output = pathlib.Path(output).expanduser()
     if output.suffix not in (".keras", ".tflite", ""):
         raise InputError(f"--export must end in .keras or .tflite, or have no suffix (a folder). Received: {str(output)!r}")
     if output.suffix == "" and output.exists():
@@ -39,7 +39,7 @@ def deploy(path, output):
     Raises:
         InputError: If `path` holds no model that can be read and folded, or `output` cannot be written.
     """
-    output = pathlib.Path(output)
+    output = pathlib.Path(output).expanduser()
     check_export(output)
     try:
         model = load_model(path)

@@ -1,10 +1,10 @@
 """One experiment: a recipe and a directory in, a trained model and its figures out."""
 
 import contextlib
+import functools
 import json
 import math
 import pathlib
-import platform
 
 import keras
 import numpy as np
@@ -13,19 +13,20 @@ import tensorflow as tf
 from ortho_keras.callbacks import ModulationSwitch, SignalMonitor
 from ortho_keras.data import load_data
 from ortho_keras.errors import InputError, WorkerLostError, first_line
-from ortho_keras.files import check_folder, entries, whole_file, write_json
+from ortho_keras.files import check_folder, entries, only_one, whole_file, write_json
 from ortho_keras.imagenet import plain_imagenet, residual_imagenet
-from ortho_keras.kernels import layer_kernels, model_kernels, orthonormality_error
+from ortho_keras.kernels import layer_kernels
 from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
 from ortho_keras.models import plain_cnn, residual_cnn
 from ortho_keras.modulation import modulate
 from ortho_keras.muon import Muon
-from ortho_keras.optional import installed_versions, require
+from ortho_keras.optional import require
 from ortho_keras.patch_pca import PatchPCAInitializer
 from ortho_keras.plots import plot_curves
 from ortho_keras.recipe import Recipe
 from ortho_keras.regularizers import OrthonormalRegularizer
-from ortho_keras.runtime import Runtime, cpu_cores, device_names, slowdown
+from ortho_keras.result import result_of
+from ortho_keras.runtime import Runtime, slowdown
 from ortho_keras.schedules import LearningRate
 from ortho_keras.training import Trainer, scores
 
@@ -38,7 +39,6 @@ BUILDERS = {
     ("imagenet", "plain"): plain_imagenet,
     ("imagenet", "residual"): residual_imagenet,
 }
-PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "scikit-learn")
 
 
 def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), keep_checkpoints=2, signal_every=0, log=print):
@@ -60,7 +60,7 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
         log: Function that takes a line of progress.
 
     Returns:
-        The content of `result.json`, a dict; `None` on a worker other than the chief where the run was finished already.
+        The content of `result.json`, a dict; `None` on a worker other than the chief.
 
     Raises:
         InputError: If a value, the data or the workdir is not what was expected; nothing is written then.
@@ -72,18 +72,16 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
     recipe.check()
     require("a run", "matplotlib", "tensorboard")
     runtime = runtime or Runtime()
+    workdir = pathlib.Path(workdir).expanduser()
+    log = log if runtime.is_chief else lambda line: None
     try:
-        return _run(
-            recipe,
-            pathlib.Path(workdir).expanduser(),
-            data_dir,
-            name,
-            runtime,
-            callbacks,
-            keep_checkpoints,
-            signal_every,
-            log if runtime.is_chief else lambda line: None,
-        )
+        with contextlib.ExitStack() as stack:
+            hold = functools.cache(lambda: stack.enter_context(only_one(workdir, "run")))  # once
+            finished = _agreed(runtime, lambda: _enter_workdir(workdir, recipe, hold) if runtime.is_chief else None)
+            if runtime.any(finished is not None):
+                log(f"this run is finished already: {workdir / 'result.json'} (another --workdir or --seed starts a new one)")
+                return finished
+            return _run(recipe, workdir, hold, data_dir, name, runtime, callbacks, keep_checkpoints, signal_every, log)
     except tf.errors.ResourceExhaustedError as error:
         raise InputError(
             f"--batch_size must fit the device's memory. Received: {recipe.batch_size} ({first_line(error)})"
@@ -95,15 +93,8 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
         raise WorkerLostError(message) from error
 
 
-def _run(recipe, workdir, data_dir, name, runtime, callbacks, keep_checkpoints, signal_every, log):
-    finished = _agreed(runtime, lambda: _check_workdir(workdir, recipe) if runtime.is_chief else None)
-    if runtime.any(finished is not None):
-        log(f"this run is finished already: {workdir / 'result.json'} (another --workdir or --seed starts a new one)")
-        return finished
+def _run(recipe, workdir, hold, data_dir, name, runtime, callbacks, keep_checkpoints, signal_every, log):
     data = _agreed(runtime, lambda: load_recipe_data(recipe, data_dir, runtime.replicas))
-    if runtime.is_chief:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "run.json", {"recipe": recipe.to_json()})
     log(f"computing on {runtime.describe()}")
     log(
         f"{recipe.dataset}: {len(data.train)} training, {len(data.validation or ())} validation and {len(data.test)} test "
@@ -117,8 +108,11 @@ def _run(recipe, workdir, data_dir, name, runtime, callbacks, keep_checkpoints, 
     with _precision(recipe.precision), runtime.strategy.scope():
         keras.utils.set_random_seed(recipe.seed)
         model, total_steps = compiled_model(recipe, data, runtime.replicas > 1)
+    _agreed(runtime, lambda: _begin(workdir, recipe, hold) if runtime.is_chief else None)
     layers = sum(1 for layer in model.layers if layer_kernels(layer))
     log(f"{model.name}: {layers} layers, {model.count_params():,} parameters, {total_steps} steps of {recipe.batch_size}")
+    if recipe.warmup_steps >= total_steps:
+        log(f"--warmup_steps={recipe.warmup_steps} is no less than the run: the learning rate does not reach its highest")
     if recipe.modulation != "off" and recipe.modulation_steps:
         callbacks = [*callbacks, ModulationSwitch(recipe.modulation_steps)]
     monitor = None
@@ -136,12 +130,13 @@ def _run(recipe, workdir, data_dir, name, runtime, callbacks, keep_checkpoints, 
         log(f"signals.csv and signals.png took {100 * monitor.share:.1f} % of the training time")
     log("evaluating on the test split")
     test = trainer.evaluate(data.test)
-    result = _result(name, recipe, model, history, test, data.skipped, runtime)
-    if runtime.is_chief:
-        _save_model(model, workdir / "final.keras")
-        write_json(workdir / "history.json", history)
-        plot_curves(history, workdir / "curves.png", f"{name or recipe.network} (depth {recipe.depth}, seed {recipe.seed})")
-        write_json(workdir / "result.json", result)
+    if not runtime.is_chief:
+        return None
+    result = result_of(name, recipe, model, history, test, data.skipped, runtime)
+    _save_model(model, workdir / "final.keras")
+    write_json(workdir / "history.json", history)
+    plot_curves(history, workdir / "curves.png", f"{name or recipe.network} (depth {recipe.depth}, seed {recipe.seed})")
+    write_json(workdir / "result.json", result)
     return result
 
 
@@ -166,6 +161,8 @@ def load_recipe_data(recipe, data_dir=None, replicas=1):
         raise InputError(f"--batch_size must be divisible by the {replicas} replicas. Received: {recipe.batch_size}")
     stream = recipe.augment == "resized_crop"
     data = load_data(recipe.dataset, data_dir, recipe.image_size, recipe.hold_out, stream)
+    if len(data.class_names) < 2:
+        raise InputError(f"--dataset {recipe.dataset} must have at least 2 classes. Received: {', '.join(data.class_names)}")
     if len(data.train) < recipe.batch_size:
         raise InputError(
             f"--batch_size must be at most the number of training images, {len(data.train)}. Received: {recipe.batch_size}"
@@ -186,7 +183,8 @@ def build_model(recipe, data, replicated=False):
     if recipe.stem_initializer == "pca":
         images, _ = data.train.sample(max(1, STEM_PIXELS // math.prod(data.image_shape[:2])))
         try:
-            stem_initializer = PatchPCAInitializer.from_images((images - np.array(mean)) / np.sqrt(variance))
+            scaled, side = (images - np.array(mean)) / np.sqrt(variance), 7 if recipe.family == "imagenet" else 3
+            stem_initializer = PatchPCAInitializer.from_images(scaled, side)
         except ValueError as error:
             raise InputError(f"--stem_initializer=pca must have images with patches that differ: {error}") from error
     model = BUILDERS[recipe.family, recipe.network](
@@ -268,10 +266,18 @@ def _precision(policy):
         keras.config.set_dtype_policy(before)
 
 
-def _check_workdir(workdir, recipe):
-    """Makes sure that a run may use the workdir; returns its result if it is finished there already."""
+def _begin(workdir, recipe, hold):
+    workdir.mkdir(parents=True, exist_ok=True)
+    hold()
+    write_json(workdir / "run.json", {"recipe": recipe.to_json()})
+
+
+def _enter_workdir(workdir, recipe, hold):
+    """Makes sure that a run may use the workdir, and holds it; returns its result if it is finished there already."""
     shown = str(workdir)
     check_folder("--workdir", workdir)
+    if workdir.is_dir():
+        hold()
     if not entries(workdir):
         return None
     try:
@@ -291,58 +297,6 @@ def _check_workdir(workdir, recipe):
         )
     result = workdir / "result.json"
     return json.loads(result.read_text()) if result.exists() else None
-
-
-def _result(name, recipe, model, history, test, skipped, runtime):
-    seconds = sum(row["seconds"] for row in history)
-    rates = [row["images/s"] for row in history if "images/s" in row]
-    last = history[-1]
-    return {
-        "recipe_name": name,
-        "recipe": recipe.to_json(),
-        "seed": recipe.seed,
-        "validation_accuracy": last.get("validation_accuracy"),
-        "test_accuracy": test["accuracy"],
-        "test_top5_accuracy": test.get("top5_accuracy"),
-        "test_crossentropy": test["crossentropy"],
-        "training_accuracy": last["accuracy"],
-        "penalty": test["penalty"],
-        "skipped_images": len(skipped),
-        "steps": last["step"],
-        "seconds": round(seconds, 3),
-        "images_per_second": round(sorted(rates)[len(rates) // 2], 1) if rates else None,
-        "parameters": model.count_params(),
-        "orthonormality_error": {
-            kernel.path: orthonormality_error(kernel.variable, kernel.layout, kernel.groups) for kernel in model_kernels(model)
-        },
-        "device": {
-            "type": device_names(),
-            "cpu_cores": cpu_cores(),
-            "machine": platform.machine(),
-            "processor": processor(),
-            "runtime": runtime.describe(),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "ortho_keras": _own_version(),
-            **installed_versions(*PACKAGES),
-        },
-    }
-
-
-def _own_version():
-    import ortho_keras
-
-    return ortho_keras.__version__
-
-
-def processor():
-    """The name of the machine's processor."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def _save_model(model, path):

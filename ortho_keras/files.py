@@ -9,6 +9,35 @@ import uuid
 
 from ortho_keras.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def only_one(directory, what):
+    """Holds a directory for this process and those that it starts; not on Windows, nor where the file system has no locks.
+
+    Args:
+        directory: Path of a directory that exists; gets a file `.lock`.
+        what: What it is of, for the message: "run".
+
+    Raises:
+        InputError: If another process holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            try:
+                fcntl.flock(stack.enter_context(open(directory / LOCK, "a")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"--workdir must be of a {what} that does not run. Received: {str(directory)!r}") from error
+            except OSError:
+                pass
+        yield
+
 
 @contextlib.contextmanager
 def whole_file(path):
@@ -54,6 +83,6 @@ def check_folder(flag, path):
 
 
 def entries(folder):
-    """Returns the names in a folder, without what a kill in the middle of `whole_file` left; none where there is no folder."""
+    """Returns the names in a folder, but the lock and what a kill in the middle of `whole_file` left; none without a folder."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return [name for name in names if not re.match(r"\.[0-9a-f]{12}-", name)]
+    return [name for name in names if name != LOCK and not re.match(r"\.[0-9a-f]{12}-", name)]

@@ -11,6 +11,16 @@ from ortho_keras.schedules import SHAPES
 
 OPTIMIZERS = ("sgd", "nesterov", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "muon")
 
+# A value that is not always read -> the value that decides whether it is, and for which of that one's choices.
+_READ_FOR = {
+    "momentum": ("optimizer", ("sgd", "nesterov", "rmsprop", "muon")),
+    "vector_rate": ("optimizer", ("muon",)),
+    "weight_decay": ("optimizer", ("adamw",)),
+    "factor": ("regularizer", ("orthonormal", "l2")),
+    **dict.fromkeys(("padding", "crop_border"), ("augment", ("crop", "crop_flip"))),
+    **dict.fromkeys(("tolerance", "max_scale", "modulation_steps", "modulation_sync"), ("modulation", ("neighbour", "anchor"))),
+}
+
 
 def _field(default, help, choices=None, least=None, most=None, above=None):
     """A recipe's field: its default, the flag's help, and the range that a value must lie in."""
@@ -118,6 +128,8 @@ class Recipe:
         elif (self.depth - 2) % 6:
             below = self.depth - (self.depth - 2) % 6
             raise InputError(f"--depth must be 6n + 2; the nearest are {below} and {below + 6}. Received: {self.depth!r}")
+        if self.optimizer == "muon" and self.momentum == 1:
+            raise InputError("--momentum must be below 1 with --optimizer muon. Received: 1.0")
         if self.augment == "resized_crop" and not self.image_size:
             raise InputError("--image_size must be given with --augment resized_crop, which resizes to it. Received: 0")
         if self.network == "residual" and self.modulation != "off":
@@ -126,6 +138,14 @@ class Recipe:
                 f"Received: {self.modulation!r}"
             )
         return self
+
+    def without_effect(self):
+        """Returns `{name: why}` of the values that are not read as the others are: `{"momentum": "--optimizer adam"}`, say."""
+        return {
+            name: f"--{ruler} {getattr(self, ruler)}"
+            for name, (ruler, readers) in _READ_FOR.items()
+            if getattr(self, ruler) not in readers
+        }
 
     @property
     def peak_learning_rate(self):

@@ -57,14 +57,19 @@ class StreamedSplit:
             return list(self._skipped)
 
     def sample(self, count=SAMPLE):
-        """Returns the central parts of the first `count` images that decode: uint8 `(n, size, size, 3)`, and int64 labels.
+        """Returns the central parts of `count` images that decode, always the same ones, from all over the split.
+
+        A folder's images are in the order of their classes: its first ones would be of one class.
+
+        Returns:
+            uint8 `(n, size, size, 3)`, and int64 labels `(n,)`.
 
         Raises:
             InputError: If none does.
         """
         batch = min(count, 64)
         found = [[], []]
-        for images, labels, weights in self.evaluation_batches(batch):
+        for images, labels, weights in self._mixed().evaluation_batches(batch):
             for part, values in zip(found, (images, labels)):
                 part.append(values.numpy()[weights.numpy() > 0])
             if sum(map(len, found[1])) >= count:
@@ -73,6 +78,12 @@ class StreamedSplit:
         if not len(labels):
             raise InputError(f"{self.source.flag} must hold images that decode. Received: {len(self)} that do not")
         return np.clip(np.round(images), 0, 255).astype(np.uint8), labels
+
+    def _mixed(self):
+        """The same images in another order; what does not decode is told by both."""
+        mixed = self.take(np.random.default_rng(SAMPLE).permutation(len(self)))
+        mixed._skipped, mixed._lock = self._skipped, self._lock
+        return mixed
 
     def training_batches(self, batch_size, seed, start, stop, replicas, own):
         """See `ortho_keras.data.training_batches`; always random parts of the images, half of them mirrored."""
@@ -171,7 +182,7 @@ class StreamedSplit:
 
     def _note(self, numbers):
         with self._lock:
-            self._skipped |= dict.fromkeys(self.source.name(number) for number in numbers)
+            self._skipped.update(dict.fromkeys(self.source.name(number) for number in numbers))
 
 
 def _part(encoded, size, key):

@@ -251,6 +251,22 @@ def test_all_checkpoints_damaged(pair):
     assert len(log) == 2 and "step-000000002.npz" in log[0] and "step-000000001.npz" in log[1]
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_could_not_be_used_gives_way_to_what_is_written_next(tmp_path, keep):
+    model = make_small_model()
+    for step in (100, 200):
+        save_checkpoint(tmp_path, model, step, HISTORY, keep=2)
+        path = tmp_path / f"step-{step:09d}.npz"
+        path.write_bytes(path.read_bytes()[:-30])
+    assert restore_checkpoint(tmp_path, model, log=lambda line: None) is None
+    for step in (20, 40):
+        fill(model, step)
+        save_checkpoint(tmp_path, model, step, HISTORY, keep=keep)
+        fill(model, 0)
+        assert restore_checkpoint(tmp_path, model)[0] == step and np.all(state(model)[0] == step)
+    assert names(tmp_path) == [f"step-{step:09d}.npz" for step in (20, 40)][-keep:]
+
+
 def test_a_checkpoint_of_another_model(tmp_path):
     save_checkpoint(tmp_path, make_model(width=8), 1, [])
     for other in (make_model(width=9), make_model(optimizer="adam")):

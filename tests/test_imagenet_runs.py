@@ -7,6 +7,7 @@ import pytest
 from photographs import write_photographs
 
 from ortho_keras import experiment, load_model
+from ortho_keras.errors import InputError
 from ortho_keras.recipes import RECIPES
 from ortho_keras.report import write_report
 
@@ -38,6 +39,21 @@ def test_three_steps_and_an_evaluation(folder, tmp_path, name, precision):
     assert result["steps"] == 3 and result["skipped_images"] == 0 and result["validation_accuracy"] is None
     assert 0 <= result["test_accuracy"] <= result["test_top5_accuracy"] <= 1
     assert np.isfinite([result["test_crossentropy"], result["penalty"]]).all()
+
+
+def test_principal_patches_in_the_first_convolution(folder):
+    recipe = small("plain34_imagenet", folder, stem_initializer="pca", width=8)
+    kernel = experiment.build_model(recipe, experiment.load_recipe_data(recipe)).get_layer("stem_conv").kernel.numpy()
+    assert kernel.shape == (7, 7, 3, 8)
+    matrix = kernel.reshape(-1, 8)
+    np.testing.assert_allclose(matrix.T @ matrix, np.eye(8), atol=1e-5)
+
+
+def test_one_class_is_nothing_to_tell_apart(tmp_path):
+    write_photographs(tmp_path / "data", {"train": 8, "test": 2}, 1)
+    with pytest.raises(InputError, match=r"must have at least 2 classes. Received: \w+$"):
+        experiment.run(small("plain34_imagenet", tmp_path / "data"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_top_five_and_what_is_skipped(tmp_path):

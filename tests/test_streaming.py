@@ -212,6 +212,24 @@ def test_folder(tmp_path):
     assert np.allclose(mean, data.train.sample()[0].astype(float).mean((0, 1, 2)))
 
 
+def test_a_sample_is_of_all_classes_and_always_the_same(tmp_path):
+    """Files come class by class: dark ones first."""
+    for name, level in (("dark", 40), ("light", 200)):
+        (tmp_path / name).mkdir()
+        for number in range(40):
+            Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(tmp_path / name / f"{number}.png")
+    data = load_data(f"folder:{tmp_path}", image_size=8, stream=True)
+    images, labels = data.train.sample(24)
+    assert 6 < labels.sum() < 18 and set(images[labels == 1].ravel()) == {200}
+    for again, first in zip(data.train.sample(24), (images, labels)):
+        np.testing.assert_array_equal(again, first)
+    every = data.train.sample()[1]
+    assert len(every) == len(data.train)
+    (mean, variance), share = data.channel_statistics, every.mean()
+    np.testing.assert_allclose(mean, 40 + 160 * share, rtol=1e-6)
+    np.testing.assert_allclose(variance, 160**2 * share * (1 - share), rtol=1e-6)
+
+
 def test_folder_without_a_test_split_is_cut(tmp_path):
     write_photographs(tmp_path, {".": 20}, classes=2)
     first, again = (load_data(f"folder:{tmp_path}", image_size=SIZE, stream=True) for _ in range(2))

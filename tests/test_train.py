@@ -71,6 +71,45 @@ def test_convolutions_are_onednns_unless_the_user_says_otherwise(tmp_path, given
     assert expected in done.stdout and ("Mkl" in done.stdout) == ("Mkl" in expected)
 
 
+def test_a_folder_is_of_one_run_at_a_time(capsys, tmp_path):
+    arguments = [*SMALL, "--epochs=2000", "--learning_rate=0.001", f"--workdir={tmp_path / 'run'}"]
+    running = start(*arguments)
+    try:
+        wait_for_line(running, "layers, ")
+        status, _, err = invoke(capsys, *arguments)
+    finally:
+        running.kill()
+        running.communicate()
+    expected = f"train.py: --workdir must be of a run that does not run. Received: '{tmp_path / 'run'}'\n"
+    assert (status, err) == (2, expected)
+
+
+def test_home_in_a_path(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = [*SMALL, "--max_steps=2", "--bn_batches=0", "--workdir=~/run", "--export=~/net.keras"]
+    status, out, err = invoke(capsys, *values)
+    assert (status, err) == (0, "") and f"{tmp_path / 'net.keras'}: 7 of 7 BatchNormalization layers folded" in out
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "net.keras"}
+
+
+def test_values_without_effect_are_told(capsys, tmp_path):
+    given = ["--optimizer=adam", "--momentum=0.5", "--weight_decay=0.1", "--tolerance=3", "--factor=0.1", "--crop_border=1"]
+    values = [*SMALL, "--augment=none", "--max_steps=2", "--bn_batches=0", "--learning_rate=0.001", "--warmup_steps=2"]
+    status, out, err = invoke(capsys, *values, *given, f"--workdir={tmp_path / 'run'}")
+    told = {"momentum": "optimizer adam", "weight_decay": "optimizer adam"}
+    told |= {"tolerance": "modulation off", "crop_border": "augment none"}
+    expected = [f"train.py: --{name} has no effect with --{ruler}" for name, ruler in told.items()]
+    assert status == 0 and sorted(err.splitlines()) == sorted(expected)
+    assert "--warmup_steps=2 is no less than the run: the learning rate does not reach its highest" in out
+
+
+def test_the_name_of_a_run_is_one_that_a_file_system_takes():
+    name = train.default_workdir("digits", {"dataset": "folder:" + 60 * "/long"}).name
+    other = train.default_workdir("digits", {"dataset": "folder:" + 61 * "/long"}).name
+    assert name.startswith("digits-") and len(name) < 40 and name != other
+    assert train.default_workdir("digits", {"seed": 3}).name == "digits-seed=3"
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -93,6 +132,7 @@ def test_convolutions_are_onednns_unless_the_user_says_otherwise(tmp_path, given
         (["--recipe=digits", "--recipe_file=a.json"], ["--recipe and --recipe_file must not both be given", "digits, a.json"]),
         (["--recipe_file=a.json"], ["--recipe_file must be a JSON file with a recipe", "'a.json'"]),
         (["--nobn_sync=3"], ["--nobn_sync=3 does not take an argument"]),
+        (["--optimizer=muon", "--momentum=1"], ["--momentum must be below 1 with --optimizer muon", "1.0"]),
         (["--learning_rat=0.1"], ["Unknown command line flag 'learning_rat'"]),
         (["0.1"], ["every argument must be a flag", "0.1"]),
         (["--export=net.onnx"], ["--export must end in .keras or .tflite, or have no suffix (a folder)", "'net.onnx'"]),

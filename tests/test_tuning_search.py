@@ -17,10 +17,10 @@ import pytest
 from absl.testing import flagsaver
 
 import train
-from ortho_keras.files import write_json
+from ortho_keras.files import only_one, write_json
 from ortho_keras.recipe import read_recipe
 from ortho_keras.recipes import RECIPES
-from tuning import search, workers
+from tuning import search
 from tuning.hypermodel import RecipeHyperModel
 from tuning.report import report
 from tuning.space import search_space
@@ -281,7 +281,7 @@ def test_a_chief_whose_port_is_taken(monkeypatch, tmp_path, capsys):
 
 
 def test_a_directory_is_of_one_search_at_a_time(alone, capsys):
-    with workers.only_one(alone[0]):
+    with only_one(alone[0], "search"):
         status, _, err = invoke(capsys, *QUICK, "--max_trials=7", f"--workdir={alone[0]}")
     assert status == 2 and "--workdir must be of a search that does not run. Received: " in err
 

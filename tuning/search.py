@@ -28,7 +28,7 @@ import train
 from ortho_keras import runtime
 from ortho_keras.errors import InputError
 from ortho_keras.experiment import load_recipe_data
-from ortho_keras.files import check_folder, entries, write_json
+from ortho_keras.files import check_folder, entries, only_one, write_json
 from tuning import workers
 from tuning.hypermodel import RecipeHyperModel, SearchStopped
 from tuning.oracles import TUNERS, make_oracle
@@ -130,7 +130,7 @@ def search():
                 load_recipe_data(recipe, FLAGS.data_dir)  # what is wrong with the data is wrong with every trial
             prepare_directory(directory, settings(name, space))
             if role != WORKER:
-                stack.enter_context(workers.only_one(directory))
+                stack.enter_context(only_one(directory, "search"))
         if FLAGS.workers and role == ALONE:
             status = workers.run_all(FLAGS.workers, deadline, directory)
         else:

@@ -4,7 +4,6 @@ keras-tuner finds its part in three environment variables. On one machine `run_a
 """
 
 import contextlib
-import fcntl
 import os
 import signal
 import socket
@@ -56,21 +55,6 @@ def count():
 def deadline():
     """Returns the time, in seconds since the epoch, at which `run_all` wants an end, or `None`."""
     return float(os.environ[DEADLINE]) if os.environ.get(DEADLINE) else None
-
-
-@contextlib.contextmanager
-def only_one(directory):
-    """Holds the search's directory for this process and those that it starts.
-
-    Raises:
-        InputError: If another search holds it.
-    """
-    with open(directory / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"--workdir must be of a search that does not run. Received: {str(directory)!r}") from error
-        yield
 
 
 @contextlib.contextmanager
