@@ -7,11 +7,13 @@ import os
 import pathlib
 import random
 import time
+import warnings
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from ortho_keras.errors import first_line
 from ortho_keras.files import whole_file
 from ortho_keras.modulation import ErrorModulation, switch_modulation
 from ortho_keras.optional import require
@@ -96,7 +98,7 @@ class SignalMonitor(keras.callbacks.Callback):
             self.model.build(np.shape(self.x))
         goes_on = self._recorded == (id(self.model), loss) and self._rows and self._rows[-1]["step"] == step
         if not goes_on:
-            self._recorded, self._probe, self._rule = None, self._new_probe(loss), ErrorModulation()
+            self._recorded, self._probe, self._rule = None, self._new_probe(), ErrorModulation()
             self._spent = time.perf_counter() - self._began
             self._rows = [row for row in self._rows if row["step"] < step]
             report = self._report()
@@ -140,16 +142,14 @@ class SignalMonitor(keras.callbacks.Callback):
         self._spent += time.perf_counter() - drawing
         self._duration = time.perf_counter() - self._began
 
-    def _new_probe(self, loss):
+    def _new_probe(self):
         model = self.model
         if model.distribute_strategy.num_replicas_in_sync > 1:
             # One replica cannot be differentiated alone: a copy outside the strategy takes its weights at each measurement.
             if tf.distribute.has_strategy():
                 raise ValueError("SignalMonitor needs `fit` to be called outside of `strategy.scope()`")
-            state = random.getstate()  # Keras seeds new layers from it
-            model = keras.models.clone_model(model)
-            random.setstate(state)
-        return Probe(model, self.x, self.y, loss)
+            model = _copied(model)
+        return Probe(model, self.x, self.y, self.loss)
 
     def _report(self):
         self._started, self._last = time.perf_counter(), steps_taken(self.model)
@@ -173,6 +173,25 @@ class SignalMonitor(keras.callbacks.Callback):
         self._writer.flush()
         self._latest = time.perf_counter() - self._started
         self._spent += self._latest
+
+
+def _copied(model):
+    """Returns a clone outside of the strategy, compiled with the model's losses and their weights."""
+    state = random.getstate()  # Keras seeds new layers from it
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Keras warns of a lambda, which it refuses then
+            copied = keras.models.clone_model(model)
+            weights = keras.saving.deserialize_keras_object(model.get_compile_config()["loss_weights"])
+    except Exception as error:  # a layer, a loss, a metric of one's own may raise anything
+        raise ValueError(
+            "SignalMonitor needs, under a strategy, a model that `keras.models.clone_model` can copy, with what it is compiled "
+            f"with. Received: a model with loss={model.loss!r} ({first_line(error)})"
+        ) from error
+    finally:
+        random.setstate(state)
+    copied.compile(loss=model.loss, loss_weights=weights)  # the very losses, and no optimizer with its variables
+    return copied
 
 
 class ModulationSwitch(keras.callbacks.Callback):

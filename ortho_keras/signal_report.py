@@ -157,7 +157,7 @@ class Probe:
         return SignalReport(self.model.name, float(loss), tuple(layers), trace.modulated, tuple(trace.unmeasured))
 
     def _outputs(self, trace):
-        probe = _InTraining(lambda: self.graph.run(self.x, trace.call, training=True), name="probe")
+        probe = _InTraining(self.model, lambda: self.graph.run(self.x, trace.call, training=True), name="probe")
         try:
             return probe(None, training=True)
         except Exception as error:  # a layer may raise anything
@@ -187,10 +187,15 @@ class Probe:
 
 
 class _InTraining(keras.Layer):
-    """Calls a function in the context of a layer that is called with `training=True`."""
+    """Calls a function in the context of a layer that is called with `training=True`.
 
-    def __init__(self, function, name):
+    The model is a layer of it: so Keras forgets what the model's layers added to its losses in the call before, which may be
+    tensors of `fit`'s graph.
+    """
+
+    def __init__(self, model, function, name):
         super().__init__(name=name, autocast=False)
+        self.model = model
         self.function = function
 
     def call(self, inputs, training=None):

@@ -1,6 +1,8 @@
 """SignalMonitor in a real `fit`: what it writes, what it leaves alone, what it may cost."""
 
+import contextlib
 import copy
+import functools
 
 import keras
 import matplotlib.image
@@ -146,6 +148,77 @@ def test_under_a_strategy_a_switch_of_the_modulation_is_followed(tmp_path, two_r
     rows = read_signals(tmp_path / "signals.csv")
     assert any(row["fired"] for row in rows if row["step"] == 0)
     assert rows[-1]["step"] == 8 and not any(row["fired"] for row in rows if row["step"] == 8)
+
+
+def two_outputs():
+    keras.utils.set_random_seed(4)
+    inputs = keras.Input((8, 8, 1))
+    x = keras.layers.Dense(6, activation="relu", activity_regularizer="l2", kernel_regularizer="l2")(
+        keras.layers.Flatten()(inputs)
+    )
+    return keras.Model(inputs, [keras.layers.Dense(10, name="digit")(x), keras.layers.Dense(1, name="size")(x)])
+
+
+SEVERAL = {
+    "list": ([LOGITS, "mse"], [1.0, 0.5]),
+    "dict": ({"digit": LOGITS, "size": "mse"}, {"digit": 1.0, "size": 0.5}),
+    "own": ([LOGITS, lambda y, outputs: 0.5 * tf.square(y - outputs)], None),
+}
+
+
+@pytest.mark.parametrize("case,strategy", [("list", False), ("dict", False), ("own", False), ("list", True), ("dict", True)])
+def test_the_losses_of_several_outputs(tmp_path, two_replicas, case, strategy):
+    loss, weights = SEVERAL[case]
+    sizes = RNG.normal(size=(64, 1)).astype("float32")
+
+    def trained(*callbacks):
+        with two_replicas.scope() if strategy else contextlib.nullcontext():
+            model = two_outputs()
+            model.compile(keras.optimizers.SGD(0.05), loss, loss_weights=weights)
+        history = model.fit(X, [Y, sizes], batch_size=8, epochs=2, shuffle=False, callbacks=list(callbacks), verbose=0)
+        return model, history.history
+
+    def both(y, outputs):
+        return LOGITS(y[0], outputs[0]) + 0.5 * tf.reduce_mean(tf.square(y[1] - outputs[1]))
+
+    y = [Y[:16], sizes[:16]]
+    _, history = trained(ortho_keras.SignalMonitor(X[:16], y, tmp_path, every=5))
+    expected, expected_history = trained()
+    assert history == expected_history  # the losses of both outputs, too, that Keras counts
+    rows = read_signals(tmp_path / "signals.csv")
+    assert sorted({row["step"] for row in rows}) == [0, 5, 10, 15, 16]
+    for step, same in ((0, two_outputs()), (16, expected)):
+        copied = two_outputs()  # outside of the strategy
+        copied.set_weights(same.get_weights())
+        report = ortho_keras.signal_report(copied, X[:16], y, both, singular_values=False)
+        mine = [row for row in rows if row["step"] == step]
+        np.testing.assert_allclose(
+            [row["backward_moment"] for row in mine], [layer.backward_moment for layer in report.layers], rtol=1e-4
+        )
+        np.testing.assert_allclose(
+            [row["gradient_ratio"] for row in mine], [layer.gradient_ratio for layer in report.layers], rtol=1e-4
+        )
+
+
+def test_one_loss_in_a_list(tmp_path):
+    model = ortho_keras.plain_cnn(8, (8, 8, 1), seed=0)
+    model.compile(keras.optimizers.SGD(0.05), [LOGITS])
+    expected = ortho_keras.signal_report(model, X[:16], Y[:16], LOGITS, singular_values=False)
+    fit(model, ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path), epochs=1)
+    first = [row["backward_moment"] for row in read_signals(tmp_path / "signals.csv") if row["step"] == 0]
+    np.testing.assert_allclose(first, [layer.backward_moment for layer in expected.layers], rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [functools.partial(LOGITS), lambda y, outputs: LOGITS(y, outputs)], ids=["partial", "lambda"])
+def test_under_a_strategy_a_loss_that_keras_cannot_copy(tmp_path, two_replicas, loss):
+    with two_replicas.scope():
+        model = ortho_keras.plain_cnn(8, (8, 8, 1), seed=0)
+        model.compile(keras.optimizers.SGD(0.05), loss)
+    with pytest.raises(
+        ValueError, match="SignalMonitor needs, under a strategy, a model that .* Received: a model with loss=<?func"
+    ):
+        fit(model, ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path / "new"), epochs=1)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
