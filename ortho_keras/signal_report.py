@@ -33,8 +33,9 @@ def signal_report(model, x, y, loss=None, tolerance=2.0, max_scale=1000.0, refer
         model: A built Functional or Sequential Keras model of any shape, nested and branching ones included.
         x: Inputs, arrays `(batch, ...)`, a batch of at least 2: one, a list in the model's order, or a dict by inputs' names.
         y: Targets, as the loss takes them; a list or dict of arrays for a model of several outputs.
-        loss: A Keras loss, its name, or a function of `(y, outputs)`. Defaults to `None`, the compiled model's, which may be
-            several with weights.
+        loss: A Keras loss, its name, or a function of `(y, outputs)`, which gets `y` of shape `(batch,)` as `(batch, 1)` where
+            the outputs are, as in `compile`. Defaults to `None`, what the model is compiled with: one loss or several, their
+            weights, and targets as `fit` takes them.
         tolerance: See `ErrorModulation`; this and the next two say what modulation would do. Where the model has
             `ErrorModulation` layers, the report shows what they did, and the error behind them.
         max_scale: See `ErrorModulation`.
@@ -82,10 +83,12 @@ class Probe:
         self.y = np.asarray(y) if whole else keras.tree.map_structure(np.asarray, y)
         if loss is None and not model.compiled:
             raise ValueError("`loss` must be given for a model that is not compiled. Received: loss=None")
-        several = loss is None and isinstance(model.loss, (list, tuple, dict))
-        self.loss = self._compiled_loss if several else _checked_loss(model.loss if loss is None else loss)
-        size, sizes = len(keras.tree.flatten(self.x)[0]), {np.shape(leaf)[:1] for leaf in keras.tree.flatten(self.y)}
-        if _is_keras(self.loss) and sizes != {(size,)}:
+        # None: what `compile` made of its losses, which is more than the losses (see `_compiled_loss`).
+        self.loss = None if loss is None and model.loss is not None else _checked_loss(loss)
+        # An output without a loss may have no target.
+        sizes = {leaf.shape[:1] for leaf in keras.tree.flatten(self.y) if leaf.shape or leaf.dtype != object}
+        size = len(keras.tree.flatten(self.x)[0])
+        if (self.loss is None or _is_keras(self.loss)) and sizes != {(size,)}:
             raise ValueError(f"`y` must hold a target for each of the {size} samples. Received: y of shape {_shapes(self.y)}")
         self.half = any(getattr(layer, "compute_dtype", "") == "float16" for layer, _ in walk_layers(model))
 
@@ -166,23 +169,37 @@ class Probe:
             ) from error
 
     def _compiled_loss(self, y, outputs):
-        return self.model.compute_loss(y=y, y_pred=outputs) - sum(self.model.losses)  # without penalties
+        """Targets' ranks, losses' weights, one loss for several outputs: as in training; but without penalties."""
+        held = [(variable, variable.regularizer) for variable in self.model.trainable_variables]
+        try:
+            for variable, _ in held:
+                variable.regularizer = None  # taken away afterwards, a large penalty would take the loss's digits with it
+            added = sum(tf.reduce_sum(tf.cast(own, tf.float32)) for own in self.model.losses)  # by the layers' calls
+            return self.model.compute_loss(x=self.x, y=y, y_pred=outputs, sample_weight=None) - added
+        finally:
+            for variable, regularizer in held:
+                variable.regularizer = regularizer
+
+    def _given_loss(self, y, outputs):
+        one_each = tf.is_tensor(outputs) and outputs.shape[1:] == (1,)
+        if one_each and not isinstance(self.loss, keras.losses.Loss) and np.ndim(y) == 1:
+            y = y[:, np.newaxis]  # as `compile` does for a function
+        return self.loss(y, outputs)
 
     def _loss(self, outputs):
-        name = getattr(self.loss, "__name__", "")
-        likelihood = (name or type(self.loss).__name__).lower().endswith("crossentropy")
+        compiled = self.loss is None
+        loss = self.model.loss if compiled else self.loss
+        name = loss if isinstance(loss, str) else getattr(loss, "__name__", "")
+        likelihood = (name or type(loss).__name__).lower().endswith("crossentropy")
         try:
-            if (
-                likelihood
-                and not getattr(self.loss, "from_logits", False)
-                and (tf.reduce_min(outputs) < 0 or tf.reduce_max(outputs) > 1)
-            ):
+            if likelihood and not getattr(loss, "from_logits", False) and _are_logits(outputs):
                 raise ValueError("these outputs are logits: give the loss object, with from_logits=True")
-            return tf.reduce_mean(tf.cast(self.loss(self.y, outputs), tf.float32))
+            value = self._compiled_loss(self.y, outputs) if compiled else self._given_loss(self.y, outputs)
+            return tf.reduce_mean(tf.cast(value, tf.float32))
         except Exception as error:  # a loss of one's own may raise anything
             raise ValueError(
                 f"`y` and `loss` must suit the model's outputs {_shapes(outputs)}. Received: y of shape {_shapes(self.y)}, "
-                f"loss={name or self.loss!r} ({first_line(error)})"
+                f"loss={name or loss!r} ({first_line(error)})"
             ) from error
 
 
@@ -264,6 +281,10 @@ def _counters(model):
 
 def _is_keras(loss):
     return isinstance(loss, keras.losses.Loss) or getattr(loss, "__module__", "").startswith("keras.")
+
+
+def _are_logits(outputs):
+    return any(tf.reduce_min(tensor) < 0 or tf.reduce_max(tensor) > 1 for tensor in keras.tree.flatten(outputs))
 
 
 def _magnitude(tensor, scale=1.0):

@@ -8,6 +8,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import references
+import tensorflow as tf
 
 import ortho_keras
 
@@ -133,6 +134,70 @@ def test_nothing_is_changed():
 
     for with_report, without in zip(train(True), train(False)):
         np.testing.assert_array_equal(with_report, without)
+
+
+FUNCTIONS = ["binary_crossentropy", "binary_focal_crossentropy", "kl_divergence", "poisson", "hinge"]
+COMPILED = {
+    **{name: (1, {"loss": name}) for name in FUNCTIONS},
+    "own": (1, {"loss": lambda y, outputs: tf.reduce_mean(tf.square(y - outputs), -1)}),
+    "weight": (1, {"loss": "mse", "loss_weights": 0.5}),
+    "sum": (1, {"loss": keras.losses.MeanSquaredError(reduction="sum")}),
+    "one for two": (2, {"loss": "mse"}),
+    "two": (2, {"loss": ["mse", "binary_crossentropy"], "loss_weights": [0.25, 2.0]}),
+    "none for the second": (2, {"loss": ["mse", None]}),
+    "classes": (10, {"loss": "crossentropy"}),
+}
+
+
+def heads(case, penalty=None):
+    """A compiled model of one output or two of shape (16, 1), or one of 10 classes; its batch, with targets of shape (16,)."""
+    outputs, settings = COMPILED[case]
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((6,))
+    x = keras.layers.Dense(8, "relu", kernel_regularizer=penalty, activity_regularizer=penalty)(inputs)
+    sizes, activation = ([10], "softmax") if outputs == 10 else ([1] * outputs, "sigmoid")
+    tensors = [keras.layers.Dense(size, activation)(x) for size in sizes]
+    model = keras.Model(inputs, tensors if len(tensors) > 1 else tensors[0])
+    model.compile(keras.optimizers.SGD(1.0), **settings)
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(16, 6)).astype("float32"), [rng.integers(max(2, outputs), size=16) for _ in sizes]
+    return model, x, y if len(y) > 1 else y[0]
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_the_compiled_loss_is_the_one_of_training(case):
+    model, x, y = heads(case, "l2")
+    bare, *_ = heads(case)  # the same without penalties, which are no part of the error
+    model.fit(x, y, epochs=1, verbose=0)  # leaves tensors of its graph among the model's losses
+    bare.set_weights(model.get_weights())
+    report = ortho_keras.signal_report(model, x, y)
+    assert report.loss == pytest.approx(bare.test_on_batch(x, y, return_dict=True)["loss"], rel=1e-5)
+    bare.train_on_batch(x, y)  # at a rate of 1 a kernel loses its gradient
+    after = {layer.name: other.kernel for layer, other in zip(model.layers[1:], bare.layers[1:])}
+    for layer in report.layers:
+        kernel = model.get_layer(layer.name).kernel.numpy()
+        expected = np.linalg.norm(kernel - after[layer.name]) / np.linalg.norm(kernel)
+        assert np.nan_to_num(layer.gradient_ratio) == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("case", [*FUNCTIONS, "own"])
+def test_a_function_gets_targets_of_its_outputs_rank(case):
+    model, x, y = heads(case)
+    report = ortho_keras.signal_report(model, x, y, COMPILED[case][1]["loss"])
+    assert report.loss == pytest.approx(model.test_on_batch(x, y, return_dict=True)["loss"], rel=1e-5)
+
+
+def test_a_penalty_far_above_the_loss():
+    model, x, y = heads("binary_crossentropy")
+    expected = ortho_keras.signal_report(model, x, y)
+    model.layers[1].kernel.regularizer = keras.regularizers.L2(1e6)
+    before = float(model.losses[0])
+    report = ortho_keras.signal_report(model, x, y)
+    assert before > 1e5 and float(model.losses[0]) == before
+    assert report.loss == pytest.approx(expected.loss, rel=1e-5)
+    for name in ("forward_moment", "backward_moment", "gradient_ratio"):
+        mine, theirs = ([getattr(layer, name) for layer in some.layers] for some in (report, expected))
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5)
 
 
 def test_a_dead_net_and_a_broken_one():
