@@ -88,7 +88,7 @@ class Probe:
         # An output without a loss may have no target.
         sizes = {leaf.shape[:1] for leaf in keras.tree.flatten(self.y) if leaf.shape or leaf.dtype != object}
         size = len(keras.tree.flatten(self.x)[0])
-        if (self.loss is None or _is_keras(self.loss)) and sizes != {(size,)}:
+        if (self.loss is None or isinstance(self.loss, keras.losses.Loss) or _is_keras(self.loss)) and sizes != {(size,)}:
             raise ValueError(f"`y` must hold a target for each of the {size} samples. Received: y of shape {_shapes(self.y)}")
         self.half = any(getattr(layer, "compute_dtype", "") == "float16" for layer, _ in walk_layers(model))
 
@@ -190,7 +190,7 @@ class Probe:
         compiled = self.loss is None
         loss = self.model.loss if compiled else self.loss
         name = loss if isinstance(loss, str) else getattr(loss, "__name__", "")
-        likelihood = (name or type(loss).__name__).lower().endswith("crossentropy")
+        likelihood = _is_keras(loss) and (name or type(loss).__name__).lower().endswith("crossentropy")
         try:
             if likelihood and not getattr(loss, "from_logits", False) and _are_logits(outputs):
                 raise ValueError("these outputs are logits: give the loss object, with from_logits=True")
@@ -280,7 +280,7 @@ def _counters(model):
 
 
 def _is_keras(loss):
-    return isinstance(loss, keras.losses.Loss) or getattr(loss, "__module__", "").startswith("keras.")
+    return isinstance(loss, str) or (getattr(loss, "__module__", "") or "").startswith("keras.")
 
 
 def _are_logits(outputs):

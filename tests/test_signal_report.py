@@ -200,6 +200,46 @@ def test_a_penalty_far_above_the_loss():
         np.testing.assert_allclose(mine, theirs, rtol=1e-5)
 
 
+def my_crossentropy(y, outputs):
+    return keras.losses.sparse_categorical_crossentropy(y, outputs, from_logits=True)
+
+
+class MyCrossentropy(keras.losses.Loss):
+    def call(self, y, outputs):
+        return my_crossentropy(y, outputs)
+
+
+@pytest.mark.parametrize("loss", [my_crossentropy, MyCrossentropy()], ids=["function", "object"])
+def test_a_loss_of_ones_own_may_be_called_a_crossentropy(loss):
+    x, y = batch((8, 8, 1))
+    model = ortho_keras.plain_cnn(8, (8, 8, 1), seed=0)
+    expected = ortho_keras.signal_report(model, x, y, LOGITS, singular_values=False)
+    given = ortho_keras.signal_report(model, x, y, loss, singular_values=False)
+    model.compile("sgd", loss)
+    for report in (given, ortho_keras.signal_report(model, x, y, singular_values=False)):
+        assert report.loss == pytest.approx(expected.loss, rel=1e-6)
+        magnitudes = [[layer.backward_moment for layer in some.layers] for some in (report, expected)]
+        np.testing.assert_allclose(*magnitudes, rtol=1e-4)
+
+
+KERAS = [
+    "sparse_categorical_crossentropy",
+    "crossentropy",
+    keras.losses.sparse_categorical_crossentropy,
+    keras.losses.SparseCategoricalCrossentropy,
+    keras.losses.SparseCategoricalCrossentropy(),
+]
+
+
+@pytest.mark.parametrize("loss", KERAS, ids=["name", "alias", "function", "class", "object"])
+def test_a_model_compiled_with_a_crossentropy_of_probabilities_that_returns_logits(loss):
+    x, y = batch((8, 8, 1))
+    model = ortho_keras.plain_cnn(8, (8, 8, 1), seed=0)
+    model.compile("sgd", loss)
+    with pytest.raises(ValueError, match="these outputs are logits: give the loss object, with from_logits=True"):
+        ortho_keras.signal_report(model, x, y)
+
+
 def test_a_dead_net_and_a_broken_one():
     x, y = batch((4,), 8)
     layers = [keras.layers.Dense(4, name="dead"), keras.layers.ReLU(), keras.layers.Dense(10)]
