@@ -32,12 +32,14 @@ class SignalMonitor(keras.callbacks.Callback):
 
     Writes into `directory`: `signals.csv`, one line for each layer and step, as it goes; TensorBoard scalars; and at the end
     `signals.png`, a heat map of the error's magnitude, layer by step. Training itself is not changed: see `signal_report`.
-    A run that is taken up again keeps the lines of the steps before.
+    A run that is taken up again keeps the lines of the steps before, also where a callback (`BackupAndRestore`), before or
+    behind this one, brings the state back: the file is read and the first measurement taken when the first step begins.
 
     By default the cost is bounded: a measurement is taken as soon as it leaves all of them together at `max_share` of the time
     since training began. Before the first step and after the last there is one in any case, which in a short run is more than
     that: the first records the model's graph, some seconds for a hundred layers. `share` is what it came to. A second `fit`
-    with the same object goes on with what the first one has.
+    with the same object and model goes on with what the first one has, and counts on where the model was compiled anew, whose
+    optimizer begins at 0. Otherwise a step is the optimizer's, and a model at step 0 begins the file anew.
 
     Args:
         x: See `signal_report`; 64 to 128 samples do.
@@ -51,8 +53,8 @@ class SignalMonitor(keras.callbacks.Callback):
 
     Raises:
         ImportError: If tensorboard or matplotlib is not installed.
-        ValueError: If `every` or `max_share` is outside its range, or `directory` is no path of a folder; at the start of
-            training, as `signal_report`, before anything is written.
+        ValueError: If `every` or `max_share` is outside its range, or `directory` is no path of a folder; before the first
+            step of training, as `signal_report`, before anything is written.
 
     Example:
 
@@ -78,7 +80,8 @@ class SignalMonitor(keras.callbacks.Callback):
         self.every = every
         self.max_share = max_share
         self.singular_values = singular_values
-        self._probe = self._recorded = None  # what the probe is of: a model's id and a loss
+        self._probe = self._recorded = None  # what the probe is of: a model, its optimizer and loss
+        self._counted = (None, None, 0)  # a model, its optimizer, and the steps that it had taken under others
         self._spent = self._duration = 0.0
 
     @property
@@ -91,27 +94,51 @@ class SignalMonitor(keras.callbacks.Callback):
         return self._spent / max(self._duration, 1e-9)
 
     def on_train_begin(self, logs=None):
-        self._began, self._spent, step = time.perf_counter(), 0.0, steps_taken(self.model)
-        loss = self.model.loss if self.loss is None else self.loss
+        self._began, self._spent, self._ready = time.perf_counter(), 0.0, False
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if not self._ready:
+            self._prepare()  # not before: another callback's `on_train_begin` may bring weights and steps back
+
+    def _prepare(self):
+        began, model, optimizer = time.perf_counter(), self.model, self.model.optimizer
+        counted = self._counted_on()
+        step = counted[-1] + steps_taken(model)
+        recorded = (model, optimizer, model.loss if self.loss is None else self.loss)
         self._rows = [row for row in read_signals(self.path) if row["step"] <= step] if step else []
-        if not self.model.built:
-            self.model.build(np.shape(self.x))
-        goes_on = self._recorded == (id(self.model), loss) and self._rows and self._rows[-1]["step"] == step
-        if not goes_on:
+        if not model.built:
+            model.build(np.shape(self.x))
+        goes_on = self._recorded == recorded and self._rows and self._rows[-1]["step"] == step
+        if goes_on:
+            self._last = step
+        else:
             self._recorded, self._probe, self._rule = None, self._new_probe(), ErrorModulation()
-            self._spent = time.perf_counter() - self._began
+            self._spent = time.perf_counter() - began
             self._rows = [row for row in self._rows if row["step"] < step]
-            report = self._report()
-            self._recorded = (id(self.model), loss)
+            report = self._report(step)
+            self._recorded = recorded
         self.directory.mkdir(parents=True, exist_ok=True)
         self._writer = tf.summary.create_file_writer(str(self.directory / "tensorboard"))
         with whole_file(self.path) as own, own.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self._rows)
+        self._counted, self._ready = counted, True
         if not goes_on:
             self._write(report)
         self._duration = time.perf_counter() - self._began
+
+    def _counted_on(self):
+        """What `_counted` is from now on."""
+        (model, before, offset), optimizer = self._counted, self.model.optimizer
+        if model is not self.model:
+            offset = 0
+        elif before is not optimizer and not steps_taken(model):  # a new one with steps was restored, and counts them all
+            offset += int(before.iterations.numpy())
+        return self.model, optimizer, offset
+
+    def _steps(self):
+        return self._counted[-1] + steps_taken(self.model)
 
     def __deepcopy__(self, memo):
         arguments = (self.x, self.y, self.directory, self.loss, self.every, self.max_share, self.singular_values)
@@ -122,13 +149,15 @@ class SignalMonitor(keras.callbacks.Callback):
         if self.every is None:
             due = self._spent + self._latest <= self.max_share * self._duration
         else:
-            due = steps_taken(self.model) - self._last >= self.every
+            due = self._steps() - self._last >= self.every
         if due:
-            self._write(self._report())
+            self._write(self._report(self._steps()))
 
     def on_train_end(self, logs=None):
-        if steps_taken(self.model) > self._last:
-            self._write(self._report())
+        if not self._ready:  # no step was left
+            self._prepare()
+        if self._steps() > self._last:
+            self._write(self._report(self._steps()))
         drawing = time.perf_counter()
         self._writer.close()
         steps = {step: column for column, step in enumerate(sorted({row["step"] for row in self._rows}))}
@@ -151,8 +180,8 @@ class SignalMonitor(keras.callbacks.Callback):
             model = _copied(model)
         return Probe(model, self.x, self.y, self.loss)
 
-    def _report(self):
-        self._started, self._last = time.perf_counter(), steps_taken(self.model)
+    def _report(self, step):
+        self._started, self._last = time.perf_counter(), step
         if self._probe.model is not self.model:
             self._probe.model.set_weights(self.model.get_weights())
             for layer, copied in zip(self.model.layers, self._probe.model.layers):

@@ -101,6 +101,76 @@ def test_a_second_fit_does_not_measure_the_same_weights_again(tmp_path):
     assert 0 < share == monitor.share  # of the training, which is over
 
 
+def stem(path):
+    """The first convolution's lines by step."""
+    return {row["step"]: row for row in read_signals(path / "signals.csv") if row["name"] == "stem_conv"}
+
+
+def assert_of(row, model):
+    layer = ortho_keras.signal_report(model, X[:16], Y[:16], LOGITS, singular_values=False).layers[0]
+    for name in ("forward_moment", "backward_moment", "gradient_ratio"):
+        assert row[name] == pytest.approx(getattr(layer, name), rel=1e-4)
+
+
+def test_a_model_compiled_anew_goes_on_with_the_lines_of_before(tmp_path):
+    monitor, model = ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path, every=4), compiled()
+    before = {}
+    for phase, steps in enumerate(([0, 4, 8], [0, 4, 8, 12, 16], [0, 4, 8, 12, 16, 20, 24])):
+        model.get_layer("stem_conv").trainable = phase != 0  # frozen, then set free
+        model.compile(keras.optimizers.SGD(0.05), LOGITS)
+        fit(model, monitor, epochs=1)
+        lines = stem(tmp_path)
+        assert list(lines) == steps and model.optimizer.iterations == 8
+        for step, row in before.items():
+            assert row["backward_moment"] == pytest.approx(lines[step]["backward_moment"], rel=1e-6)
+        assert_of(lines[steps[-1]], model)
+        before = lines
+    with open(tmp_path / "signals.csv") as file:
+        assert len(file.readlines()) == 1 + 7 * 8  # each layer once at each step
+    fit(compiled(), monitor, epochs=1)  # another model is another run
+    assert list(stem(tmp_path)) == [0, 4, 8]
+
+
+class Killed(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if self.model.optimizer.iterations == 14:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("first", ["monitor", "backup"])
+@pytest.mark.parametrize("same", [False, True], ids=["new objects", "the same objects"])
+def test_a_run_that_another_callback_takes_up_again_keeps_its_lines(tmp_path, first, same):
+    def objects():
+        made = [
+            ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path / "signals", every=4),
+            keras.callbacks.BackupAndRestore(tmp_path / "backup"),  # after each epoch, of 8 steps
+        ]
+        return compiled(), made if first == "monitor" else made[::-1]
+
+    model, callbacks = objects()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, *callbacks, Killed(), epochs=3)
+    before = stem(tmp_path / "signals")
+    assert list(before) == [0, 4, 8, 12]
+    if not same:
+        model, callbacks = compiled(seed=1), objects()[1]
+    fit(model, *callbacks, epochs=3)
+    after = stem(tmp_path / "signals")
+    assert model.optimizer.iterations == 24 and list(after) == [0, 4, 8, 12, 16, 20, 24]
+    for step in (0, 4, 8):  # at 8 the weights came back, and were measured as what they are
+        for name in ("forward_moment", "backward_moment", "gradient_ratio"):
+            assert after[step][name] == pytest.approx(before[step][name], rel=1e-4)
+    assert_of(after[24], model)
+
+
+def test_a_training_without_a_step(tmp_path):
+    model = compiled()
+    fit(model, ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path), epochs=0)
+    lines = stem(tmp_path)
+    assert list(lines) == [0] and (tmp_path / "signals.png").exists()
+    assert_of(lines[0], model)
+
+
 def test_a_batch_that_does_not_fit_leaves_an_earlier_file_alone(tmp_path):
     fit(compiled(), ortho_keras.SignalMonitor(X[:16], Y[:16], tmp_path))
     before = (tmp_path / "signals.csv").read_text()
