@@ -276,8 +276,6 @@ def _enter_workdir(workdir, recipe, hold):
     """Makes sure that a run may use the workdir, and holds it; returns its result if it is finished there already."""
     shown = str(workdir)
     check_folder("--workdir", workdir)
-    if workdir.is_dir():
-        hold()
     if not entries(workdir):
         return None
     try:
@@ -295,6 +293,7 @@ def _enter_workdir(workdir, recipe, hold):
         raise InputError(
             f"--workdir must be empty or hold this very run. Received: {shown!r}, which holds another: {'; '.join(different)}"
         )
+    hold()
     result = workdir / "result.json"
     return json.loads(result.read_text()) if result.exists() else None
 
