@@ -1,7 +1,7 @@
 """BatchNormalization in one operation, and its averages re-estimated before an evaluation."""
 
 import contextlib
-import itertools
+import threading
 
 import keras
 import tensorflow as tf
@@ -87,10 +87,12 @@ class BatchNormalizationEstimator:
         self.averages = [v for layer in self.layers for v in (layer.moving_mean, layer.moving_variance)]
         strategy = model.distribute_strategy
 
+        statistics = self._statistics = _Statistics()
+
         def observe(images):
-            with _averaging_over_calls(self.layers):
-                model(images, training=True)
-            return [tf.cast(v.value, tf.float64) for v in self.averages]
+            statistics.of_calls = {}
+            model(images, training=True)
+            return statistics.means(self.layers)
 
         @tf.function(reduce_retracing=True)
         def observe_all(images):
@@ -116,9 +118,10 @@ class BatchNormalizationEstimator:
         for variable in self.averages:
             variable.assign(tf.where(tf.math.is_finite(variable.value), variable.value, 0))  # 0 times a NaN would remain one
         try:
-            for images in batches:
-                sums = [total + mean for total, mean in zip(sums, self._observe(images))]
-                count += 1
+            with self._statistics.recorded(self.layers):
+                for images in batches:
+                    sums = [total + mean for total, mean in zip(sums, self._observe(images))]
+                    count += 1
             if not count:
                 raise ValueError("`batches` must hold at least one batch. Received: none")
         except BaseException:
@@ -129,29 +132,47 @@ class BatchNormalizationEstimator:
             variable.assign(total / count)
 
 
-@contextlib.contextmanager
-def _averaging_over_calls(layers):
-    """Within it the moving averages of a layer that is called n times become the plain average over these calls.
+class _Statistics(threading.local):
+    """What the calls of each layer in training mode found in one pass, in the thread of one replica."""
 
-    The momentum of its calls is 0, 1/2, 2/3 and so on; a graph that is traced meanwhile keeps them.
-    """
-    momenta = [layer.momentum for layer in layers]
+    def __init__(self):
+        self.of_calls = {}
 
-    def counted(layer, call):
-        calls = itertools.count()
+    @contextlib.contextmanager
+    def recorded(self, layers):
+        """Within it each call of a layer leaves the batch's own statistics in its averages, and puts them on record here."""
 
-        def with_momentum(*args, **kwargs):
-            before = next(calls)
-            layer.momentum = before / (before + 1)
-            return call(*args, **kwargs)
+        def recording(layer, call):
+            def recorded_call(*args, training=None, **kwargs):
+                outputs = call(*args, training=training, **kwargs)
+                if training:
+                    self.of_calls.setdefault(id(layer), []).append(_averages(layer))
+                return outputs
 
-        return with_momentum
+            return recorded_call
 
-    try:
+        momenta = [layer.momentum for layer in layers]
         for layer in layers:
-            layer.call = counted(layer, layer.call)
-        yield
-    finally:
-        for layer, momentum in zip(layers, momenta):
-            del layer.call
-            layer.momentum = momentum
+            layer.momentum = 0.0  # a graph that is traced meanwhile keeps it
+            layer.call = recording(layer, layer.call)
+        try:
+            yield
+        finally:
+            for layer, momentum in zip(layers, momenta):
+                layer.momentum = momentum
+                del layer.call
+
+    def means(self, layers):
+        """Returns each layer's two figures, in the order of the layers, the mean over its calls.
+
+        Without a call, and where calls are those of a loop in the graph (`tf.map_fn`), as they are: the last call's then.
+        """
+        here = tf.compat.v1.get_default_graph() if tf.inside_function() else None
+        calls = [self.of_calls.get(id(layer), []) for layer in layers]
+        calls = [[one for one in each if getattr(one[0], "graph", None) is here] for each in calls] if here else calls
+        calls = [each or [_averages(layer)] for each, layer in zip(calls, layers)]
+        return [tf.add_n(figures) / len(figures) for of_layer in calls for figures in zip(*of_layer)]
+
+
+def _averages(layer):
+    return [tf.cast(variable.value, tf.float64) for variable in (layer.moving_mean, layer.moving_variance)]
