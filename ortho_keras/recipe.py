@@ -12,7 +12,7 @@ from ortho_keras.schedules import SHAPES
 OPTIMIZERS = ("sgd", "nesterov", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "muon")
 
 # A value that is not always read -> the value that decides whether it is, and for which of that one's choices.
-_READ_FOR = {
+READ_FOR = {
     "momentum": ("optimizer", ("sgd", "nesterov", "rmsprop", "muon")),
     "vector_rate": ("optimizer", ("muon",)),
     "weight_decay": ("optimizer", ("adamw",)),
@@ -143,7 +143,7 @@ class Recipe:
         """Returns `{name: why}` of the values that are not read as the others are: `{"momentum": "--optimizer adam"}`, say."""
         return {
             name: f"--{ruler} {getattr(self, ruler)}"
-            for name, (ruler, readers) in _READ_FOR.items()
+            for name, (ruler, readers) in READ_FOR.items()
             if getattr(self, ruler) not in readers
         }
 

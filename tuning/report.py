@@ -15,7 +15,6 @@ from ortho_keras.errors import InputError
 from ortho_keras.files import write_json
 from ortho_keras.recipe import Recipe
 from ortho_keras.recipes import RECIPES
-from tuning.space import OF_MODULATION
 from tuning.trials import FAILED, FINISHED, HOPELESS, RUNNING, best_trial, read_search, read_trials
 
 LEAST_TRIALS = 8  # from which on importances are more than chance
@@ -74,7 +73,7 @@ def command(name, recipe, train_flags=()):
 
 def shown(trial, name):
     """A trial's value as the tables show it; empty where it says nothing."""
-    if name in OF_MODULATION and trial.recipe.modulation == "off":
+    if name in trial.recipe.without_effect():
         return ""
     value = getattr(trial.recipe, name)
     return f"{value:g}" if isinstance(value, float) else str(value)

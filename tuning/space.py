@@ -3,7 +3,7 @@
 import dataclasses
 
 from ortho_keras.errors import InputError
-from ortho_keras.recipe import Recipe
+from ortho_keras.recipe import READ_FOR, Recipe
 
 DIGITS = 4  # significant digits of a sampled value: enough to search by, few enough to paste
 
@@ -63,7 +63,7 @@ SPACE = {
     "tolerance": Choices((1.001, 1.1, 1.5, 2.0, 4.0, 8.0)),
     "modulation_steps": Choices((0, 100, 300, 1000, 3000)),
 }
-OF_MODULATION = ("tolerance", "modulation_steps")  # which say something only where modulation is on
+OF_MODULATION = tuple(name for name in SPACE if READ_FOR.get(name, ("",))[0] == "modulation")  # read only where it is on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _of_use(parameters, recipe):
     left_out = [name for name, allowed in parameters.items() if isinstance(allowed, Choices) and len(allowed.values) == 1]
     if recipe.network == "residual":
         left_out.append("modulation")
-    if recipe.regularizer == "none" or recipe.factor == 0:
+    if "factor" in recipe.without_effect() or recipe.factor == 0:
         left_out.append("factor")
     if recipe.modulation == "off" and ("modulation" not in parameters or "modulation" in left_out):
         left_out += OF_MODULATION
