@@ -31,6 +31,7 @@ class Graph:
             )
         self.model = model
         self.steps = []  # (layer or the nested model's Graph, args, kwargs, outputs), with symbolic tensors
+        self.inputs = model.inputs
         if isinstance(model, keras.Sequential):
             self.steps = [(_unfolded(layer), None, {}, None) for layer in model.layers]
             return
@@ -60,9 +61,10 @@ class Graph:
             The outputs, in the structure of `model.output`.
         """
         if isinstance(self.model, keras.Sequential):
+            (outputs,) = self._arranged(inputs, call)
             for layer, *_ in self.steps:
-                inputs = _call(layer, (inputs,), {}, call, training)
-            return inputs
+                outputs = _call(layer, (outputs,), {}, call, training)
+            return outputs
         tensors = {id(symbol): tensor for symbol, tensor in zip(self.inputs, self._arranged(inputs, call))}
         for layer, args, kwargs, symbols in self.steps:
             args, kwargs = _replaced((args, kwargs), tensors)
