@@ -131,6 +131,18 @@ def test_the_channels_of_an_einsum_can_be_several_axes():
     assert math.isnan(report.layers[0].image_share) and not report.layers[0].positions
 
 
+def test_the_operator_of_a_layer_over_time_steps_is_that_of_one_step():
+    def operator(shape, wrap):
+        keras.utils.set_random_seed(1)
+        convolution = wrap(keras.layers.Conv2D(4, 3, padding="same"))
+        net = keras.Sequential([keras.Input(shape), convolution, keras.layers.Flatten(), keras.layers.Dense(10)])
+        layer = report_of(net, shape).layers[0]
+        return layer.operator_smallest, layer.operator_largest
+
+    alone, timed = operator((6, 5, 2), lambda layer: layer), operator((3, 6, 5, 2), keras.layers.TimeDistributed)
+    assert timed == pytest.approx(alone, rel=1e-4) and alone[0] > 0
+
+
 def test_wrapped_layers():
     """Over time steps, the same figures as the layer by itself; a normalized kernel's before its layer's activation."""
 
