@@ -139,7 +139,7 @@ def test_the_operator_of_a_layer_over_time_steps_is_that_of_one_step():
         layer = report_of(net, shape).layers[0]
         return layer.operator_smallest, layer.operator_largest
 
-    alone, timed = operator((6, 5, 2), lambda layer: layer), operator((3, 6, 5, 2), keras.layers.TimeDistributed)
+    alone, timed = operator((12, 10, 2), lambda layer: layer), operator((7, 12, 10, 2), keras.layers.TimeDistributed)
     assert timed == pytest.approx(alone, rel=1e-4) and alone[0] > 0
 
 

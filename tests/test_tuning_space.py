@@ -9,7 +9,7 @@ import pytest
 from ortho_keras.errors import InputError
 from ortho_keras.recipe import Recipe
 from ortho_keras.recipes import RECIPES
-from tuning.space import OF_MODULATION, SPACE, Choices, Range, search_space
+from tuning.space import SPACE, Choices, Range, search_space
 
 DIGITS = RECIPES["digits"].recipe
 
@@ -51,7 +51,7 @@ def test_every_point_is_a_recipe_in_the_space(name):
             assert getattr(recipe, key) in space.parameters[key]
             values.add(getattr(recipe, key))
         if recipe.modulation == "off":
-            assert all(getattr(recipe, key) == getattr(base, key) for key in OF_MODULATION)
+            assert all(getattr(recipe, key) == getattr(base, key) for key in ("tolerance", "modulation_steps"))
     for key, values in seen.items():
         allowed = space.parameters[key]
         assert values == set(allowed.values) if isinstance(allowed, Choices) else len(values) > 190, key
@@ -74,11 +74,11 @@ def test_what_cannot_matter_is_not_searched():
     assert set(search_space(DIGITS).parameters) == set(SPACE)
     without = dataclasses.replace(DIGITS, regularizer="none")
     assert set(SPACE) - set(search_space(without).parameters) == {"factor"}
-    assert set(SPACE) - set(search_space(DIGITS, ["modulation"]).parameters) == {"modulation", *OF_MODULATION}
+    assert set(SPACE) - set(search_space(DIGITS, ["modulation"]).parameters) == {"modulation", "tolerance", "modulation_steps"}
     on = dataclasses.replace(DIGITS, modulation="anchor")
     assert set(SPACE) - set(search_space(on, ["modulation"]).parameters) == {"modulation"}
     residual = RECIPES["resnet44_cifar10"].recipe
-    assert set(SPACE) - set(search_space(residual).parameters) == {"modulation", *OF_MODULATION}
+    assert set(SPACE) - set(search_space(residual).parameters) == {"modulation", "tolerance", "modulation_steps"}
 
 
 def test_narrowed_spaces():
@@ -91,7 +91,7 @@ def test_narrowed_spaces():
     one = search_space(DIGITS, narrowed=["modulation=anchor"])
     assert "modulation" not in one.parameters and one.base.modulation == "anchor" and "tolerance" in one.parameters
     off = search_space(DIGITS, narrowed=["modulation=off"])
-    assert not {"modulation", *OF_MODULATION} & set(off.parameters)
+    assert not {"modulation", "tolerance", "modulation_steps"} & set(off.parameters)
 
 
 @pytest.mark.parametrize(
