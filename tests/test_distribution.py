@@ -258,6 +258,13 @@ def test_two_machines_train_as_one_process_and_survive_a_kill(tmp_path):
     for key in ("test_crossentropy", "penalty"):
         assert results[0][key] == pytest.approx(results[1][key], rel=1e-3)
 
+    (tmp_path / "0" / "result.json").unlink()  # as after a kill behind the last step
+    workers = start_workers(tmp_path, MACHINES)
+    assert [worker.wait(timeout=240) for worker in workers] == [0, 0], (tmp_path / "1.err").read_text()[-2000:]
+    again = json.loads((tmp_path / "0" / "result.json").read_text())
+    assert again["steps"] == results[0]["steps"]
+    assert again["test_crossentropy"] == pytest.approx(results[0]["test_crossentropy"], rel=1e-6)
+
 
 def test_the_chiefs_state_reaches_every_worker():
     """What `_restore` sends through a float64 vector comes out as it went in: every type of a state is exact in it."""

@@ -14,7 +14,7 @@ from ortho_keras.errors import InputError
 from ortho_keras.files import write_json
 from ortho_keras.recipe import read_recipe
 from ortho_keras.recipes import RECIPES
-from tuning.report import command, importance_table, report
+from tuning.report import command, importance_table, report, shown
 from tuning.space import search_space
 from tuning.trials import FAILED, FINISHED, HOPELESS, RUNNING, SEARCH_FILE, Trial
 
@@ -34,6 +34,12 @@ def make_search(directory, trials, recipe=BASE, name="digits"):
 
 def trial(number, state, score=None, reason="", crossentropy=0.5, **values):
     return Trial(number, state, dataclasses.replace(BASE, **values), score, crossentropy, 10.0, reason)
+
+
+def test_a_value_that_says_nothing_is_not_shown():
+    off, on = trial(1, FINISHED, 0.9, tolerance=4.0), trial(2, FINISHED, 0.9, tolerance=4.0, modulation="anchor")
+    assert (shown(off, "tolerance"), shown(on, "tolerance"), shown(on, "factor")) == ("", "4", "0.01")
+    assert shown(trial(3, FINISHED, 0.9, regularizer="none"), "factor") == ""
 
 
 def test_a_search_that_was_killed_half_way(tmp_path):
