@@ -24,11 +24,12 @@ RESULTS = ROOT / "benchmarks" / "results" / "ablation"
 SEARCH_SEED = 100
 RATES = (0.003, 0.01, 0.03, 0.1)
 
+_CIFAR = ["--recipe=plain44_cifar10_short", "--rate_depth=44", "--precision=mixed_bfloat16"]
 RUNGS = {
     "smoke": ["--recipe=digits", "--image_size=8", "--augment=none", "--epochs=1", "--width=2"],  # to try this script
     "digits": ["--recipe=digits", "--rate_depth=44", "--image_size=8", "--augment=none", "--epochs=15", "--evaluate_every=5"],
-    "cifar16": ["--recipe=plain44_cifar10_short", "--rate_depth=44", "--image_size=16", "--epochs=4"],
-    "cifar32": ["--recipe=plain44_cifar10_short", "--rate_depth=44", "--epochs=5"],
+    "cifar16": [*_CIFAR, "--image_size=16", "--epochs=4"],
+    "cifar32": [*_CIFAR, "--epochs=5"],
 }
 STEPS = {"smoke": 20, "digits": 300, "cifar16": 1404, "cifar32": 1755}
 

@@ -4,6 +4,7 @@ python benchmarks/pages.py            writes them
 python benchmarks/pages.py --check    ends with status 1 if a page does not say what the result files say
 """
 
+import dataclasses
 import json
 import re
 import shlex
@@ -15,6 +16,7 @@ from absl import app, flags
 from costs import cost_tables
 from runs import ROOT, table
 
+from ortho_keras.recipe import Recipe
 from ortho_keras.recipes import RECIPES
 
 FLAGS = flags.FLAGS
@@ -71,12 +73,15 @@ def recipes_table(runs):
 
 
 def trials_table():
-    """One row for each trial: a recipe, the values that were changed in it, and what came out."""
+    """One row for each trial: a recipe, the values in which the trial differs from it as it is now, and what came out."""
     runs = {}
     for path in sorted((RESULTS / "trials").glob("*.json")):
         result = json.loads(path.read_text())
-        flags = [flag for flag in shlex.split(result["command"])[2:] if not flag.startswith(("--recipe=", "--seed="))]
-        runs.setdefault((result["recipe_name"], " ".join(flags)), []).append(result)
+        ran = dataclasses.replace(Recipe(**result["recipe"]), seed=0)  # as every preset's
+        flags = " ".join(RECIPES[result["recipe_name"]].changes(ran))
+        if not flags:
+            sys.exit(f"{path.relative_to(ROOT)} is of the recipe's own values: it belongs in results/recipes")
+        runs.setdefault((result["recipe_name"], flags), []).append(result)
     rows = []
     for (name, flags), results in runs.items():
         validation = [result["validation_accuracy"] for result in results]
@@ -89,7 +94,7 @@ def trials_table():
                 ", ".join(sorted({result["commit"][:10] for result in results})),
             ]
         )
-    return table(["recipe", "changed", "validation accuracy, %", "test accuracy, % (mean ± deviation, seeds)", "commit"], rows)
+    return table(["recipe", "differs in", "validation accuracy, %", "test accuracy, % (mean ± deviation, seeds)", "commit"], rows)
 
 
 def conditions(runs):

@@ -63,12 +63,7 @@ def report(directory):
 def command(name, recipe, train_flags=()):
     """Returns the `train.py` command of a recipe: a preset, `name` if there is one, and the values in which it differs."""
     name = name if name in RECIPES else next(iter(RECIPES))
-    preset = RECIPES[name].recipe.to_json()
-    flags = [f"--recipe={name}"]
-    for key, value in recipe.to_json().items():
-        if value != preset[key]:
-            flags.append(f"--{'' if value else 'no'}{key}" if isinstance(value, bool) else f"--{key}={value}")
-    return shlex.join(["python", "train.py", *flags, *train_flags])
+    return shlex.join(["python", "train.py", f"--recipe={name}", *RECIPES[name].changes(recipe), *train_flags])
 
 
 def shown(trial, name):
