@@ -137,10 +137,23 @@ def test_residual_twins_differ_in_the_shortcuts(depth):
     assert twin.modulation == "off"
 
 
+def test_the_residual_twin_in_16_epochs_sees_the_same_images_and_steps():
+    plain, twin = RECIPES["plain44_cifar10_fast"].recipe, RECIPES["resnet44_cifar10_fast"].recipe
+    method = {"initializer", "stem_initializer", "relu_shift", "optimizer", "factor", "learning_rate", "rate_depth"}
+    assert differences(plain, twin) == {"network", *method}
+
+
+def test_changes_are_the_flags_that_make_one_recipe_of_another():
+    preset = RECIPES["plain44_cifar10_fast"]
+    assert preset.changes(preset.recipe) == []
+    other = dataclasses.replace(preset.recipe, hold_out=True, bn_sync=False, depth=20, factor=1e-3)
+    assert set(preset.changes(other)) == {"--hold_out", "--nobn_sync", "--depth=20", "--factor=0.001"}
+
+
 @pytest.mark.parametrize("name", [name for name in RECIPES if "_short" in name])
 def test_short_recipes_differ_in_length_and_schedule_only(name):
     changes = differences(RECIPES[name].recipe, RECIPES[name.replace("_short", "")].recipe)
-    assert {"epochs", "max_steps"} <= changes <= {"epochs", "max_steps", "schedule", "warmup_steps", "precision"}
+    assert {"epochs", "max_steps"} <= changes <= {"epochs", "max_steps", "schedule", "warmup_steps"}
     assert RECIPES[name].recipe.max_steps == 0 and RECIPES[name].recipe.epochs <= 10
 
 
