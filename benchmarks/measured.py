@@ -13,11 +13,15 @@ from ortho_keras.runtime import cpu_cores
 
 
 def write_result(path, **figures):
-    """Writes what a benchmark measured, with its command, commit, hardware and versions, to the JSON file `path`."""
+    """Writes what a benchmark measured, with its command, commit, hardware and versions, to the JSON file `path`.
+
+    The command is told without `--data_dir`, which says where the data lie and not what they are.
+    """
     path = pathlib.Path(path)
+    given = [flag for flag in sys.argv[1:] if not flag.startswith("--data_dir=")]
     path.parent.mkdir(parents=True, exist_ok=True)
     measured = {
-        "command": shlex.join(["python", f"benchmarks/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{pathlib.Path(sys.argv[0]).name}", *given]),
         "commit": commit(),
         "cpu_cores": cpu_cores(),
         "processor": processor(),

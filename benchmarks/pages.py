@@ -94,7 +94,8 @@ def trials_table():
                 ", ".join(sorted({result["commit"][:10] for result in results})),
             ]
         )
-    return table(["recipe", "differs in", "validation accuracy, %", "test accuracy, % (mean ± deviation, seeds)", "commit"], rows)
+    header = ["recipe", "differs in", "validation accuracy, %", "test accuracy, % (mean ± deviation, seeds)", "commit"]
+    return table(header, rows)
 
 
 def conditions(runs):

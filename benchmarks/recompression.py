@@ -1,10 +1,11 @@
-"""What a lossy copy of a data set costs: one net on its images as they are, and on the same images compressed as JPEG once more.
+"""What a lossy copy of a data set costs: one net on its images as they are, and on the same compressed as JPEG once more.
 
 python benchmarks/recompression.py --seeds=0,1 --data_dir=PATH
 
-The copy of CIFAR-10 behind the figures here was re-encoded as JPEG: quality 75, colour at half the resolution. What that cost cannot
-be measured without the original images, but a second compression of the same strength can. Its blocks are displaced against
-the first one's, which would otherwise round to what is there already. Goes to `results/recompression/<arm>-seed<seed>.json`.
+The copy of CIFAR-10 behind the figures here was re-encoded as JPEG: quality 75, colour at half the resolution. What that
+cost cannot be measured without the original images, but a second compression of the same strength can. Its blocks are
+displaced against the first one's, which would otherwise round to what is there already. Goes to
+`results/recompression/<arm>-seed<seed>.json`.
 """
 
 import math
@@ -44,7 +45,7 @@ ARMS = {"once": lambda image: image, "twice": compressed}  # how often the image
 
 
 def write_images(data, folder, change):
-    """Writes a data set's images, changed, into class folders as PNG, which loses nothing. Returns their mean squared change."""
+    """Writes a data set's images, changed, into class folders as PNG. Returns the mean of the squared changes."""
     squares = []
     for split in ("train", "test"):
         images, labels = getattr(data, split).images, getattr(data, split).labels
@@ -67,8 +68,8 @@ def main(_):
             half_done = runs / f"{arm}.part"
             shutil.rmtree(half_done, ignore_errors=True)
             square = write_images(data, half_done, change)
-            decibels = 10 * math.log10(255**2 / square) if square else None
-            write_result(results / f"{arm}-images.json", dataset=FLAGS.dataset, signal_to_noise_db=decibels)
+            if square:
+                write_result(results / f"{arm}-images.json", signal_to_noise_db=10 * math.log10(255**2 / square))
             half_done.rename(runs / arm)
     for seed in FLAGS.seeds:
         for arm in ARMS:

@@ -22,7 +22,7 @@ class Preset:
         return Recipe(**result["recipe"]) == dataclasses.replace(self.recipe, seed=result["seed"])
 
     def changes(self, recipe):
-        """Returns the flags of `train.py` that make another `Recipe` of this one, a list such as `["--depth=20", "--nobn_sync"]`."""
+        """Returns the flags of `train.py` that make another `Recipe` of this one: `["--depth=20", "--nobn_sync"]`, say."""
         own, flags = self.recipe.to_json(), []
         for name, value in recipe.to_json().items():
             if value != own[name]:
