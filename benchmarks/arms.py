@@ -160,6 +160,8 @@ def training_step(model, callbacks=(), alone=False):
         return loss
 
     def step(images, labels):
+        for callback in callbacks:
+            callback.on_train_batch_begin(0)
         loss = float(compiled(images, labels))
         for callback in callbacks:
             callback.on_train_batch_end(0)

@@ -169,6 +169,17 @@ def initialization_table():
     return table(["data", "layers", "net", "error's growth a layer", "over the net", "lowest image share"], rows)
 
 
+def recompression_table():
+    folder, rows = RESULTS / "recompression", []
+    decibels = json.loads((folder / "twice-images.json").read_text())["signal_to_noise_db"]
+    for arm, about in {"once": "the copy", "twice": f"the same, compressed again ({decibels:.1f} dB)"}.items():
+        runs = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{arm}-seed*.json"))]
+        figures = [spread([r[name] for r in runs]) for name in ("training_accuracy", "test_accuracy")]
+        net = {f"{r['recipe']['depth']} layers, {r['recipe']['epochs']} epochs" for r in runs}
+        rows.append([about, ", ".join(sorted(net)), *figures, ", ".join(sorted({r["commit"][:10] for r in runs}))])
+    return table(["images", "net", "training accuracy, %", "test accuracy, % (mean ± deviation, seeds)", "commit"], rows)
+
+
 def depth_table():
     rows = []
     for path in sorted((RESULTS / "depth").glob("*.json")):
@@ -278,7 +289,8 @@ def fill(text, contents):
 def main(_):
     recipes = load_recipes()
     contents = {"recipes": recipes_table(recipes), "conditions": conditions(recipes), "initialization": initialization_table()}
-    contents |= {"trials": trials_table(), "depth": depth_table(), **cost_tables(RESULTS)}
+    contents |= {"trials": trials_table(), "recompression": recompression_table(), "depth": depth_table()}
+    contents |= cost_tables(RESULTS)
     contents |= search_tables() if (RESULTS / "search").exists() else {}
     folders = {rung: RESULTS / "ablation" / rung for rung in RUNGS}
     rungs = {rung: load_ablation(folder) for rung, folder in folders.items() if folder.exists()}

@@ -240,8 +240,13 @@ class ModulationSwitch(keras.callbacks.Callback):
         self.steps = steps
 
     def on_train_begin(self, logs=None):
-        self._enabled = None
+        self._enabled, self._began = None, False
         self._switch()
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if not self._began:
+            self._began = True
+            self._switch()  # again: another callback's `on_train_begin` may have brought steps back
 
     def on_train_batch_end(self, batch, logs=None):
         self._switch()

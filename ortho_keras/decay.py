@@ -54,15 +54,20 @@ class OrthonormalDecay(keras.callbacks.Callback):
         self.every = every
 
     def on_train_begin(self, logs=None):
-        self._last = steps_taken(self.model)
+        self._last = None
         self._move = _mover(self.model) if self.model.built else None
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self._last is None:
+            self._last = steps_taken(self.model)  # not before: another callback's `on_train_begin` may bring steps back
 
     def on_train_batch_end(self, batch, logs=None):
         if steps_taken(self.model) - self._last >= self.every:
             self._catch_up()
 
     def on_train_end(self, logs=None):
-        self._catch_up()
+        if self._last is not None:
+            self._catch_up()
 
     def _catch_up(self):
         steps, self._last = steps_taken(self.model) - self._last, steps_taken(self.model)

@@ -303,36 +303,3 @@ def test_under_a_strategy_a_loss_that_keras_cannot_copy(tmp_path, two_replicas, 
 def test_bad_arguments(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         ortho_keras.SignalMonitor(X, Y, tmp_path, **arguments)
-
-
-def test_modulation_is_switched_off_after_its_steps_also_in_a_run_that_goes_on():
-    def modulated():
-        model = ortho_keras.modulate(ortho_keras.plain_cnn(8, (8, 8, 1), seed=0), tolerance=1.0)
-        model.compile(keras.optimizers.SGD(0.05), LOGITS)
-        return model
-
-    def weights(model):
-        return np.concatenate([weight.ravel() for weight in model.get_weights()])
-
-    expected = modulated()
-    fit(expected, epochs=1)  # 8 steps with modulation
-    ortho_keras.switch_modulation(expected, False)
-    fit(expected, epochs=1)
-    in_one, in_two, always = modulated(), modulated(), modulated()
-    keras.utils.set_random_seed(3)
-    switch = ortho_keras.ModulationSwitch(8)
-    in_one.fit(X, Y, batch_size=8, epochs=1, callbacks=[switch], verbose=0)
-    assert not any(layer.enabled for layer in in_one.layers if isinstance(layer, ortho_keras.ErrorModulation))
-    for _ in range(2):
-        ortho_keras.switch_modulation(in_two, True)
-        fit(in_two, ortho_keras.ModulationSwitch(8), epochs=1)
-        fit(always, epochs=1)
-    np.testing.assert_array_equal(weights(in_two), weights(expected))
-    assert np.abs(weights(always) - weights(expected)).max() > 1e-3
-
-
-def test_switching_what_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="has no ErrorModulation layer"):
-        fit(compiled(), ortho_keras.ModulationSwitch(3))
-    with pytest.raises(ValueError, match="`steps` must be an integer, at least 1. Received: steps=0"):
-        ortho_keras.ModulationSwitch(0)

@@ -1,5 +1,6 @@
 """OrthonormalDecay: what it does to kernels, and when."""
 
+import contextlib
 import copy
 
 import keras
@@ -73,6 +74,33 @@ def test_steps_between_are_made_up_for(steps_per_execution):
         value -= 2 * 0.1 * 0.1 * steps * value * (value**2 - 1)
     fit(model, OrthonormalDecay(0.1, every=3), steps=7)
     np.testing.assert_allclose(model.get_weights(), [[[value]]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "behind"])
+def test_a_run_that_is_taken_up_again_makes_up_for_its_own_steps_only(tmp_path, first):
+    """Killed at step 7, taken up at 6: as seven steps without a break, not as one of six times the length after the first."""
+
+    class Killed(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if self.model.optimizer.iterations == 7:
+                raise KeyboardInterrupt
+
+    kernel, expected = np.array([[1.5]]), dense(np.array([[1.5]]))
+    fit(expected, OrthonormalDecay(0.1, every=2), steps=8)
+    for last in ([Killed()], []):
+        model, decay = dense(kernel), OrthonormalDecay(0.1, every=2)
+        backup = keras.callbacks.BackupAndRestore(tmp_path)
+        callbacks = [decay, backup] if first else [backup, decay]
+        with contextlib.suppress(KeyboardInterrupt):
+            model.fit(np.zeros((4, 1)), np.zeros(4), batch_size=2, epochs=4, callbacks=[*callbacks, *last], verbose=0)
+    assert model.optimizer.iterations == 8
+    np.testing.assert_allclose(model.get_weights(), expected.get_weights(), rtol=1e-6)
+
+
+def test_a_training_without_a_step_changes_nothing():
+    model = dense(np.array([[1.5]]))
+    model.fit(np.zeros((2, 1)), np.zeros(2), epochs=0, callbacks=[OrthonormalDecay(1.0, every=1)], verbose=0)
+    np.testing.assert_array_equal(model.get_weights(), [[[1.5]]])
 
 
 def test_the_rate_is_the_optimizer_s_present_one():
