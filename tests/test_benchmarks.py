@@ -1,10 +1,18 @@
 """The scripts of benchmarks/, as processes of their own: their flags are not train.py's."""
 
+import dataclasses
 import json
 import math
 import pathlib
 import subprocess
 import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ortho_keras.data import load_data
+from ortho_keras.recipes import RECIPES
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -168,20 +176,48 @@ def test_inference_counts_what_a_shortcut_keeps_alive(tmp_path):
     assert rows["plain"]["parameters"] - rows["plain, folded"]["parameters"] == 3 * channels
 
 
-def test_pages_refuse_a_result_of_other_values(tmp_path):
-    result = {"recipe_name": "digits", "seed": 0, "recipe": {"dataset": "digits", "depth": 8}}
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "digits-seed0.json").write_text(json.dumps(result))
+def test_recompression_trains_on_the_images_and_on_the_same_compressed(tmp_path):
+    places = [f"--results={tmp_path / 'results'}", f"--runs={tmp_path / 'runs'}"]
+    given = ["--dataset=digits", "--depth=8", "--epochs=1", "--seeds=3", *places]
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "recompression.py", *given], check=True, capture_output=True)
+    data = load_data("digits", hold_out=False)
+    squares = []
+    for split in ("train", "test"):
+        images, labels = getattr(data, split).sample()
+        for index in range(len(labels)):
+            name = f"{split}/{labels[index]}/{index:05d}.png"
+            once, twice = (np.asarray(Image.open(tmp_path / "runs" / arm / name), float) for arm in ("once", "twice"))
+            np.testing.assert_array_equal(once, images[index, ..., 0])
+            squares.append(np.mean((twice - once) ** 2))
+    told = json.loads((tmp_path / "results" / "twice-images.json").read_text())["signal_to_noise_db"]
+    assert told == pytest.approx(20 * math.log10(255 / math.sqrt(np.mean(squares))), rel=1e-9) and 20 < told < 60
+    for arm in ("once", "twice"):
+        result = json.loads((tmp_path / "results" / f"{arm}-seed3.json").read_text())
+        assert result["recipe"]["dataset"] == f"folder:{tmp_path / 'runs' / arm}" and result["seed"] == 3
+        assert (result["recipe"]["depth"], result["recipe"]["optimizer"]) == (8, "muon") and 0 < result["test_accuracy"] < 1
+
+
+@pytest.mark.parametrize(
+    ("folder", "depth", "read", "message"),
+    [
+        ("recipes", 8, "load_recipes", "is of other values than the recipe has"),
+        ("trials", 44, "trials_table", "is of the recipe's own values: it belongs in results/recipes"),
+    ],
+)
+def test_pages_refuse_a_result_in_the_wrong_folder(tmp_path, folder, depth, read, message):
+    recipe = dataclasses.replace(RECIPES["digits"].recipe, depth=depth, seed=5).to_json()
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "digits-seed5.json").write_text(json.dumps({"recipe_name": "digits", "seed": 5, "recipe": recipe}))
     load = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import pages, pathlib; "
-        f"pages.ROOT = pages.RESULTS = pathlib.Path({str(tmp_path)!r}); pages.load_recipes()"
+        f"pages.ROOT = pages.RESULTS = pathlib.Path({str(tmp_path)!r}); pages.{read}()"
     )
     done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
-    assert done.returncode == 1 and "recipes/digits-seed0.json is of other values than the recipe has" in done.stderr
+    assert done.returncode == 1 and f"{folder}/digits-seed5.json {message}" in done.stderr
 
 
 def test_a_trial_is_kept_apart_from_the_recipe_and_tells_what_was_changed(tmp_path):
-    values = ["depth=8", "width=2", "epochs=1", "crop_border=1"]
+    values = ["crop_border=1", "depth=8", "width=2", "epochs=1"]
     script, places = ROOT / "benchmarks" / "recipes.py", [f"--results={tmp_path}", f"--runs={tmp_path / 'runs'}"]
     given = ["--recipes=digits", f"--values={','.join(values)}", "--seeds=3"]
     subprocess.run([sys.executable, script, *given, *places], check=True, capture_output=True)
