@@ -11,6 +11,7 @@ from ortho_keras.sources import SPLIT_SEED, read_digits, read_folder, read_tfds,
 from ortho_keras.streaming import StreamedSplit
 
 HELD_SHARE = 0.1
+_CENTRES = 1 << 62  # tells the seed of the squares that are cut out from that of crop and flip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +121,9 @@ def _with_cuts(splits, class_names, flag, hold_out):
     return ImageData(splits["train"], splits.get("validation"), splits["test"], tuple(class_names))
 
 
-def training_batches(split, batch_size, augment, seed, start=0, stop=None, pad=0.0, border=0, replicas=1, own=(0,)):
+def training_batches(
+    split, batch_size, augment, seed, start=0, stop=None, pad=0.0, border=0, replicas=1, own=(0,), cutout=0, fill=0.0
+):
     """Returns a `tf.data.Dataset` of training steps `start` to `stop` of the run that `seed` names.
 
     Step s is a function of the seed and s alone: the order is a new permutation in each epoch (of `len(split) // batch_size`
@@ -141,6 +144,9 @@ def training_batches(split, batch_size, augment, seed, start=0, stop=None, pad=0
         replicas: int, how many replicas share each batch; divides `batch_size`.
         own: The replicas, from 0, whose shares are wanted. Their shares of step `start` come first, in turn, then those
             of the next step. The shares of all replicas together are the batch that one replica would see.
+        cutout: int, pixels a side of a square that is cut out of each image that is cropped, its centre anywhere in the
+            image (DeVries and Taylor 2017, arXiv 1708.04552); 0 for none.
+        fill: Pixel value by channel that the square gets; the mean, in that paper.
 
     Returns:
         Dataset of `(images, labels)`: float32 `(share, height, width, channels)` of 0 to 255, int64 `(share,)`, where
@@ -163,8 +169,11 @@ def training_batches(split, batch_size, augment, seed, start=0, stop=None, pad=0
         # index_shuffle would be lighter, but sees only 8 bits of each part of its seed (TensorFlow 2.21).
         permutation = tf.random.experimental.stateless_shuffle(tf.range(len(split), dtype=tf.int64), tf.stack([key, epoch]))
         indices = tf.gather(permutation, within * batch_size + mine)
-        x = tf.cast(tf.gather(images, indices), tf.float32)
-        return _augmented(x, augment, tf.gather(draws, mine), pad, border), tf.gather(labels, indices)
+        x = _augmented(tf.cast(tf.gather(images, indices), tf.float32), augment, tf.gather(draws, mine), pad, border)
+        if cutout and augment != "none":
+            centres = tf.random.stateless_uniform((batch_size, 2), tf.stack([key + _CENTRES, step]))
+            x = _cut_out(x, tf.gather(centres, mine), cutout, fill)
+        return x, tf.gather(labels, indices)
 
     last = np.iinfo(np.int64).max if stop is None else stop * len(own)
     order = tf.data.Dataset.range(start * len(own), last)
@@ -217,6 +226,18 @@ def _augmented(images, augment, draws, pad, border):
     rows = tf.gather(padded, top, axis=1, batch_dims=1)
     columns = tf.gather(rows, left, axis=2, batch_dims=1)
     return tf.ensure_shape(columns, images.shape)
+
+
+def _cut_out(images, centres, side, fill):
+    """Fills a square of `side` pixels in each image, as far as it lies in it; its centre by two uniform draws, `(batch, 2)`."""
+    inside = []
+    for axis in (0, 1):
+        length = images.shape[1 + axis]
+        first = tf.cast(centres[:, axis] * length, tf.int32)[:, tf.newaxis] - side // 2
+        places = tf.range(length)
+        inside.append((first <= places) & (places < first + side))
+    square = inside[0][:, :, tf.newaxis, tf.newaxis] & inside[1][:, tf.newaxis, :, tf.newaxis]
+    return tf.where(square, tf.cast(fill, images.dtype), images)
 
 
 def _cut(split):

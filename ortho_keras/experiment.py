@@ -168,8 +168,9 @@ def load_recipe_data(recipe, data_dir=None, replicas=1):
             f"--batch_size must be at most the number of training images, {len(data.train)}. Received: {recipe.batch_size}"
         )
     side = min(data.image_shape[:2])
-    if recipe.augment.startswith("crop") and recipe.crop_border > side:
-        raise InputError(f"--crop_border must be at most the images' side, {side}. Received: {recipe.crop_border}")
+    for name in ("crop_border", "cutout"):
+        if recipe.augment.startswith("crop") and getattr(recipe, name) > side:
+            raise InputError(f"--{name} must be at most the images' side, {side}. Received: {getattr(recipe, name)}")
     return data
 
 

@@ -17,7 +17,7 @@ READ_FOR = {
     "vector_rate": ("optimizer", ("muon",)),
     "weight_decay": ("optimizer", ("adamw",)),
     "factor": ("regularizer", ("orthonormal", "l2")),
-    **dict.fromkeys(("padding", "crop_border"), ("augment", ("crop", "crop_flip"))),
+    **dict.fromkeys(("padding", "crop_border", "cutout"), ("augment", ("crop", "crop_flip"))),
     **dict.fromkeys(("tolerance", "max_scale", "modulation_steps", "modulation_sync"), ("modulation", ("neighbour", "anchor"))),
 }
 
@@ -47,6 +47,10 @@ class Recipe:
     crop_border: int = _field(
         0, "pixels by which each side of an image is padded before the crop; 0: an eighth of the side (4 of 32)", least=0
     )
+    cutout: int = _field(
+        0, "pixels a side of a square of each cropped image that is filled with the mean (DeVries and Taylor 2017); 0: none",
+        least=0,
+    )  # fmt: skip
     network: str = _field("plain", "network without or with shortcuts", ("plain", "residual"))
     family: str = _field(
         "cifar", "He et al.'s nets for small images (three stages) or for photographs (four)", ("cifar", "imagenet")

@@ -53,8 +53,7 @@ class Trainer:
         self.log = log if self.runtime.is_chief else lambda line: None
         self.steps_per_epoch = len(data.train) // recipe.batch_size
         self.epochs = -(-total_steps // self.steps_per_epoch)
-        mean = np.asarray(data.channel_statistics[0], np.float32)
-        self.pad = recipe.padding if recipe.padding != "mean" else mean
+        self.mean = np.asarray(data.channel_statistics[0], np.float32)
         self.estimator = BatchNormalizationEstimator(model)
         self.callbacks = keras.callbacks.CallbackList(list(callbacks), model=model, epochs=self.epochs)
         self._train = _train_function(model, recipe.batch_size, recipe.label_smoothing, self.runtime)
@@ -116,9 +115,21 @@ class Trainer:
 
     def _training_batches(self, start, stop):
         r, replicas = self.recipe, self.runtime.replicas
+        pad = self.mean if r.padding == "mean" else r.padding
         return self._distributed(
             lambda own: training_batches(
-                self.data.train, r.batch_size, r.augment, r.seed, start, stop, self.pad, r.crop_border, replicas, own
+                self.data.train,
+                r.batch_size,
+                r.augment,
+                r.seed,
+                start,
+                stop,
+                pad,
+                r.crop_border,
+                replicas,
+                own,
+                r.cutout,
+                self.mean,
             )
         )
 

@@ -199,6 +199,39 @@ def test_crops_are_uniform_windows_of_the_padded_image(augment, pad, border, exp
     assert all(len(set(places)) > min(8, counts.size // 2) for places in found)  # for each image
 
 
+@pytest.mark.parametrize("side", [1, 4, 5])
+def test_cutout_fills_a_square_around_any_pixel(side):
+    split, fill, found = random_split(8, (12, 10, 3)), np.float32([10.5, 128.25, 249.75]), []
+    whole = as_numpy(training_batches(split, 8, "crop_flip", 5, stop=300, border=2))
+    for (images, labels), cut in zip(
+        whole, as_numpy(training_batches(split, 8, "crop_flip", 5, 0, 300, 0.0, 2, 1, (0,), side, fill))
+    ):
+        np.testing.assert_array_equal(cut[1], labels)
+        filled = np.all(cut[0] == fill, -1)
+        np.testing.assert_array_equal(cut[0][~filled], images[~filled])
+        rows, columns = filled.any(2), filled.any(1)
+        np.testing.assert_array_equal(filled, rows[:, :, np.newaxis] & columns[:, np.newaxis])
+        for lines in zip(rows, columns):
+            spans = [np.flatnonzero(line) for line in lines]
+            assert all(np.all(np.diff(span) == 1) for span in spans)
+            # Before the border the square's end tells its centre, behind it its begin.
+            centres = [s[0] + side // 2 if s[0] else s[-1] + 1 - side + side // 2 for s in spans]
+            ends = [(max(0, c - side // 2), min(len(line), c - side // 2 + side)) for c, line in zip(centres, lines)]
+            assert [(s[0], s[-1] + 1) for s in spans] == ends
+            found.append(centres[0] * 10 + centres[1])
+    counts = np.bincount(found, minlength=120)
+    assert len(counts) == 120 and np.all(np.abs(counts - 20) < 5 * np.sqrt(20))  # every pixel, all alike
+
+
+def test_cutout_is_the_whole_batchs_whatever_the_share():
+    split = random_split(24)
+    whole = as_numpy(training_batches(split, 12, "crop", 3, 1, 4, cutout=6, fill=7.0))
+    shares = as_numpy(training_batches(split, 12, "crop", 3, 1, 4, replicas=3, own=(0, 1, 2), cutout=6, fill=7.0))
+    for step, (images, labels) in enumerate(whole):
+        parts = shares[3 * step : 3 * step + 3]
+        assert_equal_batches([(images, labels)], [tuple(np.concatenate(part) for part in zip(*parts))])
+
+
 def test_padding_is_black_by_default():
     split = Split(np.full((1, 8, 8, 1), 200, np.uint8), np.zeros(1, np.int64))
     values = {float(value) for images, _ in training_batches(split, 1, "crop", 0, stop=20) for value in np.unique(images)}

@@ -168,6 +168,7 @@ def test_training_step_equals_a_plain_loop(tmp_path, regularizer, smoothing):
         factor=0.1,
         label_smoothing=smoothing,
         crop_border=2,
+        cutout=3,
         max_steps=3,
         bn_batches=0,
         schedule="constant",
@@ -178,7 +179,8 @@ def test_training_step_equals_a_plain_loop(tmp_path, regularizer, smoothing):
     by_hand.set_weights(model.get_weights())
     history = Trainer(model, recipe, data, tmp_path, total_steps, log=lambda line: None).run()
     crossentropies, smoothed = [], []
-    for images, labels in training_batches(data.train, 64, recipe.augment, recipe.seed, 0, 3, "symmetric", 2):
+    augmented = {"pad": "symmetric", "border": 2, "cutout": 3, "fill": data.channel_statistics[0]}
+    for images, labels in training_batches(data.train, 64, recipe.augment, recipe.seed, 0, 3, **augmented):
         with tf.GradientTape() as tape:
             logits = by_hand(images, training=True)
             targets = (1 - smoothing) * tf.one_hot(labels, 10) + smoothing / 10

@@ -199,6 +199,7 @@ def test_fast_recipes_and_their_controls_have_the_same_data_steps_and_schedule(n
         ({"bn_batches": -1}, "--bn_batches must be at least 0. Received: -1"),
         ({"evaluate_every": 0}, "--evaluate_every must be at least 1. Received: 0"),
         ({"crop_border": -1}, "--crop_border must be at least 0. Received: -1"),
+        ({"cutout": -1}, "--cutout must be at least 0. Received: -1"),
         ({"image_size": -8}, "--image_size must be at least 0. Received: -8"),
         ({"image_size": 5000}, "--image_size must be at most 4096. Received: 5000"),
         ({"seed": -1}, "--seed must be at least 0. Received: -1"),

@@ -97,11 +97,12 @@ def test_home_in_a_path(capsys, tmp_path, monkeypatch):
 
 
 def test_values_without_effect_are_told(capsys, tmp_path):
-    given = ["--optimizer=adam", "--momentum=0.5", "--weight_decay=0.1", "--tolerance=3", "--factor=0.1", "--crop_border=1"]
+    given = ["--optimizer=adam", "--momentum=0.5", "--weight_decay=0.1", "--tolerance=3", "--factor=0.1"]
+    given += ["--crop_border=1", "--cutout=1"]
     values = [*SMALL, "--augment=none", "--max_steps=2", "--bn_batches=0", "--learning_rate=0.001", "--warmup_steps=2"]
     status, out, err = invoke(capsys, *values, *given, f"--workdir={tmp_path / 'run'}")
     told = {"momentum": "optimizer adam", "weight_decay": "optimizer adam"}
-    told |= {"tolerance": "modulation off", "crop_border": "augment none"}
+    told |= {"tolerance": "modulation off", "crop_border": "augment none", "cutout": "augment none"}
     expected = [f"train.py: --{name} has no effect with --{ruler}" for name, ruler in told.items()]
     assert status == 0 and sorted(err.splitlines()) == sorted(expected)
     assert "--warmup_steps=2 is no less than the run: the learning rate does not reach its highest" in out
@@ -131,6 +132,7 @@ def test_the_name_of_a_run_is_one_that_a_file_system_takes():
         (["--depth=45"], ["--depth must be 6n + 2; the nearest are 44 and 50", "45"]),
         (["--batch_size=0"], ["--batch_size must be at least 1", "0"]),
         (["--image_size=12", "--crop_border=13"], ["--crop_border must be at most the images' side, 12", "13"]),
+        (["--image_size=12", "--cutout=13"], ["--cutout must be at most the images' side, 12", "13"]),
         (["--batch_size=5000"], ["--batch_size must be at most the number of training images, 1293", "5000"]),
         (["--network=residual", "--modulation=anchor"], ["--modulation must be off for --network residual", "'anchor'"]),
         (["--recipe=digits", "--recipe_file=a.json"], ["--recipe and --recipe_file must not both be given", "digits, a.json"]),
