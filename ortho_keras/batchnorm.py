@@ -38,7 +38,9 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
         if training:
             share = 1 - self.momentum
             self.moving_mean.assign(self.momentum * moving_mean + share * mean)
-            self.moving_variance.assign(self.momentum * moving_variance + share * _over_count(inputs) * variance)
+            # Of one value a processor's operation gives the variance 0, a GPU's NaN.
+            variance = tf.math.multiply_no_nan(variance, share * _over_count(inputs))
+            self.moving_variance.assign(self.momentum * moving_variance + variance)
         return outputs
 
 
@@ -47,8 +49,8 @@ def _over_count(inputs):
     count = inputs.shape[:3].num_elements()
     if count is None:
         count = tf.cast(tf.reduce_prod(tf.shape(inputs)[:3]), tf.float32)
-        return tf.maximum(count - 1, 1) / count
-    return max(count - 1, 1) / max(count, 1)
+        return tf.maximum(count - 1, 0) / tf.maximum(count, 1)
+    return max(count - 1, 0) / max(count, 1)
 
 
 class BatchNormalizationEstimator:

@@ -51,6 +51,22 @@ def test_fused_training_equals_the_oracle(shape):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=2e-4 if m > 1 else 1e-3)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_fused_averages_are_finite_where_a_gpu_gives_none(known, monkeypatch):
+    operation = tf.raw_ops.FusedBatchNormV3
+
+    def as_on_a_gpu(**arguments):  # NVIDIA's (cuDNN 9.19, an H100): the unbiased variance of one value is 0 / 0
+        outputs, mean, variance, *rest = operation(**arguments)
+        return outputs, mean, variance * np.nan, *rest
+
+    monkeypatch.setattr(tf.raw_ops, "FusedBatchNormV3", as_on_a_gpu)
+    layer = fused_layer((1, 1, 1, 4))
+    before = np.asarray(layer.moving_variance)
+    signature = [tf.TensorSpec((1, 1, 1, 4) if known else (None, None, None, 4), tf.float32)]
+    tf.function(lambda inputs: layer(inputs, training=True), signature)(np.float32([[[[1, 2, 3, 4]]]]))
+    np.testing.assert_allclose(layer.moving_variance, 0.7 * before, rtol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(6, 5, 4, 3), (1, 1, 1, 4)])
 def test_fused_averages_are_the_same_where_shapes_are_not_known(shape):
     x = np.random.default_rng(8).normal(1.5, 2, size=shape).astype("float32")
