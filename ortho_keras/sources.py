@@ -17,6 +17,7 @@ from ortho_keras.streaming import ImageFiles, ImageRecords
 
 SPLIT_SEED = 0  # fixed, so that every run has the same validation and test images
 VALIDATION_NAMES = ("validation", "val", "valid")
+RESIZED_AT_ONCE = 1 << 24  # bytes of images: one by one, small ones take longer to hand over than to resize
 SUFFIXES = (".jpg", ".jpeg", ".png")  # as TFDS's ImageFolder
 
 
@@ -243,20 +244,36 @@ def _decoded(files, flag):
 
 def _in_memory(examples, image_size, flag):
     """Collects examples into `(images, labels)`. Sizes must agree, unless all are resized."""
-    images, labels = [], []
+    images, labels, waiting = [], [], []
+
+    def keep(new):
+        for image in new:
+            if images and image.shape != images[0].shape:
+                raise InputError(
+                    f"{flag} must hold images of one size, or --image_size must be given. Received: images of shape "
+                    f"{images[0].shape} and {image.shape}"
+                )
+            images.append(image)
+
+    def keep_waiting():
+        if waiting:
+            keep(_resized(np.stack(waiting), image_size))
+            waiting.clear()
+
     if isinstance(examples, tf.data.Dataset):
         examples = examples.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
     for example in examples:
         image = np.asarray(example["image"])
-        if image_size and image.shape[:2] != (image_size, image_size):
-            image = _resized(image[np.newaxis], image_size)[0]
-        if images and image.shape != images[0].shape:
-            raise InputError(
-                f"{flag} must hold images of one size, or --image_size must be given. Received: images of shape "
-                f"{images[0].shape} and {image.shape}"
-            )
-        images.append(image)
         labels.append(int(example["label"]))
+        fits = not image_size or image.shape[:2] == (image_size, image_size)
+        full = len(waiting) * image.nbytes >= RESIZED_AT_ONCE
+        if fits or full or (waiting and image.shape != waiting[0].shape):
+            keep_waiting()
+        if fits:
+            keep([image])
+        else:
+            waiting.append(image)
+    keep_waiting()
     if not images:
         raise InputError(f"{flag} must hold images. Received: an empty split")
     return np.stack(images), np.asarray(labels, np.int64)

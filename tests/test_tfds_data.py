@@ -4,9 +4,11 @@ import time
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tensorflow_datasets as tfds
 from loaded import refusal, values
 
+from ortho_keras import sources
 from ortho_keras.data import load_data
 
 
@@ -69,6 +71,19 @@ def test_tfds_of_many_sizes_needs_image_size(tmp_path):
     assert load_data("mixed", tmp_path, 6).image_shape == (6, 6, 1)
     prepare(tmp_path, "apart", {"train": gradients(4), "test": gradients(2, size=(5, 5))}, (None, None, 1))
     assert "--image_size" in refusal("apart", tmp_path)
+
+
+@pytest.mark.parametrize("at_once", [1, 200, 1 << 24])
+def test_images_are_resized_as_one_by_one_and_stay_in_order(at_once, monkeypatch):
+    monkeypatch.setattr(sources, "RESIZED_AT_ONCE", at_once)
+    rng = np.random.default_rng(0)
+    shapes = [(4, 6, 3), (5, 5, 3), (6, 4, 3), (9, 9, 3)]
+    images = [rng.integers(0, 256, shapes[kind], dtype=np.uint8) for kind in rng.choice(4, 60, p=[0.5, 0.2, 0.1, 0.2])]
+    found, labels = sources._in_memory([{"image": image, "label": i} for i, image in enumerate(images)], 5, "--dataset x")
+    assert labels.tolist() == list(range(60)) and found.dtype == np.uint8
+    for image, resized in zip(images, found, strict=True):
+        alone = image if image.shape[:2] == (5, 5) else tf.image.resize(image, (5, 5), antialias=True).numpy()
+        assert np.abs(resized - alone.astype(np.float64)).max() <= 0.5 + 1e-4
 
 
 def test_tfds_without_a_test_split(tmp_path):
