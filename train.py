@@ -61,6 +61,7 @@ with without_start_up_notes():
     from ortho_keras.experiment import run
     from ortho_keras.recipe import Recipe, read_recipe
     from ortho_keras.recipes import RECIPES, find_preset
+    from ortho_keras.result import hardware
 
 FLAGS = flags.FLAGS
 RESULTS = pathlib.Path(__file__).resolve().parent / "benchmarks" / "results" / "recipes"
@@ -148,7 +149,7 @@ def list_recipes():
             seconds = statistics.mean(result["seconds"] for result in results)
             print(
                 f"    measured: {100 * accuracy:.2f} % test accuracy, mean of {len(results)} seed(s), in {seconds:.0f} s of "
-                f"training on {results[0]['device']['cpu_cores']} x {results[0]['device']['processor']}"
+                f"training on {hardware(results[0]['device'])}"
             )
         else:
             print("    measured: not yet")

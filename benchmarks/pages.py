@@ -18,6 +18,7 @@ from runs import ROOT, table
 
 from ortho_keras.recipe import Recipe
 from ortho_keras.recipes import RECIPES
+from ortho_keras.result import hardware
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results"
@@ -100,7 +101,7 @@ def trials_table():
 
 def conditions(runs):
     every = [result for results in runs.values() for result in results]
-    devices = {f"{r['device']['cpu_cores']} core(s) of {r['device']['processor']}" for r in every}
+    devices = {hardware(r["device"]) for r in every}
     versions = {f"TensorFlow {r['versions']['tensorflow']}, Keras {r['versions']['keras']}" for r in every}
     commits = sorted({r["commit"][:10] for r in every})
     return (

@@ -82,6 +82,9 @@ def plot_signals(report, path):
     _save(figure, path)
 
 
+_MOST_NAMES = 22  # lines of text that fit beside the map
+
+
 def plot_heat_map(steps, names, ratios, path, title):
     """Draws magnitudes, layer by step, on a logarithmic color scale around 1, as a PNG file.
 
@@ -100,8 +103,8 @@ def plot_heat_map(steps, names, ratios, path, title):
     image = axes.imshow(decades, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
     shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 10)).astype(int))
     axes.set_xticks(shown, [str(steps[index]) for index in shown])
-    shown = np.unique(np.linspace(0, len(names) - 1, min(len(names), 12)).astype(int))
-    axes.set_yticks(shown, [names[index] for index in shown])
+    every = -(-len(names) // _MOST_NAMES)
+    axes.set_yticks(range(0, len(names), every), names[::every])
     axes.set(xlabel="step", title=title)
     figure.colorbar(image, label="log10 of the error's magnitude over the top layer's")
     _save(figure, path)

@@ -64,6 +64,13 @@ def _own_version():
     return ortho_keras.__version__
 
 
+def hardware(device):
+    """Says what a run computed on by its result's `device`: the GPUs' names, or how many cores of which processor."""
+    if device["type"] == ["CPU"]:
+        return f"{device['cpu_cores']} core(s) of {device['processor']}"
+    return ", ".join(device["type"])
+
+
 def processor():
     """The name of the machine's processor."""
     try:

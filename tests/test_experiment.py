@@ -23,6 +23,7 @@ from ortho_keras.errors import Interrupted
 from ortho_keras.experiment import build_model, compiled_model, make_optimizer, run
 from ortho_keras.recipe import OPTIMIZERS
 from ortho_keras.recipes import find_preset
+from ortho_keras.result import hardware
 from ortho_keras.training import Trainer
 
 RECIPE = dataclasses.replace(
@@ -148,6 +149,13 @@ def test_curves_are_a_picture(finished):
     with Image.open(workdir / "curves.png") as picture:
         colors = np.asarray(picture.convert("RGB")).reshape(-1, 3)
         assert picture.size[0] > 1000 and len(np.unique(colors, axis=0)) > 50
+
+
+def test_hardware_is_told_by_what_computed(finished):
+    device = finished[1]["device"]
+    assert hardware(device | {"type": ["CPU"], "cpu_cores": 2, "processor": "Abacus 3"}) == "2 core(s) of Abacus 3"
+    assert hardware(device | {"type": ["Abacus G", "Abacus G"], "cpu_cores": 2}) == "Abacus G, Abacus G"
+    assert hardware(device) == f"{device['cpu_cores']} core(s) of {device['processor']}"  # no GPU in these tests
 
 
 def test_tensorboard_has_loss_and_penalty_apart(finished):
