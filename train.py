@@ -26,6 +26,7 @@ from absl import app, flags, logging
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's notes on what its build could do
 if platform.machine().lower() in ("x86_64", "amd64"):  # convolutions take half the time where TensorFlow leaves it off
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # not all of a GPU's memory at once: runs can share it
 _NOTES = re.compile(r"before absl::InitializeLog|oneDNN custom operations|Could not find cuda drivers|failed call to cuInit")
 _DEFAULT_RECIPE = "digits"
 LONGEST_NAME = 200  # bytes of a folder's name, of the 255 that file systems take
