@@ -47,7 +47,7 @@ def wait_for_line(process, text):
 
 
 _CONVOLUTIONS = """
-import glob, sys, train
+import glob, os, sys, train
 import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
@@ -57,18 +57,27 @@ convolve(tf.ones((4, 8, 8, 16)), tf.ones((3, 3, 16, 16)))
 tf.profiler.experimental.stop()
 (path,) = glob.glob(sys.argv[1] + "/**/*.xplane.pb", recursive=True)
 space = xplane_pb2.XSpace.FromString(open(path, "rb").read())
+print(f"growth={os.environ['TF_FORCE_GPU_ALLOW_GROWTH']}")
 print({entry.name for plane in space.planes for entry in plane.event_metadata.values() if "Conv2D" in entry.name})
 """
 
 
 @pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="x86 only")
-@pytest.mark.parametrize(("given", "expected"), [({}, "_MklNativeConv2D"), ({"TF_ENABLE_ONEDNN_OPTS": "0"}, "Conv2D:Conv2D")])
-def test_convolutions_are_onednns_unless_the_user_says_otherwise(tmp_path, given, expected):
-    environment = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"} | given
+@pytest.mark.parametrize(
+    ("given", "expected", "growth"),
+    [
+        ({}, "_MklNativeConv2D", "true"),
+        ({"TF_ENABLE_ONEDNN_OPTS": "0", "TF_FORCE_GPU_ALLOW_GROWTH": "false"}, "Conv2D:Conv2D", "false"),
+    ],
+)
+def test_convolutions_are_onednns_unless_the_user_says_otherwise(tmp_path, given, expected, growth):
+    ours = ("TF_ENABLE_ONEDNN_OPTS", "TF_FORCE_GPU_ALLOW_GROWTH")
+    environment = {name: value for name, value in os.environ.items() if name not in ours} | given
     done = subprocess.run(
         [sys.executable, "-c", _CONVOLUTIONS, tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     assert expected in done.stdout and ("Mkl" in done.stdout) == ("Mkl" in expected)
+    assert f"growth={growth}\n" in done.stdout  # of a GPU's memory; which there is none of here
 
 
 def test_a_folder_is_of_one_run_at_a_time(tmp_path):
