@@ -201,7 +201,7 @@ def test_crops_are_uniform_windows_of_the_padded_image(augment, pad, border, exp
 
 @pytest.mark.parametrize("side", [1, 4, 5])
 def test_cutout_fills_a_square_around_any_pixel(side):
-    split, fill, found = random_split(8, (12, 10, 3)), np.float32([10.5, 128.25, 249.75]), []
+    split, fill, found = random_split(16, (12, 10, 3)), np.float32([10.5, 128.25, 249.75]), []
     whole = as_numpy(training_batches(split, 8, "crop_flip", 5, stop=300, border=2))
     for (images, labels), cut in zip(
         whole, as_numpy(training_batches(split, 8, "crop_flip", 5, 0, 300, 0.0, 2, 1, (0,), side, fill))
@@ -219,6 +219,7 @@ def test_cutout_fills_a_square_around_any_pixel(side):
             ends = [(max(0, c - side // 2), min(len(line), c - side // 2 + side)) for c, line in zip(centres, lines)]
             assert [(s[0], s[-1] + 1) for s in spans] == ends
             found.append(centres[0] * 10 + centres[1])
+    assert len({tuple(found[start : start + 8]) for start in range(0, 2400, 8)}) == 300  # each step draws anew
     counts = np.bincount(found, minlength=120)
     assert len(counts) == 120 and np.all(np.abs(counts - 20) < 5 * np.sqrt(20))  # every pixel, all alike
 
