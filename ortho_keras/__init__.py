@@ -15,6 +15,7 @@ from ortho_keras.decay import OrthonormalDecay
 from ortho_keras.design import DesignReport, check_design
 from ortho_keras.features import compare_features, compare_filters, plot_features, plot_filters
 from ortho_keras.fold import fold_batchnorm
+from ortho_keras.growth import grow
 from ortho_keras.imagenet import plain_imagenet, residual_imagenet
 from ortho_keras.initializers import DeltaOrthonormalInitializer, DiracInitializer, OrthonormalInitializer
 from ortho_keras.kernels import orthonormality_error
@@ -67,6 +68,7 @@ __all__ = [
     "compare_filters",
     "error_growth",
     "fold_batchnorm",
+    "grow",
     "load_model",
     "modulate",
     "orthonormality_error",

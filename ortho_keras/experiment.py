@@ -1,6 +1,7 @@
 """One experiment: a recipe and a directory in, a trained model and its figures out."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -10,10 +11,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from ortho_keras.activations import shift_for_depth
 from ortho_keras.callbacks import ModulationSwitch, SignalMonitor
 from ortho_keras.data import load_data
 from ortho_keras.errors import InputError, WorkerLostError, first_line
 from ortho_keras.files import check_folder, entries, only_one, whole_file, write_json
+from ortho_keras.growth import grow
 from ortho_keras.imagenet import plain_imagenet, residual_imagenet
 from ortho_keras.kernels import layer_kernels
 from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
@@ -28,9 +31,11 @@ from ortho_keras.regularizers import OrthonormalRegularizer
 from ortho_keras.result import result_of
 from ortho_keras.runtime import Runtime, slowdown
 from ortho_keras.schedules import LearningRate
-from ortho_keras.training import Trainer, scores
+from ortho_keras.steps import scores
+from ortho_keras.training import Trainer, new_epoch
 
 PROBE_IMAGES = 64
+GROWTH_IMAGES = 512  # that tell the new layers' statistics
 STEM_PIXELS = 5000 * 32 * 32  # whose patches are enough for their principal components
 SLOW = 2.0  # times as long as in float32, from which a type is worth a warning
 BUILDERS = {
@@ -124,8 +129,12 @@ def _run(recipe, workdir, hold, data_dir, name, runtime, callbacks, keep_checkpo
 
         monitor = SignalMonitor(images.astype("float32"), labels, workdir, loss, every=signal_every)
         callbacks = [*callbacks, monitor]
-    trainer = Trainer(model, recipe, data, workdir, total_steps, runtime, callbacks, keep_checkpoints, log)
-    history = trainer.run()
+    settings = (data, workdir, total_steps, runtime, callbacks, keep_checkpoints, log)
+    trainer = Trainer(model, recipe, *settings)
+    begun = trainer.restore()
+    if recipe.start_depth and begun is None:
+        begun = _grown(model, recipe, settings)
+    history = trainer.run(begun)
     if monitor is not None:
         log(f"signals.csv and signals.png took {100 * monitor.share:.1f} % of the training time")
     log("evaluating on the test split")
@@ -138,6 +147,27 @@ def _run(recipe, workdir, hold, data_dir, name, runtime, callbacks, keep_checkpo
     plot_curves(history, workdir / "curves.png", f"{name or recipe.network} (depth {recipe.depth}, seed {recipe.seed})")
     write_json(workdir / "result.json", result)
     return result
+
+
+def _grown(model, recipe, settings):
+    """Trains `start_depth` layers for `grow_epoch` epochs, and sets `model` to what they are; returns what it goes on from."""
+    data, workdir, _, runtime, *_, log = settings
+    growth_step = _growth_step(recipe, data)
+    shift = shift_for_depth(recipe.depth) if recipe.relu_shift < 0 else recipe.relu_shift
+    recipe = dataclasses.replace(recipe, depth=recipe.start_depth, start_depth=0, relu_shift=shift)
+    with _precision(recipe.precision), runtime.strategy.scope():
+        shallow, _ = compiled_model(recipe, data, runtime.replicas > 1)
+    log(f"it begins with {recipe.depth} layers, {shallow.count_params():,} parameters, for {growth_step} steps")
+    folder = workdir / "checkpoints" / f"{recipe.depth}_layers"
+    trainer = Trainer(shallow, recipe, *settings, growth_step, folder)
+    history = trainer.run()
+    trainer.estimate()
+    images, _ = data.train.sample(GROWTH_IMAGES)
+    grow(shallow, model, images.astype("float32"))
+    model.optimizer.iterations.assign(growth_step)  # which the learning rate goes by
+    model.stop_training = shallow.stop_training
+    log(f"{shallow.name} has become {model.name}")
+    return growth_step, history, new_epoch()
 
 
 def _agreed(runtime, prepare):
@@ -167,11 +197,20 @@ def load_recipe_data(recipe, data_dir=None, replicas=1):
         raise InputError(
             f"--batch_size must be at most the number of training images, {len(data.train)}. Received: {recipe.batch_size}"
         )
+    if recipe.start_depth and 0 < recipe.max_steps <= _growth_step(recipe, data):
+        steps = _growth_step(recipe, data)
+        raise InputError(
+            f"--max_steps must be 0, or more than those before --grow_epoch, {steps}. Received: {recipe.max_steps}"
+        )
     side = min(data.image_shape[:2])
     for name in ("crop_border", "cutout"):
         if recipe.augment.startswith("crop") and getattr(recipe, name) > side:
             raise InputError(f"--{name} must be at most the images' side, {side}. Received: {getattr(recipe, name)}")
     return data
+
+
+def _growth_step(recipe, data):
+    return recipe.grow_epoch * (len(data.train) // recipe.batch_size)
 
 
 def build_model(recipe, data, replicated=False):

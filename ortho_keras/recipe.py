@@ -6,7 +6,7 @@ import math
 import pathlib
 
 from ortho_keras.errors import InputError
-from ortho_keras.imagenet import BLOCKS
+from ortho_keras.imagenet import BLOCKS, BOTTLENECK_DEPTHS
 from ortho_keras.schedules import SHAPES
 
 OPTIMIZERS = ("sgd", "nesterov", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "muon")
@@ -18,6 +18,7 @@ READ_FOR = {
     "weight_decay": ("optimizer", ("adamw",)),
     "factor": ("regularizer", ("orthonormal", "l2")),
     **dict.fromkeys(("padding", "crop_border", "cutout"), ("augment", ("crop", "crop_flip"))),
+    "grow_epoch": ("start_depth", range(8, 2**31)),
     **dict.fromkeys(("tolerance", "max_scale", "modulation_steps", "modulation_sync"), ("modulation", ("neighbour", "anchor"))),
 }
 
@@ -56,6 +57,11 @@ class Recipe:
         "cifar", "He et al.'s nets for small images (three stages) or for photographs (four)", ("cifar", "imagenet")
     )
     depth: int = _field(44, "layers: 6n + 2 (8, 14, 20, ..., 44, ..., 110), or of imagenet 34, 44 or 101", least=8)
+    start_depth: int = _field(
+        0, "a plain net begins with so many layers and grows to depth by identities after grow_epoch epochs (ours); 0: depth",
+        least=0,
+    )  # fmt: skip
+    grow_epoch: int = _field(0, "epochs of start_depth layers", least=0)
     width: int = _field(16, "filters of the first stage (doubled at each of the others); imagenet: 64 in He et al.", least=1)
     initializer: str = _field(
         "orthonormal", "kernels at the start (dirac: the identity where it fits, ours)",
@@ -125,13 +131,10 @@ class Recipe:
                 raise InputError(f"--{field.name} must be {wrong}. Received: {value!r}")
         if -1 < self.relu_shift < 0:
             raise InputError(f"--relu_shift must be at least 0, or -1. Received: {self.relu_shift!r}")
-        if self.family == "imagenet":
-            if self.depth not in BLOCKS:
-                told = ", ".join(map(str, BLOCKS))
-                raise InputError(f"--depth must be one of {told} with --family imagenet. Received: {self.depth!r}")
-        elif (self.depth - 2) % 6:
-            below = self.depth - (self.depth - 2) % 6
-            raise InputError(f"--depth must be 6n + 2; the nearest are {below} and {below + 6}. Received: {self.depth!r}")
+        for name in ("depth", "start_depth"):
+            self._check_depth(name, getattr(self, name))
+        if self.start_depth:
+            self._check_growth()
         if self.optimizer == "muon" and self.momentum == 1:
             raise InputError("--momentum must be below 1 with --optimizer muon. Received: 1.0")
         if self.augment == "resized_crop" and not self.image_size:
@@ -142,6 +145,30 @@ class Recipe:
                 f"Received: {self.modulation!r}"
             )
         return self
+
+    def _check_depth(self, name, depth):
+        if name == "start_depth" and not depth:
+            return
+        if self.family == "imagenet":
+            if depth not in BLOCKS:
+                told = ", ".join(map(str, BLOCKS))
+                raise InputError(f"--{name} must be one of {told} with --family imagenet. Received: {depth!r}")
+        elif depth < 8 or (depth - 2) % 6:
+            below = max(depth - (depth - 2) % 6, 8)
+            raise InputError(f"--{name} must be 6n + 2; the nearest are {below} and {below + 6}. Received: {depth!r}")
+
+    def _check_growth(self):
+        if self.network == "residual":
+            raise InputError(f"--start_depth must be 0 for --network residual. Received: {self.start_depth!r}")
+        if self.family == "imagenet" and self.depth in BOTTLENECK_DEPTHS:
+            raise InputError(f"--start_depth must be 0 for --depth {self.depth} of imagenet. Received: {self.start_depth!r}")
+        if self.start_depth >= self.depth:
+            raise InputError(f"--start_depth must be less than --depth, {self.depth}. Received: {self.start_depth!r}")
+        if not 0 < self.grow_epoch < self.epochs:
+            raise InputError(
+                f"--grow_epoch must be at least 1 and less than --epochs, {self.epochs}, with --start_depth. "
+                f"Received: {self.grow_epoch!r}"
+            )
 
     def without_effect(self):
         """Returns `{name: why}` of the values that are not read as the others are: `{"momentum": "--optimizer adam"}`, say."""

@@ -16,9 +16,9 @@ from ortho_keras.checkpoints import restore_checkpoint, save_checkpoint, state_v
 from ortho_keras.data import evaluation_batches, training_batches
 from ortho_keras.errors import InputError, Interrupted, NonFiniteLossError
 from ortho_keras.runtime import Runtime
+from ortho_keras.steps import score_function, train_function
 
-SUM = tf.distribute.ReduceOp.SUM
-TOP, FEW_CLASSES = 5, 10  # top-5 accuracy says something where there are more classes than these
+FEW_CLASSES = 10  # top-5 accuracy says something where there are more
 PACE_AFTER = 30.0  # seconds of steps before it is said how long the rest takes
 LEAST_LOSS_SCALE = 2.0**-10  # float16's own range is used up long before
 
@@ -40,14 +40,31 @@ class Trainer:
         callbacks: List of `keras.callbacks.Callback`, called as `fit` does on every worker. `model.stop_training` ends the run.
         keep_checkpoints: int, how many are kept.
         log: Function that takes a line; the chief's only.
+        end_step: int, the step to stop after, at the end of an epoch; `None`: `total_steps`.
+        checkpoints: Path of the folder of checkpoints; `None`: the one of this name in `directory`.
     """
 
-    def __init__(self, model, recipe, data, directory, total_steps, runtime=None, callbacks=(), keep_checkpoints=2, log=print):
+    def __init__(
+        self,
+        model,
+        recipe,
+        data,
+        directory,
+        total_steps,
+        runtime=None,
+        callbacks=(),
+        keep_checkpoints=2,
+        log=print,
+        end_step=None,
+        checkpoints=None,
+    ):
         self.model = model
         self.recipe = recipe
         self.data = data
         self.directory = directory
+        self.checkpoints = checkpoints or directory / "checkpoints"
         self.total_steps = total_steps
+        self.end_step = end_step or total_steps
         self.runtime = runtime or Runtime()
         self.keep_checkpoints = keep_checkpoints
         self.log = log if self.runtime.is_chief else lambda line: None
@@ -56,30 +73,31 @@ class Trainer:
         self.mean = np.asarray(data.channel_statistics[0], np.float32)
         self.estimator = BatchNormalizationEstimator(model)
         self.callbacks = keras.callbacks.CallbackList(list(callbacks), model=model, epochs=self.epochs)
-        self._train = _train_function(model, recipe.batch_size, recipe.label_smoothing, self.runtime)
-        self._score = _score_function(model, self.runtime)
+        self._train = train_function(model, recipe.batch_size, recipe.label_smoothing, self.runtime)
+        self._score = score_function(model, self.runtime)
         self._told = set()
         self._pace_told = False
 
-    def run(self):
+    def run(self, begun=None):
         """Trains to the last step and returns the history: a list of one dict of figures for each epoch.
+
+        Args:
+            begun: What `restore` returns, where it was called, or the same of another net's steps; `None` calls it.
 
         Raises:
             NonFiniteLossError: At the first step whose loss is inf or NaN, or where float16 finds no scale for the gradients.
             Interrupted: After SIGINT or SIGTERM on any worker, when the checkpoint is written.
         """
-        with self.runtime.strategy.scope():
-            self.model.optimizer.build(self.model.trainable_variables)
-        step, history, epoch = self._restore()
+        step, history, epoch = begun or self.restore() or (0, [], new_epoch())
         make_writer = tf.summary.create_file_writer if self.runtime.is_chief else lambda _: tf.summary.create_noop_writer()
         writer = make_writer(str(self.directory / "tensorboard"))
         with writer.as_default(), _stop_requests() as stop:
-            batches = iter(self._training_batches(step, self.total_steps))
+            batches = iter(self._training_batches(step, self.end_step))
             self.callbacks.on_train_begin()
-            while step < self.total_steps and not self.model.stop_training:
+            while step < self.end_step and not self.model.stop_training:
                 step, stopped = self._epoch(step, batches, history, epoch, stop)
                 history.append(self._epoch_figures(step, epoch))
-                epoch = _new_epoch()
+                epoch = new_epoch()
                 self._write_summary(history[-1])
                 self._save(step, history, epoch)
                 self.callbacks.on_epoch_end(history[-1]["epoch"] - 1, history[-1])
@@ -91,10 +109,9 @@ class Trainer:
     def evaluate(self, split):
         """Returns `crossentropy` and `accuracy` on a split, and the `penalty`, as floats; `top5_accuracy` of many classes.
 
-        BatchNormalization's averages are re-estimated first, from the same training batches each time.
+        BatchNormalization's averages are re-estimated first, see `estimate`.
         """
-        if self.recipe.bn_batches:
-            self.estimator(images for images, _ in self._training_batches(0, self.recipe.bn_batches))
+        self.estimate()
         batch_size = min(self.recipe.batch_size, -(-len(split) // self.runtime.replicas) * self.runtime.replicas)
         totals = np.zeros(4)
         for batch in self._distributed(lambda own: evaluation_batches(split, batch_size, self.runtime.replicas, own)):
@@ -105,6 +122,11 @@ class Trainer:
             raise InputError(f"--dataset must hold images that decode. Received: {len(split)} that do not")
         figures = {"crossentropy": crossentropy / count, "accuracy": correct / count, "penalty": float(sum(self.model.losses))}
         return figures | ({"top5_accuracy": among / count} if len(self.data.class_names) > FEW_CLASSES else {})
+
+    def estimate(self):
+        """Re-estimates BatchNormalization's averages, if the recipe says so, from the same training batches each time."""
+        if self.recipe.bn_batches:
+            self.estimator(images for images, _ in self._training_batches(0, self.recipe.bn_batches))
 
     def _tell_skipped(self):
         """Names the images that were found not to decode since the last time."""
@@ -141,12 +163,16 @@ class Trainer:
         own = [self.runtime.worker * count + index for index in range(count)]
         return self.runtime.strategy.distribute_datasets_from_function(lambda _: make(own))
 
-    def _restore(self):
-        """Sets the model to the chief's newest checkpoint on all workers; returns step, history and the epoch begun."""
-        step, history, epoch = 0, [], _new_epoch()
-        runtime, directory = self.runtime, self.directory / "checkpoints"
+    def restore(self):
+        """Sets the model to the chief's newest checkpoint on all workers.
+
+        Returns:
+            Steps, history and the figures of the epoch that was begun; `None` where there is no checkpoint.
+        """
+        self._build_optimizer()
+        step, history, epoch, runtime = -1, [], new_epoch(), self.runtime
         if runtime.is_chief:
-            restored = restore_checkpoint(directory, self.model, self.log)
+            restored = restore_checkpoint(self.checkpoints, self.model, self.log)
             if restored:
                 step, (history, begun) = restored
                 epoch |= begun
@@ -159,14 +185,17 @@ class Trainer:
             for variable, size in zip(variables, map(np.size, own)):
                 variable.assign(state[at : at + size].reshape(variable.shape))
                 at += size
-        return step, history, epoch
+        return None if step < 0 else (step, history, epoch)
+
+    def _build_optimizer(self):
+        with self.runtime.strategy.scope():
+            self.model.optimizer.build(self.model.trainable_variables)
 
     def _save(self, step, history, epoch):
         if self.runtime.replicas > 1 and not self.recipe.bn_sync:
             _average_over_replicas(self.estimator.averages, self.runtime.strategy)
         if self.runtime.is_chief:
-            directory = self.directory / "checkpoints"
-            save_checkpoint(directory, self.model, step, [history, epoch], self.keep_checkpoints)
+            save_checkpoint(self.checkpoints, self.model, step, [history, epoch], self.keep_checkpoints)
 
     def _epoch(self, step, batches, history, epoch, stop):
         """Runs to the end of the epoch that `step` lies in; returns the step reached and whether its last step saw a stop.
@@ -216,9 +245,10 @@ class Trainer:
     def _tell_pace(self, step, seconds):
         """Says once how long the rest takes: where a log has no progress bar, an epoch can be hours of silence."""
         if not self._pace_told:
-            self._pace_told, left = True, self.total_steps - step
+            self._pace_told, left = True, self.end_step - step
             time_left = datetime.timedelta(seconds=round(left * seconds))
-            self.log(f"{seconds:.3g} s a step: the {left} steps that are left take about {time_left}")
+            which = "that are left" if self.end_step == self.total_steps else f"of {self.recipe.depth} layers that are left"
+            self.log(f"{seconds:.3g} s a step: the {left} steps {which} take about {time_left}")
 
     def _interrupted(self, step, stop):
         return Interrupted(f"stopped after step {step} of {self.total_steps}", stop.signum or signal.SIGTERM)
@@ -251,59 +281,9 @@ class Trainer:
                 tf.summary.scalar(name.replace("validation_", "validation/"), value, step=figures["step"])
 
 
-def _new_epoch():
+def new_epoch():
     """What an epoch sums up: steps, seconds, and over steps the batch means of both cross-entropies and of accuracy."""
     return {"steps": 0, "seconds": 0.0, "smoothed": 0.0, "crossentropy": 0.0, "accuracy": 0.0, "logs": {}}
-
-
-def _train_function(model, batch_size, label_smoothing, runtime):
-    """One training step: `(images, labels, stop)` to sums over replicas `[smoothed, cross-entropy, correct, penalty, stop]`."""
-    optimizer, replicas, strategy = model.optimizer, runtime.replicas, runtime.strategy
-
-    def step(images, labels, stop):
-        with tf.GradientTape() as tape:
-            crossentropy, correct, smoothed = scores(labels, model(images, training=True), label_smoothing)
-            total = tf.reduce_sum(smoothed)
-            penalty = tf.cast(sum(model.losses), tf.float32) / replicas  # each replica has the whole penalty
-            loss = optimizer.scale_loss(total / batch_size + penalty)
-        gradients = tape.gradient(loss, model.trainable_variables)
-        optimizer.apply(gradients, model.trainable_variables)  # sums the gradients over replicas
-        return tf.stack([total, tf.reduce_sum(crossentropy), tf.reduce_sum(correct), penalty, stop])
-
-    if runtime.jit_compile:
-        step = tf.function(step, jit_compile=True)
-
-    @tf.function
-    def train(images, labels, stop):
-        return strategy.reduce(SUM, strategy.run(step, args=(images, labels, stop)), axis=None)
-
-    return lambda images, labels, stop: train(images, labels, tf.constant(stop, tf.float32))
-
-
-def _score_function(model, runtime):
-    """One evaluation step: `(images, labels, weights)` to sums over replicas `[cross-entropy, correct, among five, weight]`."""
-
-    def step(images, labels, weights):
-        logits = tf.cast(model(images, training=False), tf.float32)
-        crossentropy, correct, _ = scores(labels, logits)
-        among = tf.cast(tf.math.in_top_k(labels, logits, min(TOP, logits.shape[-1])), tf.float32)
-        return tf.stack([tf.reduce_sum(weights * score) for score in (crossentropy, correct, among, tf.ones_like(weights))])
-
-    @tf.function(reduce_retracing=True)
-    def score(images, labels, weights):
-        return runtime.strategy.reduce(SUM, runtime.strategy.run(step, args=(images, labels, weights)), axis=None)
-
-    return score
-
-
-def scores(labels, logits, label_smoothing=0.0):
-    """Cross-entropy, correctness, and cross-entropy against smoothed labels of each image: three float32 tensors `(batch,)`."""
-    logits = tf.cast(logits, tf.float32)
-    crossentropy = smoothed = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-    if label_smoothing:
-        over_all = -tf.reduce_mean(tf.nn.log_softmax(logits), -1)
-        smoothed = (1 - label_smoothing) * crossentropy + label_smoothing * over_all
-    return crossentropy, tf.cast(tf.equal(tf.argmax(logits, -1), labels), tf.float32), smoothed
 
 
 def _average_over_replicas(variables, strategy):

@@ -107,11 +107,16 @@ def test_home_in_a_path(capsys, tmp_path, monkeypatch):
 
 def test_values_without_effect_are_told(capsys, tmp_path):
     given = ["--optimizer=adam", "--momentum=0.5", "--weight_decay=0.1", "--tolerance=3", "--factor=0.1"]
-    given += ["--crop_border=1", "--cutout=1"]
+    given += ["--crop_border=1", "--cutout=1", "--grow_epoch=1"]
     values = [*SMALL, "--augment=none", "--max_steps=2", "--bn_batches=0", "--learning_rate=0.001", "--warmup_steps=2"]
     status, out, err = invoke(capsys, *values, *given, f"--workdir={tmp_path / 'run'}")
     told = {"momentum": "optimizer adam", "weight_decay": "optimizer adam"}
-    told |= {"tolerance": "modulation off", "crop_border": "augment none", "cutout": "augment none"}
+    told |= {
+        "grow_epoch": "start_depth 0",
+        "tolerance": "modulation off",
+        "crop_border": "augment none",
+        "cutout": "augment none",
+    }
     expected = [f"train.py: --{name} has no effect with --{ruler}" for name, ruler in told.items()]
     assert status == 0 and sorted(err.splitlines()) == sorted(expected)
     assert "--warmup_steps=2 is no less than the run: the learning rate does not reach its highest" in out
@@ -139,6 +144,20 @@ def test_the_name_of_a_run_is_one_that_a_file_system_takes():
         (["--factor=nan"], ["--factor must be a finite number", "nan"]),
         (["--factor=much"], ["flag --factor=much", "float"]),
         (["--depth=45"], ["--depth must be 6n + 2; the nearest are 44 and 50", "45"]),
+        (["--start_depth=9"], ["--start_depth must be 6n + 2; the nearest are 8 and 14", "9"]),
+        (["--start_depth=2", "--grow_epoch=1"], ["--start_depth must be 6n + 2; the nearest are 8 and 14", "2"]),
+        (["--start_depth=44", "--grow_epoch=1"], ["--start_depth must be less than --depth, 44", "44"]),
+        (["--start_depth=20"], ["--grow_epoch must be at least 1 and less than --epochs, 30, with --start_depth", "0"]),
+        (["--start_depth=20", "--grow_epoch=30"], ["--grow_epoch must be at least 1 and less than --epochs, 30", "30"]),
+        (
+            ["--start_depth=20", "--grow_epoch=2", "--max_steps=40"],
+            ["--max_steps must be 0, or more than those before --grow_epoch, 40", "40"],
+        ),
+        (["--start_depth=8", "--grow_epoch=1", "--network=residual"], ["--start_depth must be 0 for --network residual", "8"]),
+        (
+            ["--start_depth=34", "--grow_epoch=1", "--family=imagenet", "--depth=101"],
+            ["--start_depth must be 0 for --depth 101 of imagenet", "34"],
+        ),
         (["--batch_size=0"], ["--batch_size must be at least 1", "0"]),
         (["--image_size=12", "--crop_border=13"], ["--crop_border must be at most the images' side, 12", "13"]),
         (["--image_size=12", "--cutout=13"], ["--cutout must be at most the images' side, 12", "13"]),

@@ -1,0 +1,56 @@
+"""One step of training and one of evaluation, under any strategy."""
+
+import tensorflow as tf
+
+SUM = tf.distribute.ReduceOp.SUM
+TOP = 5  # of top-5 accuracy
+
+
+def train_function(model, batch_size, label_smoothing, runtime):
+    """One training step: `(images, labels, stop)` to sums over replicas `[smoothed, cross-entropy, correct, penalty, stop]`."""
+    optimizer, replicas, strategy = model.optimizer, runtime.replicas, runtime.strategy
+
+    def step(images, labels, stop):
+        with tf.GradientTape() as tape:
+            crossentropy, correct, smoothed = scores(labels, model(images, training=True), label_smoothing)
+            total = tf.reduce_sum(smoothed)
+            penalty = tf.cast(sum(model.losses), tf.float32) / replicas  # each replica has the whole penalty
+            loss = optimizer.scale_loss(total / batch_size + penalty)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)  # sums the gradients over replicas
+        return tf.stack([total, tf.reduce_sum(crossentropy), tf.reduce_sum(correct), penalty, stop])
+
+    if runtime.jit_compile:
+        step = tf.function(step, jit_compile=True)
+
+    @tf.function
+    def train(images, labels, stop):
+        return strategy.reduce(SUM, strategy.run(step, args=(images, labels, stop)), axis=None)
+
+    return lambda images, labels, stop: train(images, labels, tf.constant(stop, tf.float32))
+
+
+def score_function(model, runtime):
+    """One evaluation step: `(images, labels, weights)` to sums over replicas `[cross-entropy, correct, among five, weight]`."""
+
+    def step(images, labels, weights):
+        logits = tf.cast(model(images, training=False), tf.float32)
+        crossentropy, correct, _ = scores(labels, logits)
+        among = tf.cast(tf.math.in_top_k(labels, logits, min(TOP, logits.shape[-1])), tf.float32)
+        return tf.stack([tf.reduce_sum(weights * score) for score in (crossentropy, correct, among, tf.ones_like(weights))])
+
+    @tf.function(reduce_retracing=True)
+    def score(images, labels, weights):
+        return runtime.strategy.reduce(SUM, runtime.strategy.run(step, args=(images, labels, weights)), axis=None)
+
+    return score
+
+
+def scores(labels, logits, label_smoothing=0.0):
+    """Cross-entropy, correctness, and cross-entropy against smoothed labels of each image: three float32 tensors `(batch,)`."""
+    logits = tf.cast(logits, tf.float32)
+    crossentropy = smoothed = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+    if label_smoothing:
+        over_all = -tf.reduce_mean(tf.nn.log_softmax(logits), -1)
+        smoothed = (1 - label_smoothing) * crossentropy + label_smoothing * over_all
+    return crossentropy, tf.cast(tf.equal(tf.argmax(logits, -1), labels), tf.float32), smoothed
