@@ -161,7 +161,8 @@ class SignalMonitor(keras.callbacks.Callback):
         drawing = time.perf_counter()
         self._writer.close()
         steps = {step: column for column, step in enumerate(sorted({row["step"] for row in self._rows}))}
-        names = {name: line for line, name in enumerate(dict.fromkeys(row["name"] for row in self._rows))}
+        newest_first = sorted(self._rows, key=lambda row: -row["step"])  # the order is that of the net as it is now
+        names = {name: line for line, name in enumerate(dict.fromkeys(row["name"] for row in newest_first))}
         ratios = np.full((len(names), len(steps)), np.nan)
         for row in self._rows:
             ratios[names[row["name"]], steps[row["step"]]] = row["error_to_top"]

@@ -72,7 +72,7 @@ class Trainer:
         self.epochs = -(-total_steps // self.steps_per_epoch)
         self.mean = np.asarray(data.channel_statistics[0], np.float32)
         self.estimator = BatchNormalizationEstimator(model)
-        self.callbacks = keras.callbacks.CallbackList(list(callbacks), model=model, epochs=self.epochs)
+        self.callbacks = callbacks
         self._train = train_function(model, recipe.batch_size, recipe.label_smoothing, self.runtime)
         self._score = score_function(model, self.runtime)
         self._told = set()
@@ -88,22 +88,23 @@ class Trainer:
             NonFiniteLossError: At the first step whose loss is inf or NaN, or where float16 finds no scale for the gradients.
             Interrupted: After SIGINT or SIGTERM on any worker, when the checkpoint is written.
         """
+        callbacks = keras.callbacks.CallbackList(list(self.callbacks), model=self.model, epochs=self.epochs)
         step, history, epoch = begun or self.restore() or (0, [], new_epoch())
         make_writer = tf.summary.create_file_writer if self.runtime.is_chief else lambda _: tf.summary.create_noop_writer()
         writer = make_writer(str(self.directory / "tensorboard"))
         with writer.as_default(), _stop_requests() as stop:
             batches = iter(self._training_batches(step, self.end_step))
-            self.callbacks.on_train_begin()
+            callbacks.on_train_begin()
             while step < self.end_step and not self.model.stop_training:
-                step, stopped = self._epoch(step, batches, history, epoch, stop)
+                step, stopped = self._epoch(step, batches, history, epoch, stop, callbacks)
                 history.append(self._epoch_figures(step, epoch))
                 epoch = new_epoch()
                 self._write_summary(history[-1])
                 self._save(step, history, epoch)
-                self.callbacks.on_epoch_end(history[-1]["epoch"] - 1, history[-1])
+                callbacks.on_epoch_end(history[-1]["epoch"] - 1, history[-1])
                 if stopped and step < self.total_steps:
                     raise self._interrupted(step, stop)
-            self.callbacks.on_train_end(history[-1] if history else None)
+            callbacks.on_train_end(history[-1] if history else None)
         return history
 
     def evaluate(self, split):
@@ -197,7 +198,7 @@ class Trainer:
         if self.runtime.is_chief:
             save_checkpoint(self.checkpoints, self.model, step, [history, epoch], self.keep_checkpoints)
 
-    def _epoch(self, step, batches, history, epoch, stop):
+    def _epoch(self, step, batches, history, epoch, stop, callbacks):
         """Runs to the end of the epoch that `step` lies in; returns the step reached and whether its last step saw a stop.
 
         Sums up in `epoch`. A stop before the epoch's end writes a checkpoint and raises `Interrupted`.
@@ -210,10 +211,10 @@ class Trainer:
         bar = keras.utils.Progbar(end - begin, stateful_metrics=names, verbose=1 if show else 0)
         if show:
             self.log(f"epoch {number + 1}/{self.epochs}")
-        self.callbacks.on_epoch_begin(number)
+        callbacks.on_epoch_begin(number)
         started, first, traced, stopped = time.perf_counter() - epoch["seconds"], None, 0.0, 0.0
         while step < end and not self.model.stop_training:
-            self.callbacks.on_train_batch_begin(step)
+            callbacks.on_train_batch_begin(step)
             smoothed, crossentropy, correct, penalty, stopped = self._train(*next(batches), float(stop.signum > 0)).numpy()
             step += 1
             if not np.isfinite(smoothed + penalty):
@@ -235,7 +236,7 @@ class Trainer:
                 if not show and now - traced > PACE_AFTER:
                     self._tell_pace(step, (now - traced) / (step - first))
             bar.update(step - begin, [(name, logs[name]) for name in names if name in logs])
-            self.callbacks.on_train_batch_end(step - 1, logs)
+            callbacks.on_train_batch_end(step - 1, logs)
             epoch |= {"seconds": now - started, "logs": logs}
             if stopped and step < end:
                 self._save(step, history, epoch)

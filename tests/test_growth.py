@@ -10,7 +10,8 @@ import tensorflow as tf
 from keras import layers
 from test_experiment import StopAt
 
-from ortho_keras import BatchNormalizationEstimator, grow, modulate, plain_cnn, plain_imagenet
+from ortho_keras import BatchNormalizationEstimator, ErrorModulation, grow, modulate, plain_cnn, plain_imagenet
+from ortho_keras.callbacks import read_signals
 from ortho_keras.errors import Interrupted
 from ortho_keras.experiment import run
 from ortho_keras.recipes import find_preset
@@ -228,3 +229,20 @@ def test_a_run_that_ends_early_still_gives_the_net_that_was_asked_for(tmp_path):
     kernels = [layer.kernel for layer in final.layers if isinstance(layer, layers.Conv2D)]
     ones = [tf.reduce_sum(tf.abs(kernel)) == kernel.shape[-1] for kernel in kernels]
     assert sum(bool(one) for one in ones) == 12
+
+
+def test_callbacks_see_the_net_that_trains(tmp_path):
+    seen = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            enabled = {layer.enabled for layer in self.model.layers if isinstance(layer, ErrorModulation)}
+            seen.append((self.model.name, int(self.model.optimizer.iterations.numpy()), enabled))
+
+    recipe = dataclasses.replace(RECIPE, modulation="anchor", modulation_steps=15)
+    run(recipe, tmp_path, callbacks=[Watch()], signal_every=15, log=lambda line: None)
+    assert seen == [("plain8", 10, {True}), ("plain8", 20, {False}), ("plain20", 30, {False}), ("plain20", 40, {False})]
+    rows = read_signals(tmp_path / "signals.csv")
+    names = {step: [row["name"] for row in rows if row["step"] == step] for step in {row["step"] for row in rows}}
+    assert {step: len(of_step) for step, of_step in names.items()} == {0: 8, 15: 8, 20: 20, 35: 20, 40: 20}
+    assert all(of_step[0] == "stem_conv" and of_step[-1] == "classifier" for of_step in names.values())
