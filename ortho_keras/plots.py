@@ -82,7 +82,7 @@ def plot_signals(report, path):
     _save(figure, path)
 
 
-_MOST_NAMES = 22  # lines of text that fit beside the map
+_MOST_NAMES, _MOST_STEPS = 22, 12  # what fits beside the map, and under it
 
 
 def plot_heat_map(steps, names, ratios, path, title):
@@ -101,10 +101,9 @@ def plot_heat_map(steps, names, ratios, path, title):
     decades[~np.isfinite(decades)] = np.nan
     limit = max(1.0, float(np.nanmax(np.abs(decades)))) if np.isfinite(decades).any() else 1.0
     image = axes.imshow(decades, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-    shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 10)).astype(int))
-    axes.set_xticks(shown, [str(steps[index]) for index in shown])
-    every = -(-len(names) // _MOST_NAMES)
-    axes.set_yticks(range(0, len(names), every), names[::every])
+    for set_ticks, labels, most in ((axes.set_xticks, steps, _MOST_STEPS), (axes.set_yticks, names, _MOST_NAMES)):
+        every = -(-len(labels) // most)
+        set_ticks(range(0, len(labels), every), labels[::every])
     axes.set(xlabel="step", title=title)
     figure.colorbar(image, label="log10 of the error's magnitude over the top layer's")
     _save(figure, path)
