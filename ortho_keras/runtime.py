@@ -1,6 +1,7 @@
 """Where a run computes: devices, strategy and determinism. The same loop runs on one CPU and on many machines."""
 
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -50,9 +51,11 @@ class Runtime:
 
     def sum(self, vector):
         """Returns the sum of a float64 vector over the workers, a NumPy array; each worker gives its own."""
-        if self.workers == 1:
-            return tf.convert_to_tensor(vector, tf.float64).numpy()
+        vector = tf.convert_to_tensor(vector, tf.float64)
+        return (vector if self.workers == 1 else self._sum(vector)).numpy()
 
+    @functools.cached_property  # one function for all calls: TensorFlow warns of those that are traced again and again
+    def _sum(self):
         @tf.function
         def reduce(vector):
             def own():
@@ -61,7 +64,7 @@ class Runtime:
 
             return self.strategy.reduce(tf.distribute.ReduceOp.SUM, self.strategy.run(own), axis=None)
 
-        return reduce(tf.convert_to_tensor(vector, tf.float64)).numpy()
+        return reduce
 
     def any(self, flag):
         """Returns whether `flag` is true on any worker."""
