@@ -260,8 +260,8 @@ class ModulationSwitch(keras.callbacks.Callback):
 
 
 def steps_taken(model):
-    """Returns how many training steps a model's optimizer has taken."""
-    return int(model.optimizer.iterations.numpy())
+    """Returns how many training steps a model has taken: its optimizer's, and a run's before the net grew (`first_step`)."""
+    return int(model.optimizer.iterations.numpy()) + getattr(model.optimizer, "first_step", 0)
 
 
 def read_signals(path):

@@ -35,7 +35,7 @@ from ortho_keras.steps import scores
 from ortho_keras.training import Trainer, new_epoch
 
 PROBE_IMAGES = 64
-GROWTH_IMAGES = 512  # that tell the new layers' statistics
+GROWTH_IMAGES, GROWTH_PIXELS = 512, 512 * 64 * 64  # at most so many tell the new layers' statistics
 STEM_PIXELS = 5000 * 32 * 32  # whose patches are enough for their principal components
 SLOW = 2.0  # times as long as in float32, from which a type is worth a warning
 BUILDERS = {
@@ -160,14 +160,13 @@ def _grown(model, recipe, settings):
     log(f"it begins with {recipe.depth} layers, {shallow.count_params():,} parameters, for {growth_step} steps")
     folder = workdir / "checkpoints" / f"{recipe.depth}_layers"
     trainer = Trainer(shallow, recipe, *settings, growth_step, folder)
-    history = trainer.run()
+    history = trainer.run(trainer.restore())
     trainer.estimate()
-    images, _ = data.train.sample(GROWTH_IMAGES)
-    grow(shallow, model, images.astype("float32"))
-    model.optimizer.iterations.assign(growth_step)  # which the learning rate goes by
+    count = max(1, GROWTH_PIXELS // math.prod(data.image_shape[:2]))
+    grow(shallow, model, trainer.images(min(GROWTH_IMAGES, count)))
     model.stop_training = shallow.stop_training
     log(f"{shallow.name} has become {model.name}")
-    return growth_step, history, new_epoch()
+    return history[-1]["step"], history, new_epoch()
 
 
 def _agreed(runtime, prepare):
@@ -197,7 +196,7 @@ def load_recipe_data(recipe, data_dir=None, replicas=1):
         raise InputError(
             f"--batch_size must be at most the number of training images, {len(data.train)}. Received: {recipe.batch_size}"
         )
-    if recipe.start_depth and 0 < recipe.max_steps <= _growth_step(recipe, data):
+    if 0 < recipe.max_steps <= _growth_step(recipe, data):
         steps = _growth_step(recipe, data)
         raise InputError(
             f"--max_steps must be 0, or more than those before --grow_epoch, {steps}. Received: {recipe.max_steps}"
@@ -210,7 +209,7 @@ def load_recipe_data(recipe, data_dir=None, replicas=1):
 
 
 def _growth_step(recipe, data):
-    return recipe.grow_epoch * (len(data.train) // recipe.batch_size)
+    return recipe.grow_epoch * (len(data.train) // recipe.batch_size) if recipe.start_depth else 0
 
 
 def build_model(recipe, data, replicated=False):
@@ -262,7 +261,7 @@ def compiled_model(recipe, data, replicated=False):
         total_steps = min(total_steps, recipe.max_steps)
     model = build_model(recipe, data, replicated)
     model.compile(
-        optimizer=make_optimizer(recipe, total_steps),
+        optimizer=make_optimizer(recipe, total_steps, _growth_step(recipe, data)),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=[
             keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="crossentropy"),
@@ -272,9 +271,9 @@ def compiled_model(recipe, data, replicated=False):
     return model, total_steps
 
 
-def make_optimizer(recipe, total_steps):
-    """Returns the recipe's optimizer with its learning-rate schedule over `total_steps`."""
-    schedule = LearningRate(recipe.peak_learning_rate, total_steps, recipe.schedule, recipe.warmup_steps)
+def make_optimizer(recipe, total_steps, first_step=0):
+    """Returns the recipe's optimizer with its learning-rate schedule over `total_steps`, from `first_step` on."""
+    schedule = LearningRate(recipe.peak_learning_rate, total_steps, recipe.schedule, recipe.warmup_steps, first_step)
     makers = {
         "sgd": lambda: keras.optimizers.SGD(schedule, recipe.momentum),
         "nesterov": lambda: keras.optimizers.SGD(schedule, recipe.momentum, nesterov=True),
@@ -286,7 +285,10 @@ def make_optimizer(recipe, total_steps):
         "adamw": lambda: keras.optimizers.AdamW(schedule, weight_decay=recipe.weight_decay),
     }
     optimizer = makers[recipe.optimizer]()
-    return AllReplicaLossScaleOptimizer(optimizer) if recipe.precision == "mixed_float16" else optimizer
+    if recipe.precision == "mixed_float16":
+        optimizer = AllReplicaLossScaleOptimizer(optimizer)
+    optimizer.first_step = first_step
+    return optimizer
 
 
 def _regularizer(recipe):

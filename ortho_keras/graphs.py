@@ -47,6 +47,13 @@ class Graph:
         self.inputs = [keras.Input(batch_shape=x.shape, dtype=x.dtype) for x in model.inputs]
         clone = keras.models.clone_model(graph, self.inputs, clone_function=lambda layer: layer, call_function=record)
         self.outputs = clone.outputs
+        # Number of a step -> the tensors that no later one takes: a deep net's activations need not be kept.
+        last = {id(tensor): number for number, step in enumerate(self.steps) for tensor in keras.tree.flatten(step[1:3])}
+        kept = {id(tensor) for tensor in self.outputs}
+        self.spent = {}
+        for tensor, number in last.items():
+            if tensor not in kept:
+                self.spent.setdefault(number, []).append(tensor)
 
     def run(self, inputs, call, training=None):
         """Calls each layer by `call(layer, *args, **kwargs)`, in order.
@@ -66,10 +73,12 @@ class Graph:
                 outputs = _call(layer, (outputs,), {}, call, training)
             return outputs
         tensors = {id(symbol): tensor for symbol, tensor in zip(self.inputs, self._arranged(inputs, call))}
-        for layer, args, kwargs, symbols in self.steps:
+        for number, (layer, args, kwargs, symbols) in enumerate(self.steps):
             args, kwargs = _replaced((args, kwargs), tensors)
             outputs = keras.tree.flatten(_call(layer, args, kwargs, call, training))
             tensors |= {id(symbol): tensor for symbol, tensor in zip(symbols, outputs)}
+            for spent in self.spent.get(number, ()):
+                tensors.pop(spent, None)
         outputs = [tensors[id(symbol)] for symbol in self.outputs]
         return keras.tree.pack_sequence_as(self.model.output, outputs)
 

@@ -23,7 +23,8 @@ def result_of(name, recipe, model, history, test, skipped, runtime):
         runtime: `Runtime`.
     """
     seconds = sum(row["seconds"] for row in history)
-    rates = [row["images/s"] for row in history if "images/s" in row]
+    grown = history[recipe.grow_epoch if recipe.start_depth else 0 :]
+    rates = [row["images/s"] for row in grown if "images/s" in row]
     last = history[-1]
     return {
         "recipe_name": name,

@@ -82,14 +82,15 @@ class Trainer:
         """Trains to the last step and returns the history: a list of one dict of figures for each epoch.
 
         Args:
-            begun: What `restore` returns, where it was called, or the same of another net's steps; `None` calls it.
+            begun: What `restore` returned; or, where the net has grown, the same of the steps before.
 
         Raises:
             NonFiniteLossError: At the first step whose loss is inf or NaN, or where float16 finds no scale for the gradients.
             Interrupted: After SIGINT or SIGTERM on any worker, when the checkpoint is written.
         """
         callbacks = keras.callbacks.CallbackList(list(self.callbacks), model=self.model, epochs=self.epochs)
-        step, history, epoch = begun or self.restore() or (0, [], new_epoch())
+        step, history, epoch = begun or (0, [], new_epoch())
+        self._build_optimizer()
         make_writer = tf.summary.create_file_writer if self.runtime.is_chief else lambda _: tf.summary.create_noop_writer()
         writer = make_writer(str(self.directory / "tensorboard"))
         with writer.as_default(), _stop_requests() as stop:
@@ -136,25 +137,19 @@ class Trainer:
         for name in new:
             self.log(f"skipped, as it does not decode: {name}")
 
+    def images(self, count):
+        """Returns the first training images, as they are trained on: an array of `count` of them, or all of the first epoch."""
+        batches = self._batches(0, min(-(-count // self.recipe.batch_size), self.steps_per_epoch), 1, (0,))
+        return np.concatenate([images.numpy() for images, _ in batches])[:count]
+
     def _training_batches(self, start, stop):
-        r, replicas = self.recipe, self.runtime.replicas
+        return self._distributed(lambda own: self._batches(start, stop, self.runtime.replicas, own))
+
+    def _batches(self, start, stop, replicas, own):
+        r = self.recipe
         pad = self.mean if r.padding == "mean" else r.padding
-        return self._distributed(
-            lambda own: training_batches(
-                self.data.train,
-                r.batch_size,
-                r.augment,
-                r.seed,
-                start,
-                stop,
-                pad,
-                r.crop_border,
-                replicas,
-                own,
-                r.cutout,
-                self.mean,
-            )
-        )
+        settings = (r.batch_size, r.augment, r.seed, start, stop, pad, r.crop_border, replicas, own, r.cutout, self.mean)
+        return training_batches(self.data.train, *settings)
 
     def _distributed(self, make):
         """The dataset that `make` makes of a list of replicas' numbers, each replica's share handed to it."""
@@ -189,8 +184,9 @@ class Trainer:
         return None if step < 0 else (step, history, epoch)
 
     def _build_optimizer(self):
-        with self.runtime.strategy.scope():
-            self.model.optimizer.build(self.model.trainable_variables)
+        if not self.model.optimizer.built:
+            with self.runtime.strategy.scope():
+                self.model.optimizer.build(self.model.trainable_variables)
 
     def _save(self, step, history, epoch):
         if self.runtime.replicas > 1 and not self.recipe.bn_sync:
