@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 import ortho_keras
+from ortho_keras import plots
 from ortho_keras.callbacks import read_signals
 
 LOGITS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -303,3 +304,17 @@ def test_under_a_strategy_a_loss_that_keras_cannot_copy(tmp_path, two_replicas, 
 def test_bad_arguments(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         ortho_keras.SignalMonitor(X, Y, tmp_path, **arguments)
+
+
+@pytest.mark.parametrize(("layers", "steps"), [(3, 1), (22, 12), (44, 13), (110, 250)])
+def test_a_heat_map_names_layers_and_steps_evenly(monkeypatch, layers, steps):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    names, at = [f"layer{index}" for index in range(layers)], [100 * index for index in range(steps)]
+    plots.plot_heat_map(at, names, np.ones((layers, steps)), "map.png", "title")
+    axes = figures[0].axes[0]
+    for axis, labels, most in ((axes.xaxis, list(map(str, at)), 12), (axes.yaxis, names, 22)):
+        ticks = axis.get_ticklocs()
+        assert 1 <= len(ticks) <= most < 2 * len(ticks) or len(ticks) == len(labels)
+        assert len(set(np.diff(ticks))) <= 1 and ticks[0] == 0
+        assert [text.get_text() for text in axis.get_ticklabels()] == [labels[int(tick)] for tick in ticks]

@@ -267,7 +267,7 @@ def test_two_machines_train_as_one_process_and_survive_a_kill(tmp_path):
 
 
 def test_the_chiefs_state_reaches_every_worker():
-    """What `_restore` sends through a float64 vector comes out as it went in: every type of a state is exact in it."""
+    """What `restore` sends through a float64 vector comes out as it went in: every type of a state is exact in it."""
     data = load_data("digits")
     model, _ = compiled_model(dataclasses.replace(RECIPE, depth=8, precision="mixed_float16"), data)
     model.optimizer.build(model.trainable_variables)

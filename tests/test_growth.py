@@ -11,7 +11,7 @@ from keras import layers
 from PIL import Image
 from test_experiment import StopAt
 
-from ortho_keras import BatchNormalizationEstimator, ErrorModulation, grow, modulate, plain_cnn, plain_imagenet
+from ortho_keras import BatchNormalizationEstimator, ErrorModulation, callbacks, grow, modulate, plain_cnn, plain_imagenet
 from ortho_keras.callbacks import read_signals, steps_taken
 from ortho_keras.errors import Interrupted
 from ortho_keras.experiment import run
@@ -277,8 +277,9 @@ def test_a_run_that_ends_early_still_gives_the_net_that_was_asked_for(tmp_path):
     assert sum(bool(one) for one in ones) == 12
 
 
-def test_callbacks_see_the_net_that_trains(tmp_path):
-    seen = []
+def test_callbacks_see_the_net_that_trains(tmp_path, monkeypatch):
+    seen, maps = [], []
+    monkeypatch.setattr(callbacks, "plot_heat_map", lambda steps, names, *rest: maps.append((steps, names)))
 
     class Watch(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -292,6 +293,8 @@ def test_callbacks_see_the_net_that_trains(tmp_path):
     names = {step: [row["name"] for row in rows if row["step"] == step] for step in {row["step"] for row in rows}}
     assert {step: len(of_step) for step, of_step in names.items()} == {0: 8, 15: 8, 20: 20, 35: 20, 40: 20}
     assert all(of_step[0] == "stem_conv" and of_step[-1] == "classifier" for of_step in names.values())
+    assert [steps for steps, _ in maps] == [[0, 15, 20], [0, 15, 20, 35, 40]]
+    assert maps[0][1] == names[15] and maps[1][1] == names[40]  # in the order of the net as it is then
 
 
 def test_adam_begins_anew_where_the_net_has_grown(tmp_path):

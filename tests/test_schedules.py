@@ -63,6 +63,13 @@ def test_a_whole_run_equals_float64(shape, warmup_steps):
     np.testing.assert_allclose(LearningRate(0.1, 64_000, shape, warmup_steps)(steps), expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("shape", ["cosine", "step", "thirds", "constant"])
+def test_a_second_optimizer_goes_on_with_the_shape_and_warms_up_anew(shape):
+    whole, second = LearningRate(0.5, 20, shape), LearningRate(0.5, 20, shape, 4, first_step=7)
+    expected = np.array(rates(whole, range(7, 21))) * np.minimum(np.arange(1, 15) / 4, 1)
+    np.testing.assert_allclose(rates(second, range(14)), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["int64", "int32", "float32"])
 def test_optimizers_read_it_in_a_graph(dtype):
     schedule = LearningRate(0.5, 8, "cosine", 2)
@@ -80,7 +87,7 @@ def test_unknown_shape(shape):
 def test_config_round_trip():
     schedule = LearningRate(0.3, 700, "cosine", 11)
     config = schedule.get_config()
-    assert config == {"peak": 0.3, "total_steps": 700, "shape": "cosine", "warmup_steps": 11}
+    assert config == {"peak": 0.3, "total_steps": 700, "shape": "cosine", "warmup_steps": 11, "first_step": 0}
     loaded = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(schedule), safe_mode=True)
     assert type(loaded) is LearningRate and loaded.get_config() == config
 

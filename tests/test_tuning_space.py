@@ -127,3 +127,15 @@ def test_hyperbands_epochs_take_the_place_of_the_recipes():
     search_space(DIGITS).recipe(hp)
     hp.values["tuner/epochs"] = 7
     assert search_space(DIGITS).recipe(hp) == dataclasses.replace(DIGITS, epochs=7)
+
+
+def test_a_net_that_grows_does_so_after_the_same_share_of_hyperbands_epochs():
+    hp = keras_tuner.HyperParameters()
+    space = search_space(dataclasses.replace(DIGITS, start_depth=8, grow_epoch=22, epochs=30))
+    space.recipe(hp)
+    grown = {}
+    for epochs in (1, 2, 4, 10, 30):
+        hp.values["tuner/epochs"] = epochs
+        recipe = space.recipe(hp).check()
+        grown[recipe.epochs] = (recipe.start_depth, recipe.grow_epoch)
+    assert grown == {1: (0, 0), 2: (8, 1), 4: (8, 3), 10: (8, 7), 30: (8, 22)}

@@ -81,7 +81,8 @@ class SearchSpace:
     def recipe(self, hp):
         """Returns the recipe of a `keras_tuner.HyperParameters`, which it declares there if they are not yet.
 
-        Fresh hyperparameters give `base`. Hyperband's number of epochs, if there is one, takes the place of the recipe's.
+        Fresh hyperparameters give `base`. Hyperband's number of epochs, if there is one, takes the place of the recipe's, and
+        a net that grows does so after the same share of them.
         """
         values = {}
         for name, allowed in self.parameters.items():
@@ -92,7 +93,10 @@ class SearchSpace:
             else:
                 values[name] = self._value(hp, name, allowed)
         if "tuner/epochs" in hp.values:
-            values["epochs"] = int(hp.values["tuner/epochs"])
+            epochs = values["epochs"] = int(hp.values["tuner/epochs"])
+            if self.base.start_depth:  # its share of the epochs; one epoch is all of the depth
+                share = round(self.base.grow_epoch * epochs / self.base.epochs)
+                values |= {"grow_epoch": min(max(share, 1), epochs - 1), "start_depth": self.base.start_depth * (epochs > 1)}
         return dataclasses.replace(self.base, **values)
 
     def _value(self, hp, name, allowed):
