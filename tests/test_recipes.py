@@ -59,11 +59,13 @@ def test_every_recipe_has_a_control(name):
         "optimizer",
         "learning_rate",
         "rate_depth",
+        "start_depth",
+        "grow_epoch",
     }
     assert {"initializer", "regularizer"} <= differences(method, control) <= allowed
     assert method.initializer in ("orthonormal", "dirac") and method.regularizer == "orthonormal"
     assert (control.initializer, control.regularizer) == ("he_normal", "l2")
-    assert (control.modulation, control.bn_shift) == ("off", 0)
+    assert (control.modulation, control.bn_shift, control.start_depth, control.grow_epoch) == ("off", 0, 0, 0)
     assert method.factor > 0 and control.factor > 0
 
 
@@ -171,7 +173,8 @@ def test_fast_recipes_and_their_controls_have_the_same_data_steps_and_schedule(n
         "learning_rate",
         "rate_depth",
     }
-    assert differences(fast, control) == method
+    growth = {"start_depth", "grow_epoch"} if "30epochs" in name else set()
+    assert differences(fast, control) == method | growth
     assert (control.optimizer, control.relu_shift, control.initializer) == ("sgd", 0.0, "he_normal")
     assert control.stem_initializer == "same"
 
