@@ -196,10 +196,10 @@ def load_recipe_data(recipe, data_dir=None, replicas=1):
         raise InputError(
             f"--batch_size must be at most the number of training images, {len(data.train)}. Received: {recipe.batch_size}"
         )
-    if 0 < recipe.max_steps <= _growth_step(recipe, data):
-        steps = _growth_step(recipe, data)
+    shallow = _growth_step(recipe, data)
+    if 0 < recipe.max_steps <= shallow:
         raise InputError(
-            f"--max_steps must be 0, or more than those before --grow_epoch, {steps}. Received: {recipe.max_steps}"
+            f"--max_steps must be 0, or more than those before --grow_epoch, {shallow}. Received: {recipe.max_steps}"
         )
     side = min(data.image_shape[:2])
     for name in ("crop_border", "cutout"):
