@@ -198,8 +198,9 @@ def main(_):
         return 128 + signal.SIGINT
     if not machine.is_chief:
         return 0
-    accuracy = {name: result.get(f"{name}_accuracy") for name in ("test", "test_top5", "validation")}
-    shown = [f"{name.replace('_top5', ' top-5')} accuracy {value:.4f}" for name, value in accuracy.items() if value is not None]
+    figures = {"test": "test", "test top-5": "test_top5", "mirrored test": "test_mirrored", "validation": "validation"}
+    accuracy = {told: result.get(f"{name}_accuracy") for told, name in figures.items()}
+    shown = [f"{told} accuracy {value:.4f}" for told, value in accuracy.items() if value is not None]
     if result.get("skipped_images"):
         shown.append(f"{result['skipped_images']} images skipped, which do not decode")
     shown.append(f"{result['steps']} steps in {result['seconds']:.0f} s")

@@ -26,7 +26,7 @@ from ortho_keras.muon import Muon
 from ortho_keras.optional import require
 from ortho_keras.patch_pca import PatchPCAInitializer
 from ortho_keras.plots import plot_curves
-from ortho_keras.recipe import Recipe
+from ortho_keras.recipe import MIRRORING, Recipe
 from ortho_keras.regularizers import OrthonormalRegularizer
 from ortho_keras.result import result_of
 from ortho_keras.runtime import Runtime, slowdown
@@ -138,7 +138,7 @@ def _run(recipe, workdir, hold, data_dir, name, runtime, callbacks, keep_checkpo
     if monitor is not None:
         log(f"signals.csv and signals.png took {100 * monitor.share:.1f} % of the training time")
     log("evaluating on the test split")
-    test = trainer.evaluate(data.test)
+    test = trainer.evaluate(data.test, recipe.augment in MIRRORING)
     if not runtime.is_chief:
         return None
     result = result_of(name, recipe, model, history, test, data.skipped, runtime)

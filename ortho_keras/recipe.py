@@ -11,6 +11,8 @@ from ortho_keras.schedules import SHAPES
 
 OPTIMIZERS = ("sgd", "nesterov", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "muon")
 
+MIRRORING = ("crop_flip", "resized_crop")  # the choices of augment that mirror images
+
 # A value that is not always read -> the value that decides whether it is, and for which of that one's choices.
 READ_FOR = {
     "momentum": ("optimizer", ("sgd", "nesterov", "rmsprop", "muon")),

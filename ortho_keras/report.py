@@ -39,6 +39,7 @@ tr.differs td { background: #fff4d6; }
 SUMMARY = {
     "test accuracy": ("test_accuracy", "{:.4f}"),
     "test top-5 accuracy": ("test_top5_accuracy", "{:.4f}"),
+    "test accuracy, with mirror images": ("test_mirrored_accuracy", "{:.4f}"),
     "validation accuracy": ("validation_accuracy", "{:.4f}"),
     "training accuracy": ("training_accuracy", "{:.4f}"),
     "test cross-entropy": ("test_crossentropy", "{:.4f}"),
@@ -50,7 +51,8 @@ SUMMARY = {
     "images skipped": ("skipped_images", "{:,}"),
 }
 
-ONLY_WHERE_THERE = ("test_top5_accuracy", "skipped_images")  # rows of data with many classes, and of damaged data
+# Rows of data with many classes, of runs that mirror images, and of damaged data.
+ONLY_WHERE_THERE = ("test_top5_accuracy", "test_mirrored_accuracy", "skipped_images")
 
 
 class Run:

@@ -33,6 +33,7 @@ def result_of(name, recipe, model, history, test, skipped, runtime):
         "validation_accuracy": last.get("validation_accuracy"),
         "test_accuracy": test["accuracy"],
         "test_top5_accuracy": test.get("top5_accuracy"),
+        "test_mirrored_accuracy": test.get("mirrored_accuracy"),
         "test_crossentropy": test["crossentropy"],
         "training_accuracy": last["accuracy"],
         "penalty": test["penalty"],

@@ -30,14 +30,22 @@ def train_function(model, batch_size, label_smoothing, runtime):
     return lambda images, labels, stop: train(images, labels, tf.constant(stop, tf.float32))
 
 
-def score_function(model, runtime):
-    """One evaluation step: `(images, labels, weights)` to sums over replicas `[cross-entropy, correct, among five, weight]`."""
+def score_function(model, runtime, mirrored=False):
+    """One evaluation step: `(images, labels, weights)` to sums over replicas, float32.
+
+    They are `[cross-entropy, correct, among five, weight]`; and with `mirrored` one more, correct by the mean of the logits for
+    each image and for its mirror image (left to right), as Krizhevsky, Sutskever and Hinton 2012 average over reflections.
+    """
 
     def step(images, labels, weights):
         logits = tf.cast(model(images, training=False), tf.float32)
         crossentropy, correct, _ = scores(labels, logits)
         among = tf.cast(tf.math.in_top_k(labels, logits, min(TOP, logits.shape[-1])), tf.float32)
-        return tf.stack([tf.reduce_sum(weights * score) for score in (crossentropy, correct, among, tf.ones_like(weights))])
+        figures = [crossentropy, correct, among, tf.ones_like(weights)]
+        if mirrored:
+            logits += tf.cast(model(tf.reverse(images, [2]), training=False), tf.float32)
+            figures.append(scores(labels, logits)[1])
+        return tf.stack([tf.reduce_sum(weights * figure) for figure in figures])
 
     @tf.function(reduce_retracing=True)
     def score(images, labels, weights):

@@ -108,21 +108,25 @@ class Trainer:
             callbacks.on_train_end(history[-1] if history else None)
         return history
 
-    def evaluate(self, split):
+    def evaluate(self, split, mirrored=False):
         """Returns `crossentropy` and `accuracy` on a split, and the `penalty`, as floats; `top5_accuracy` of many classes.
 
-        BatchNormalization's averages are re-estimated first, see `estimate`.
+        With `mirrored`, `mirrored_accuracy` too, see `score_function`. BatchNormalization's averages are re-estimated first
+        (`estimate`).
         """
         self.estimate()
+        score = score_function(self.model, self.runtime, mirrored=True) if mirrored else self._score
         batch_size = min(self.recipe.batch_size, -(-len(split) // self.runtime.replicas) * self.runtime.replicas)
-        totals = np.zeros(4)
+        totals = 0.0
         for batch in self._distributed(lambda own: evaluation_batches(split, batch_size, self.runtime.replicas, own)):
-            totals += self._score(*batch).numpy()
+            totals += score(*batch).numpy().astype(np.float64)
         self._tell_skipped()
-        crossentropy, correct, among, count = totals
+        crossentropy, correct, among, count, *rest = totals
         if not count:
             raise InputError(f"--dataset must hold images that decode. Received: {len(split)} that do not")
         figures = {"crossentropy": crossentropy / count, "accuracy": correct / count, "penalty": float(sum(self.model.losses))}
+        if mirrored:
+            figures["mirrored_accuracy"] = rest[0] / count
         return figures | ({"top5_accuracy": among / count} if len(self.data.class_names) > FEW_CLASSES else {})
 
     def estimate(self):

@@ -52,7 +52,7 @@ def test_result_says_what_was_run_and_what_came_out(finished):
     workdir, result, _ = finished
     assert result == json.loads((workdir / "result.json").read_text())
     assert result["recipe"] == RECIPE.to_json() and result["recipe_name"] == "digits" and result["seed"] == 0
-    assert result["steps"] == 8 * (1293 // 64)
+    assert result["steps"] == 8 * (1293 // 64) and result["test_mirrored_accuracy"] is None
     assert result["test_accuracy"] > 0.9 and result["validation_accuracy"] > 0.9
     assert result["versions"]["tensorflow"] == tf.__version__ and result["device"]["cpu_cores"] >= 1
     assert result["seconds"] > 0 and result["images_per_second"] > 0
@@ -301,6 +301,15 @@ def test_a_stop_at_an_epochs_last_step_keeps_the_epoch(tmp_path):
     for expected, row in zip(*histories, strict=True):
         for key in expected.keys() - {"seconds", "images/s"}:
             assert row[key] == pytest.approx(expected[key], rel=1e-4)
+
+
+def test_a_run_that_mirrors_images_is_also_judged_by_both_views(tmp_path):
+    result = run(dataclasses.replace(RECIPE, augment="crop_flip", crop_border=1, epochs=2), tmp_path, log=lambda line: None)
+    test, model = load_data("digits").test, keras.models.load_model(tmp_path / "final.keras")
+    views = [np.float64(model.predict(view.astype("float32"), verbose=0)) for view in (test.images, test.images[:, :, ::-1])]
+    alone, both = ((logits.argmax(-1) == test.labels).mean() for logits in (views[0], sum(views)))
+    assert result["test_accuracy"] == pytest.approx(alone) and result["test_mirrored_accuracy"] == pytest.approx(both)
+    assert alone != both
 
 
 def test_a_run_without_held_out_images(tmp_path):
