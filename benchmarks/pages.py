@@ -22,6 +22,7 @@ from ortho_keras.result import hardware
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results"
+TEST_HEADER = ("test accuracy, % (mean ± deviation, seeds)", "with mirror images, %")
 PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md", ROOT / "benchmarks" / "README.md")
 
 flags.DEFINE_bool("check", False, "Compare only.")
@@ -55,6 +56,12 @@ def spread(values):
     return f"{statistics.mean(values):.2f}{deviation} ({len(values)})"
 
 
+def test_cells(results):
+    """Accuracy on the test images, and by the mean logits of each and its mirror image, where all of the results have that."""
+    mirrored = [result.get("test_mirrored_accuracy") for result in results]
+    return spread([result["test_accuracy"] for result in results]), "" if None in mirrored else spread(mirrored)
+
+
 def recipes_table(runs):
     rows = []
     for name, results in runs.items():
@@ -63,13 +70,13 @@ def recipes_table(runs):
             [
                 f"`{name}`",
                 results[0]["recipe"]["depth"],
-                spread([result["test_accuracy"] for result in results]),
+                *test_cells(results),
                 f"{statistics.mean(result['seconds'] for result in results):.0f}",
                 f"{statistics.mean(result['images_per_second'] for result in results):.0f}",
                 f"{error:.2g}",
             ]
         )
-    header = ["recipe", "layers", "test accuracy, % (mean ± deviation, seeds)", "training, s", "images/s"]
+    header = ["recipe", "layers", *TEST_HEADER, "training, s", "images/s"]
     return table([*header, "largest \\|WᵀW − I\\|"], rows)
 
 
@@ -91,11 +98,11 @@ def trials_table():
                 f"`{name}`",
                 f"`{flags}`",
                 "" if None in validation else spread(validation),
-                spread([result["test_accuracy"] for result in results]),
+                *test_cells(results),
                 ", ".join(sorted({result["commit"][:10] for result in results})),
             ]
         )
-    header = ["recipe", "differs in", "validation accuracy, %", "test accuracy, % (mean ± deviation, seeds)", "commit"]
+    header = ["recipe", "differs in", "validation accuracy, %", *TEST_HEADER, "commit"]
     return table(header, rows)
 
 

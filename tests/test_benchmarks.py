@@ -234,4 +234,7 @@ def test_a_trial_is_kept_apart_from_the_recipe_and_tells_what_was_changed(tmp_pa
     done = subprocess.run([sys.executable, "-c", show], check=True, capture_output=True, text=True)
     row = [cell.strip() for cell in done.stdout.strip().splitlines()[-1].strip("|").split("|")]
     shares = [f"{100 * result[name]:.2f} (1)" for name in ("validation_accuracy", "test_accuracy")]
-    assert row == ["`digits`", f"`{changed}`", *shares, result["commit"][:10]]
+    assert row == ["`digits`", f"`{changed}`", *shares, "", result["commit"][:10]]
+    path.write_text(json.dumps(result | {"test_mirrored_accuracy": 0.8765}))
+    done = subprocess.run([sys.executable, "-c", show], check=True, capture_output=True, text=True)
+    assert done.stdout.strip().endswith(f"| {shares[1]} | 87.65 (1) | {result['commit'][:10]} |")
