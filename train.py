@@ -198,9 +198,13 @@ def main(_):
         return 128 + signal.SIGINT
     if not machine.is_chief:
         return 0
-    figures = {"test": "test", "test top-5": "test_top5", "mirrored test": "test_mirrored", "validation": "validation"}
-    accuracy = {told: result.get(f"{name}_accuracy") for told, name in figures.items()}
-    shown = [f"{told} accuracy {value:.4f}" for told, value in accuracy.items() if value is not None]
+    accuracies = {
+        "test accuracy": result["test_accuracy"],
+        "test top-5 accuracy": result.get("test_top5_accuracy"),
+        "test accuracy with mirror images": result.get("test_mirrored_accuracy"),
+        "validation accuracy": result["validation_accuracy"],
+    }
+    shown = [f"{name} {value:.4f}" for name, value in accuracies.items() if value is not None]
     if result.get("skipped_images"):
         shown.append(f"{result['skipped_images']} images skipped, which do not decode")
     shown.append(f"{result['steps']} steps in {result['seconds']:.0f} s")

@@ -39,7 +39,7 @@ tr.differs td { background: #fff4d6; }
 SUMMARY = {
     "test accuracy": ("test_accuracy", "{:.4f}"),
     "test top-5 accuracy": ("test_top5_accuracy", "{:.4f}"),
-    "test accuracy, with mirror images": ("test_mirrored_accuracy", "{:.4f}"),
+    "test accuracy with mirror images": ("test_mirrored_accuracy", "{:.4f}"),
     "validation accuracy": ("validation_accuracy", "{:.4f}"),
     "training accuracy": ("training_accuracy", "{:.4f}"),
     "test cross-entropy": ("test_crossentropy", "{:.4f}"),

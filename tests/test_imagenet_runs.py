@@ -103,5 +103,5 @@ def test_the_report_has_top_five_and_what_was_skipped(folder, tmp_path):
     write_report([tmp_path / "run"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert f"<td>test top-5 accuracy</td><td>{result['test_top5_accuracy']:.4f}</td>" in page
-    assert f"<td>test accuracy, with mirror images</td><td>{result['test_mirrored_accuracy']:.4f}</td>" in page
+    assert f"<td>test accuracy with mirror images</td><td>{result['test_mirrored_accuracy']:.4f}</td>" in page
     assert "<td>images skipped</td><td>1</td>" in page

@@ -262,7 +262,8 @@ def test_a_folder_of_images_is_learned(tmp_path, capsys):
     )  # fmt: skip
     assert status == 0 and err == "", err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["test_accuracy"] == 1 and "images (8, 8, 3), 2 classes" in out
+    assert "images (8, 8, 3), 2 classes" in out and "test accuracy with mirror images 1.0000" in out
+    assert result["test_accuracy"] == result["test_mirrored_accuracy"] == 1
 
 
 KILLED = (
