@@ -24,6 +24,7 @@ from ortho_keras.experiment import build_model, compiled_model, make_optimizer, 
 from ortho_keras.recipe import OPTIMIZERS
 from ortho_keras.recipes import find_preset
 from ortho_keras.result import hardware
+from ortho_keras.steps import score_function
 from ortho_keras.training import Trainer
 
 RECIPE = dataclasses.replace(
@@ -309,7 +310,16 @@ def test_a_run_that_mirrors_images_is_also_judged_by_both_views(tmp_path):
     views = [np.float64(model.predict(view.astype("float32"), verbose=0)) for view in (test.images, test.images[:, :, ::-1])]
     alone, both = ((logits.argmax(-1) == test.labels).mean() for logits in (views[0], sum(views)))
     assert result["test_accuracy"] == pytest.approx(alone) and result["test_mirrored_accuracy"] == pytest.approx(both)
-    assert alone != both
+
+
+def test_mirror_images_by_hand():
+    """Logits `(a, 2b)` for pixels `a, b`; with the mirror image's `(b, 2a)` the second class always wins."""
+    model = keras.Sequential([keras.layers.Input((1, 2, 1)), keras.layers.Flatten(), keras.layers.Dense(2, use_bias=False)])
+    model.layers[-1].kernel.assign([[1.0, 0.0], [0.0, 2.0]])
+    images = np.float32([[5, 1], [1, 1], [1, 5], [5, 1]])[:, None, :, None]
+    score = score_function(model, runtime.Runtime(tf.distribute.get_strategy()), mirrored=True)
+    _, alone, _, weight, both = score(images, np.int64([1, 1, 0, 1]), np.float32([1, 1, 1, 0])).numpy()
+    assert (alone, both, weight) == (1, 2, 3)
 
 
 def test_a_run_without_held_out_images(tmp_path):
