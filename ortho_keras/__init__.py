@@ -21,6 +21,7 @@ from ortho_keras.initializers import DeltaOrthonormalInitializer, DiracInitializ
 from ortho_keras.kernels import orthonormality_error
 from ortho_keras.loading import load_model
 from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
+from ortho_keras.mirror import MirrorConstraint, symmetrize
 from ortho_keras.models import plain_cnn, residual_cnn
 from ortho_keras.modulation import ErrorModulation, modulate, switch_modulation
 from ortho_keras.muon import Muon
@@ -50,6 +51,7 @@ __all__ = [
     "FusedBatchNormalization",
     "LayerSignal",
     "LearningRate",
+    "MirrorConstraint",
     "ModulationSwitch",
     "Muon",
     "MutualCoherenceRegularizer",
@@ -82,4 +84,5 @@ __all__ = [
     "shift_for_depth",
     "signal_report",
     "switch_modulation",
+    "symmetrize",
 ]

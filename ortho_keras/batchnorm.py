@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from ortho_keras.kernels import walk_layers
+from ortho_keras.mirror import alike_for_partners
 
 
 @keras.saving.register_keras_serializable(package="ortho_keras")
@@ -63,7 +64,7 @@ class BatchNormalizationEstimator:
     The first call traces the model once; keep the object to estimate again. Dropout and the like see training mode too, and
     what else changes itself in it does so (`SpectralNormalization`). A layer that is called several times gets the average
     over its calls. A frozen layer keeps its averages, and so does one that the model calls in inference mode. A model that
-    was built under a `tf.distribute` strategy gets the mean over replicas.
+    was built under a `tf.distribute` strategy gets the mean over replicas; after `symmetrize`, partners get that of the two.
 
     Args:
         model: A built Keras model.
@@ -132,6 +133,9 @@ class BatchNormalizationEstimator:
             raise
         for variable, total in zip(self.averages, sums):
             variable.assign(total / count)
+        for layer in self.layers:
+            for variable in (layer.moving_mean, layer.moving_variance):
+                variable.assign(alike_for_partners(layer, variable))
 
 
 class _Statistics(threading.local):

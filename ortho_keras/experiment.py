@@ -20,6 +20,7 @@ from ortho_keras.growth import grow
 from ortho_keras.imagenet import plain_imagenet, residual_imagenet
 from ortho_keras.kernels import layer_kernels
 from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
+from ortho_keras.mirror import symmetrize
 from ortho_keras.models import plain_cnn, residual_cnn
 from ortho_keras.modulation import modulate
 from ortho_keras.muon import Muon
@@ -223,7 +224,7 @@ def build_model(recipe, data, replicated=False):
         images, _ = data.train.sample(max(1, STEM_PIXELS // math.prod(data.image_shape[:2])))
         try:
             scaled, side = (images - np.array(mean)) / np.sqrt(variance), 7 if recipe.family == "imagenet" else 3
-            stem_initializer = PatchPCAInitializer.from_images(scaled, side)
+            stem_initializer = PatchPCAInitializer.from_images(scaled, side, recipe.mirror_symmetry)
         except ValueError as error:
             raise InputError(f"--stem_initializer=pca must have images with patches that differ: {error}") from error
     model = BUILDERS[recipe.family, recipe.network](
@@ -240,6 +241,11 @@ def build_model(recipe, data, replicated=False):
         seed=recipe.seed,
         preprocessing=keras.layers.Normalization(mean=mean, variance=variance, name="normalization"),
     )
+    if recipe.mirror_symmetry:
+        try:
+            symmetrize(model)
+        except ValueError as error:
+            raise InputError(f"--mirror_symmetry must have a net that can be symmetric: {error}") from error
     if recipe.modulation == "off":
         return model
     # The classifier's error is not commensurable with the convolutions': global pooling lies between (see `modulate`).

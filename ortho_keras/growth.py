@@ -7,6 +7,7 @@ import numpy as np
 
 from ortho_keras.graphs import Graph
 from ortho_keras.initializers import DiracInitializer
+from ortho_keras.mirror import alike_for_partners
 from ortho_keras.modulation import ErrorModulation
 
 TOLERANCE = 1e-3  # of the largest output, far above rounding: half precision gives back what it rounded
@@ -181,7 +182,7 @@ def _make_identity(unit, inputs):
         layer.bias.assign(np.zeros(layer.bias.shape))
     for one in normalizations:
         axes = tuple(axis for axis in range(inputs.ndim) if axis != one.axis % inputs.ndim)
-        mean, variance = inputs.mean(axes), inputs.var(axes)
+        mean, variance = (np.asarray(alike_for_partners(one, value)) for value in (inputs.mean(axes), inputs.var(axes)))
         variables = (one.gamma, one.beta, one.moving_mean, one.moving_variance)
         for variable, value in zip(variables, (np.sqrt(variance + one.epsilon), mean, mean, variance)):
             variable.assign(value)

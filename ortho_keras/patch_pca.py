@@ -51,13 +51,16 @@ class PatchPCAInitializer(keras.initializers.Initializer):
         self.components = components
 
     @classmethod
-    def from_images(cls, images, kernel_size=3):
+    def from_images(cls, images, kernel_size=3, mirrored=False):
         """Returns the initializer whose components are those of all patches within the images.
 
         Args:
             images: Array `(batch, height, width, channels)`, as they reach the convolution: normalized, if the net does so.
                 A few thousand are enough.
             kernel_size: int, or tuple of two: height and width of the kernel.
+            mirrored: bool. Takes the images' mirror images for as likely as the images. Each component is then its own mirror
+                image or the negative of it; they come by turns, as long as there are both, each kind by variance. So
+                `symmetrize` can make two partners of every two.
 
         Raises:
             ValueError: If the images are not numbers of rank 4, are smaller than the kernel, not finite, or all patches are the
@@ -77,14 +80,14 @@ class PatchPCAInitializer(keras.initializers.Initializer):
                 f"`images` must be (batch, height, width, channels), no smaller than the kernel, {size[0]}x{size[1]}. "
                 f"Received: images of shape {images.shape}"
             )
-        covariance = _patch_covariance(images, size)
+        covariance = _patch_covariance(images, size, mirrored)
         if not np.isfinite(covariance).all() or covariance.max() <= 1e-12 * np.square(images, dtype=np.float64).mean():
             raise ValueError(
                 "`images` must be finite, and not all of their patches the same. "
                 f"Received: images of shape {images.shape} from {images.min()} to {images.max()}"
             )
-        variances, vectors = np.linalg.eigh(covariance)  # rising
-        vectors = vectors[:, variances > LEAST_VARIANCE * variances[-1]][:, ::-1]
+        order = _mirrored_order(size, images.shape[-1])
+        vectors = _by_turns(covariance, order) if mirrored else _components(covariance)
         largest = np.take_along_axis(vectors, np.abs(vectors).argmax(0)[np.newaxis], 0)
         return cls((vectors * np.sign(largest)).reshape(*size, images.shape[-1], -1))
 
@@ -103,8 +106,35 @@ class PatchPCAInitializer(keras.initializers.Initializer):
         return {"components": self.components.tolist()}
 
 
-def _patch_covariance(images, size):
-    """Returns the covariance matrix of all patches, float64, their entries in the order of a kernel's axes."""
+def _components(covariance, of_all=0.0):
+    """The eigenvectors as columns, the largest eigenvalue first; none below `LEAST_VARIANCE` of that, or of `of_all`."""
+    variances, vectors = np.linalg.eigh(covariance)  # rising
+    return vectors[:, variances > LEAST_VARIANCE * max(variances[-1], of_all)][:, ::-1]
+
+
+def _by_turns(covariance, order):
+    """The eigenvectors that are even and those that are odd under a mirrored order, by turns; at last those left over."""
+    reversal, kinds = np.eye(len(covariance))[order], []
+    for sign in (1, -1):
+        values, basis = np.linalg.eigh(np.eye(len(covariance)) + sign * reversal)
+        basis = basis[:, values > 1]  # they are 0 or 2
+        within = basis.T @ covariance @ basis
+        kinds.append(basis @ _components(within, np.linalg.norm(covariance, 2)) if len(within) else basis)
+    pairs = min(kind.shape[1] for kind in kinds)
+    turns = np.stack([kind[:, :pairs] for kind in kinds], -1).reshape(len(covariance), -1)
+    return np.concatenate([turns, *(kind[:, pairs:] for kind in kinds)], 1)
+
+
+def _mirrored_order(size, channels):
+    """Where in a patch each entry of its mirror image is."""
+    return np.arange(size[0] * size[1] * channels).reshape(*size, channels)[:, ::-1].ravel()
+
+
+def _patch_covariance(images, size, mirrored):
+    """Returns the covariance matrix of all patches, float64, their entries in the order of a kernel's axes.
+
+    With `mirrored` it is that of the patches and of their mirror images together.
+    """
     length = size[0] * size[1] * images.shape[-1]
     centre = images.mean((0, 1, 2), dtype=np.float64)
     count, total, squares = 0, np.zeros(length), np.zeros((length, length))
@@ -114,5 +144,8 @@ def _patch_covariance(images, size):
         patches = np.lib.stride_tricks.sliding_window_view(chunk, size, axis=(1, 2))  # batch, rows, columns, channels, kh, kw
         patches = patches.transpose(0, 1, 2, 4, 5, 3).reshape(-1, length)
         count, total, squares = count + len(patches), total + patches.sum(0), squares + patches.T @ patches
-    mean = total / count
-    return squares / count - np.outer(mean, mean)
+    mean, moments = total / count, squares / count
+    if mirrored:
+        order = _mirrored_order(size, images.shape[-1])
+        mean, moments = (mean + mean[order]) / 2, (moments + moments[order][:, order]) / 2
+    return moments - np.outer(mean, mean)

@@ -72,6 +72,9 @@ class Recipe:
     stem_initializer: str = _field(
         "same", "the first convolution at the start: as the others, or the images' principal patches (ours)", ("same", "pca")
     )
+    mirror_symmetry: bool = _field(
+        False, "weights treat an image and its mirror image alike: half of them are the other half's mirror images (ours)"
+    )
     bn_shift: float = _field(0.0, "BatchNormalization's initial beta (the paper: 0; near 1: ours)")
     relu_shift: float = _field(
         0.0, "the ReLUs are max(x, -relu_shift) (ours; 0: the ReLU; -1: the shift for the depth)", least=-1
@@ -137,6 +140,8 @@ class Recipe:
             self._check_depth(name, getattr(self, name))
         if self.start_depth:
             self._check_growth()
+        if self.mirror_symmetry and self.width % 2:
+            raise InputError(f"--width must be even with --mirror_symmetry. Received: {self.width!r}")
         if self.optimizer == "muon" and self.momentum == 1:
             raise InputError("--momentum must be below 1 with --optimizer muon. Received: 1.0")
         if self.augment == "resized_crop" and not self.image_size:

@@ -1,0 +1,268 @@
+"""Mirror symmetry: against weights mirrored one by one, and against the answers to mirror images."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from ortho_keras import (
+    BatchNormalizationEstimator,
+    MirrorConstraint,
+    Muon,
+    PatchPCAInitializer,
+    grow,
+    orthonormality_error,
+    plain_cnn,
+    plain_imagenet,
+    residual_cnn,
+    residual_imagenet,
+    symmetrize,
+)
+from ortho_keras.data import load_data
+from ortho_keras.errors import InputError
+from ortho_keras.experiment import build_model, run
+from ortho_keras.recipes import find_preset
+
+
+def partner(channel):
+    return channel + 1 if channel % 2 == 0 else channel - 1
+
+
+def mirrored(kernel, inputs=True, outputs=True):
+    """The kernel that gives, of a mirror image, the mirror image of what `kernel` gives of the image; number by number."""
+    found = np.empty_like(kernel)
+    for row, column, before, after in np.ndindex(kernel.shape):
+        source = (
+            row,
+            kernel.shape[1] - 1 - column,
+            partner(before) if inputs else before,
+            partner(after) if outputs else after,
+        )
+        found[row, column, before, after] = kernel[source]
+    return found
+
+
+def is_symmetric(model):
+    """Whether each weight is its own mirror image, but for the first one's inputs and the last one's outputs."""
+    kernels = [layer for layer in model.layers if hasattr(layer, "kernel")]
+    for layer in model.layers:
+        for variable in layer.trainable_variables:
+            ends = layer is not kernels[0], layer is not kernels[-1]
+            value = np.asarray(variable, np.float64)
+            shaped = value.reshape((1,) * (4 - value.ndim) + value.shape)
+            np.testing.assert_allclose(
+                shaped, mirrored(shaped, ends[0] and value.ndim > 1, ends[1]), atol=1e-6, err_msg=variable.path
+            )
+
+
+def three_stage_net(strides=1, normalized=True, **settings):
+    model = keras.Sequential([keras.Input((7, 9, 3))])
+    for filters in (6, 6, 10):
+        model.add(layers.Conv2D(filters, 3, strides=strides, padding="same", **settings))
+        if normalized:
+            model.add(layers.BatchNormalization())
+        model.add(layers.ReLU())
+        strides = 1
+    model.add(layers.GlobalAveragePooling2D())
+    model.add(layers.Dense(4))
+    return model
+
+
+def images(count=40, shape=(7, 9, 3), seed=0):
+    return np.random.default_rng(seed).normal(size=(count, *shape)).astype("float32")
+
+
+def test_the_constraint_by_hand():
+    np.testing.assert_allclose(MirrorConstraint()(np.array([1.0, 3, 5, 10])), [2, 2, 7.5, 7.5])
+    dense = np.array([[1.0, 2, 3], [5, 6, 7]])
+    np.testing.assert_allclose(MirrorConstraint(outputs=False)(dense), [[3, 4, 5], [3, 4, 5]])
+    stem = np.zeros((1, 3, 1, 2))
+    stem[0, :, 0, 0] = [1, 2, 3]
+    np.testing.assert_allclose(MirrorConstraint(inputs=False)(stem)[0, :, 0].numpy().T, [[0.5, 1, 1.5], [1.5, 1, 0.5]])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_nearest_symmetric_kernel(seed):
+    rng = np.random.default_rng(seed)
+    inputs, outputs = (bool(value) for value in rng.integers(0, 2, 2))
+    shape = (*rng.integers(1, 5, 2), *(2 * rng.integers(1, 4, 2)))
+    kernel, other = rng.normal(size=shape), rng.normal(size=shape)
+    held = MirrorConstraint(inputs, outputs)(kernel).numpy()
+    np.testing.assert_allclose(held, mirrored(held, inputs, outputs), atol=1e-12)
+    other = other + mirrored(other, inputs, outputs)  # whatever is symmetric is at a right angle to what was taken away
+    assert abs(np.sum((kernel - held) * other)) < 1e-10
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
+def test_an_image_and_its_mirror_image_get_one_answer_after_training_too(optimizer):
+    model = three_stage_net()
+    symmetrize(model)
+    made = {"sgd": lambda: keras.optimizers.SGD(0.1, 0.9), "adam": lambda: keras.optimizers.Adam(0.01), "muon": Muon}[
+        optimizer
+    ]()
+    model.compile(made, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    x, before = images(), model.get_weights()
+    model.fit(x, np.arange(40) % 4, batch_size=10, epochs=3, verbose=0)
+    assert max(np.abs(mine - old).max() for mine, old in zip(model.get_weights(), before)) > 0.01
+    is_symmetric(model)
+    BatchNormalizationEstimator(model)([x])
+    new = images(seed=1)
+    answers, of_mirror_images = model.predict(new, verbose=0), model.predict(new[:, :, ::-1], verbose=0)
+    assert answers.std(0).max() > 0.01
+    np.testing.assert_allclose(of_mirror_images, answers, rtol=1e-3, atol=1e-5)
+
+
+def test_it_trains_as_on_both_views_of_every_image():
+    """Plain SGD: the symmetric net's step is that of a free net, as symmetric at the start, on images and mirror images."""
+    symmetric, free = three_stage_net(normalized=False), three_stage_net(normalized=False)
+    free.set_weights([weight + 0.1 for weight in symmetric.get_weights()])
+    symmetric.set_weights(free.get_weights())
+    symmetrize(symmetric)
+    free.set_weights(symmetric.get_weights())
+    x, y = images(), np.arange(40) % 4
+    for model, pair in ((symmetric, (x, y)), (free, (np.concatenate([x, x[:, :, ::-1]]), np.tile(y, 2)))):
+        model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        for _ in range(3):
+            model.train_on_batch(*pair)
+    for mine, expected in zip(symmetric.get_weights(), free.get_weights(), strict=True):
+        np.testing.assert_allclose(mine, expected, atol=2e-5)
+
+
+def test_how_it_starts():
+    model = plain_cnn(14, (8, 8, 3), width=4, initializer="dirac", regularizer=None)
+    kept = {layer.name: np.asarray(layer.kernel) for layer in model.layers if hasattr(layer, "kernel")}
+    symmetrize(model)
+    is_symmetric(model)
+    for layer in model.layers:
+        if isinstance(layer, layers.Conv2D):
+            assert orthonormality_error(layer.kernel) < 1e-5
+            if layer.kernel.shape[2] == layer.kernel.shape[3]:
+                np.testing.assert_allclose(layer.kernel, kept[layer.name], atol=1e-6)  # the identity
+    x = images(6, (8, 8, 3))
+    stage = keras.Model(model.input, model.get_layer("stage1_conv04_relu").output)
+    maps, of_mirror_images = np.asarray(stage(x)), np.asarray(stage(x[:, :, ::-1]))
+    np.testing.assert_allclose(of_mirror_images[:, :, ::-1, [1, 0, 3, 2]], maps, atol=1e-4)
+
+
+def test_other_kernels_keep_their_norm():
+    model = three_stage_net(kernel_initializer="he_normal", bias_initializer="ones")
+    before = [np.linalg.norm(weight) for weight in model.get_weights()]
+    symmetrize(model)
+    np.testing.assert_allclose([np.linalg.norm(weight) for weight in model.get_weights()], before, rtol=1e-5)
+    more_classes = plain_cnn(8, (8, 8, 3), num_classes=20, width=4)  # 16 channels, of which 8 pairs, cannot tell 20 apart
+    symmetrize(more_classes)
+    is_symmetric(more_classes)
+
+
+@pytest.mark.parametrize("build", [plain_imagenet, residual_imagenet])
+def test_a_photographs_net(build):
+    model = build(34, (32, 32, 3), num_classes=5, width=4)
+    symmetrize(model)
+    is_symmetric(model)
+
+
+def test_a_compiled_model_and_a_saved_one_keep_it(tmp_path):
+    x, y = images(), np.arange(40) % 4
+    model = three_stage_net()
+    model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(x, y, verbose=0)
+    symmetrize(model)
+    model.fit(x, y, verbose=0)
+    is_symmetric(model)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    loaded.fit(x, y, verbose=0)
+    is_symmetric(loaded)
+    assert loaded.layers[0].kernel.constraint.get_config() == {"inputs": False, "outputs": True}
+
+
+def test_a_symmetric_net_grows_into_a_symmetric_one():
+    model, deeper = (plain_cnn(depth, (7, 9, 3), width=4, relu_shift=1.0, seed=depth) for depth in (8, 20))
+    for net in (model, deeper):
+        symmetrize(net)
+    x = images()
+    BatchNormalizationEstimator(model)([x])
+    grow(model, deeper, x)
+    is_symmetric(deeper)
+    np.testing.assert_allclose(deeper(x), model(x), atol=1e-4)
+
+
+def net_of(*between):
+    return keras.Sequential([keras.Input((4, 4, 3)), *between, layers.Dense(2)])
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (lambda: plain_cnn(8, (8, 8, 3), width=3), "even numbers of channels .* Received: 'stem_conv'"),
+        (lambda: residual_cnn(8, (8, 8, 3), width=4), "a Pad"),
+        (lambda: net_of(layers.Conv2D(4, 3), layers.Flatten()), "a Flatten"),
+        (lambda: net_of(layers.Conv2D(4, 3), layers.Conv2D(4, 1, groups=2), layers.GlobalMaxPooling2D()), "a Conv2D"),
+        (lambda: net_of(layers.Conv2D(2, 1), layers.GlobalMaxPooling2D()), "depend on each other"),
+        (lambda: net_of(layers.GlobalMaxPooling2D()), "at least two layers with a kernel"),
+        (lambda: keras.Sequential([layers.Dense(2)]), "built"),
+    ],
+)
+def test_what_cannot_be_symmetric_is_refused(model, told):
+    model = model()
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=told):
+        symmetrize(model)
+    for mine, expected in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(mine, expected)
+    assert all(variable.constraint is None for variable in model.variables)
+
+
+def test_weights_that_the_constraint_does_not_take():
+    with pytest.raises(ValueError, match=r"rank 1, 2 or 4. Received: one of shape \(2, 2, 2\)"):
+        MirrorConstraint()(np.zeros((2, 2, 2)))
+    with pytest.raises(ValueError, match=r"even number of channels along axis 1. Received: a weight of shape \(2, 3\)"):
+        MirrorConstraint()(np.zeros((2, 3)))
+
+
+def test_components_of_images_and_their_mirror_images():
+    x = images(60, (8, 7, 3)).astype("float64")
+    x = x + 0.7 * np.roll(x, 1, 2) + 0.2 * np.roll(x, 2, 1)
+    components = PatchPCAInitializer.from_images(x, 3, mirrored=True).components
+    for index in range(18):  # of 27 a third is odd: 9 pairs
+        sign = 1 if index % 2 == 0 else -1
+        np.testing.assert_allclose(components[:, ::-1, :, index], sign * components[..., index], atol=1e-12)
+    patches = np.lib.stride_tricks.sliding_window_view(np.concatenate([x, x[:, :, ::-1]]), (3, 3), (1, 2))
+    matrix = components.reshape(27, 27)
+    along = matrix.T @ np.cov(patches.transpose(0, 1, 2, 4, 5, 3).reshape(-1, 27).T, bias=True) @ matrix
+    np.testing.assert_allclose(along, np.diag(np.diag(along)), atol=1e-9 * along.max())
+    np.testing.assert_allclose(matrix.T @ matrix, np.eye(27), atol=1e-10)
+    even, odd = np.r_[0:18:2, 18:27], slice(1, 18, 2)
+    assert all((np.diff(np.diag(along)[kind]) < 0).all() for kind in (even, odd))  # each kind by variance
+
+
+RECIPE = dataclasses.replace(
+    find_preset("digits").recipe,
+    image_size=0,
+    depth=14,
+    start_depth=8,
+    grow_epoch=1,
+    epochs=2,
+    stem_initializer="pca",
+    mirror_symmetry=True,
+    optimizer="muon",
+    learning_rate=0.01,
+    width=4,
+)
+
+
+def test_a_run_that_grows_stays_symmetric(tmp_path):
+    result = run(RECIPE, tmp_path, log=lambda line: None)
+    model = keras.models.load_model(tmp_path / "final.keras")
+    assert result["test_accuracy"] > 0.3
+    is_symmetric(model)
+    assert model.get_layer("stage1_conv02").kernel_constraint.get_config() == {"inputs": True, "outputs": True}
+
+
+def test_recipes_that_cannot_be_symmetric():
+    with pytest.raises(InputError, match="--width must be even with --mirror_symmetry. Received: 5"):
+        dataclasses.replace(RECIPE, width=5).check()
+    with pytest.raises(InputError, match="--mirror_symmetry must have a net that can be symmetric: .* 'stem_conv'"):
+        build_model(dataclasses.replace(RECIPE, width=8), load_data("digits"))  # 9 patches of one channel: 3 are odd
