@@ -23,7 +23,7 @@ GROUPS = {
     "Orthonormality": "regularizers orthonormalize decay kernels design initializers patch_pca regularizer_variants muon",
     "Modulation, callbacks": "modulation callbacks",
     "Where the signal goes": "signal_report signals",
-    "Nets and layers": "models imagenet growth activations batchnorm",
+    "Nets and layers": "models imagenet growth mirror activations batchnorm",
     "Training, pictures, files": "schedules loss_scale features fold loading",
 }
 SECTIONS = ("Args", "Call arguments", "Returns", "Raises", "Example", "Reference")

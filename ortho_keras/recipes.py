@@ -111,6 +111,7 @@ def _with_control(name, preset, **control):
         "relu_shift": 0.0,
         "start_depth": 0,
         "grow_epoch": 0,
+        "mirror_symmetry": False,
     }
     recipe = dataclasses.replace(preset.recipe, **{**l2, **control})
     return {name: preset, f"{name}_l2": Preset(recipe, f"control of {name}: He initialization and L2")}

@@ -5,6 +5,7 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 from ortho_keras import (
@@ -24,6 +25,7 @@ from ortho_keras.data import load_data
 from ortho_keras.errors import InputError
 from ortho_keras.experiment import build_model, run
 from ortho_keras.recipes import find_preset
+from ortho_keras.runtime import Runtime
 
 
 def partner(channel):
@@ -44,8 +46,8 @@ def mirrored(kernel, inputs=True, outputs=True):
     return found
 
 
-def is_symmetric(model):
-    """Whether each weight is its own mirror image, but for the first one's inputs and the last one's outputs."""
+def assert_symmetric(model):
+    """Each weight is its own mirror image, but for the first one's inputs and the last one's outputs."""
     kernels = [layer for layer in model.layers if hasattr(layer, "kernel")]
     for layer in model.layers:
         for variable in layer.trainable_variables:
@@ -106,7 +108,7 @@ def test_an_image_and_its_mirror_image_get_one_answer_after_training_too(optimiz
     x, before = images(), model.get_weights()
     model.fit(x, np.arange(40) % 4, batch_size=10, epochs=3, verbose=0)
     assert max(np.abs(mine - old).max() for mine, old in zip(model.get_weights(), before)) > 0.01
-    is_symmetric(model)
+    assert_symmetric(model)
     BatchNormalizationEstimator(model)([x])
     new = images(seed=1)
     answers, of_mirror_images = model.predict(new, verbose=0), model.predict(new[:, :, ::-1], verbose=0)
@@ -134,7 +136,7 @@ def test_how_it_starts():
     model = plain_cnn(14, (8, 8, 3), width=4, initializer="dirac", regularizer=None)
     kept = {layer.name: np.asarray(layer.kernel) for layer in model.layers if hasattr(layer, "kernel")}
     symmetrize(model)
-    is_symmetric(model)
+    assert_symmetric(model)
     for layer in model.layers:
         if isinstance(layer, layers.Conv2D):
             assert orthonormality_error(layer.kernel) < 1e-5
@@ -153,14 +155,14 @@ def test_other_kernels_keep_their_norm():
     np.testing.assert_allclose([np.linalg.norm(weight) for weight in model.get_weights()], before, rtol=1e-5)
     more_classes = plain_cnn(8, (8, 8, 3), num_classes=20, width=4)  # 16 channels, of which 8 pairs, cannot tell 20 apart
     symmetrize(more_classes)
-    is_symmetric(more_classes)
+    assert_symmetric(more_classes)
 
 
 @pytest.mark.parametrize("build", [plain_imagenet, residual_imagenet])
 def test_a_photographs_net(build):
     model = build(34, (32, 32, 3), num_classes=5, width=4)
     symmetrize(model)
-    is_symmetric(model)
+    assert_symmetric(model)
 
 
 def test_a_compiled_model_and_a_saved_one_keep_it(tmp_path):
@@ -170,11 +172,11 @@ def test_a_compiled_model_and_a_saved_one_keep_it(tmp_path):
     model.fit(x, y, verbose=0)
     symmetrize(model)
     model.fit(x, y, verbose=0)
-    is_symmetric(model)
+    assert_symmetric(model)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     loaded.fit(x, y, verbose=0)
-    is_symmetric(loaded)
+    assert_symmetric(loaded)
     assert loaded.layers[0].kernel.constraint.get_config() == {"inputs": False, "outputs": True}
 
 
@@ -185,7 +187,7 @@ def test_a_symmetric_net_grows_into_a_symmetric_one():
     x = images()
     BatchNormalizationEstimator(model)([x])
     grow(model, deeper, x)
-    is_symmetric(deeper)
+    assert_symmetric(deeper)
     np.testing.assert_allclose(deeper(x), model(x), atol=1e-4)
 
 
@@ -253,11 +255,17 @@ RECIPE = dataclasses.replace(
 )
 
 
-def test_a_run_that_grows_stays_symmetric(tmp_path):
-    result = run(RECIPE, tmp_path, log=lambda line: None)
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_run_that_grows_stays_symmetric(tmp_path, two_replicas, replicas):
+    runtime = Runtime(two_replicas if replicas == 2 else tf.distribute.get_strategy())
+    result = run(RECIPE, tmp_path, runtime=runtime, log=lambda line: None)
     model = keras.models.load_model(tmp_path / "final.keras")
     assert result["test_accuracy"] > 0.3
-    is_symmetric(model)
+    assert_symmetric(model)
+    for layer in model.layers:  # averages over both replicas' images, and over partners
+        if isinstance(layer, layers.BatchNormalization):
+            for average in (layer.moving_mean, layer.moving_variance):
+                np.testing.assert_allclose(average[::2], average[1::2], rtol=1e-6)
     assert model.get_layer("stage1_conv02").kernel_constraint.get_config() == {"inputs": True, "outputs": True}
 
 

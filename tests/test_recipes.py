@@ -61,11 +61,13 @@ def test_every_recipe_has_a_control(name):
         "rate_depth",
         "start_depth",
         "grow_epoch",
+        "mirror_symmetry",
     }
     assert {"initializer", "regularizer"} <= differences(method, control) <= allowed
     assert method.initializer in ("orthonormal", "dirac") and method.regularizer == "orthonormal"
     assert (control.initializer, control.regularizer) == ("he_normal", "l2")
     assert (control.modulation, control.bn_shift, control.start_depth, control.grow_epoch) == ("off", 0, 0, 0)
+    assert not control.mirror_symmetry
     assert method.factor > 0 and control.factor > 0
 
 
