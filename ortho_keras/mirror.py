@@ -155,12 +155,18 @@ def _layers(graph):
 def _check(layer):
     last = getattr(layer, "data_format", "channels_last") == "channels_last"
     weighted = isinstance(layer, _WEIGHTED) and getattr(layer, "groups", 1) == 1 and last
-    if not weighted and not isinstance(layer, _EVEN_HANDED):
+    if not (weighted or isinstance(layer, _EVEN_HANDED) or _adds_pairs(layer)):
         raise ValueError(
             "`model` must consist of Conv2D (channels last, without groups), Dense, BatchNormalization, and layers without "
             "weights that keep channels and sides apart (ReLU, pooling, Add). "
             f"Received: {layer.name!r}, a {type(layer).__name__}"
         )
+
+
+def _adds_pairs(layer):
+    """Whether it is `keras.ops.pad` that adds channels, an even number in front and behind: a shortcut's, say."""
+    widths = getattr(layer, "pad_width", ()) if type(layer).__name__ == "Pad" else ()
+    return len(widths) > 1 and not np.any(widths[:-1]) and not np.any(np.mod(widths[-1], 2))
 
 
 def _weights(layer):

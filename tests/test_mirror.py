@@ -132,8 +132,9 @@ def test_it_trains_as_on_both_views_of_every_image():
         np.testing.assert_allclose(mine, expected, atol=2e-5)
 
 
-def test_how_it_starts():
-    model = plain_cnn(14, (8, 8, 3), width=4, initializer="dirac", regularizer=None)
+@pytest.mark.parametrize("build", [plain_cnn, residual_cnn])
+def test_how_it_starts(build):
+    model = build(14, (8, 8, 3), width=4, initializer="dirac", regularizer=None)
     kept = {layer.name: np.asarray(layer.kernel) for layer in model.layers if hasattr(layer, "kernel")}
     symmetrize(model)
     assert_symmetric(model)
@@ -146,6 +147,12 @@ def test_how_it_starts():
     stage = keras.Model(model.input, model.get_layer("stage1_conv04_relu").output)
     maps, of_mirror_images = np.asarray(stage(x)), np.asarray(stage(x[:, :, ::-1]))
     np.testing.assert_allclose(of_mirror_images[:, :, ::-1, [1, 0, 3, 2]], maps, atol=1e-4)
+    odd = build(
+        14, (9, 9, 3), width=4, initializer="dirac", regularizer=None
+    )  # whose stride keeps the same columns in both views
+    symmetrize(odd)
+    x = images(6, (9, 9, 3))
+    np.testing.assert_allclose(odd(x[:, :, ::-1]), odd(x), atol=1e-5)
 
 
 def test_other_kernels_keep_their_norm():
@@ -191,6 +198,10 @@ def test_a_symmetric_net_grows_into_a_symmetric_one():
     np.testing.assert_allclose(deeper(x), model(x), atol=1e-4)
 
 
+def one_row_more(x):
+    return keras.ops.pad(x, [[0, 0], [1, 0], [0, 0], [0, 0]])
+
+
 def net_of(*between):
     return keras.Sequential([keras.Input((4, 4, 3)), *between, layers.Dense(2)])
 
@@ -199,7 +210,7 @@ def net_of(*between):
     ("model", "told"),
     [
         (lambda: plain_cnn(8, (8, 8, 3), width=3), "even numbers of channels .* Received: 'stem_conv'"),
-        (lambda: residual_cnn(8, (8, 8, 3), width=4), "a Pad"),
+        (lambda: residual_cnn(8, (8, 8, 3), width=4, preprocessing=one_row_more), "a Pad"),
         (lambda: net_of(layers.Conv2D(4, 3), layers.Flatten()), "a Flatten"),
         (lambda: net_of(layers.Conv2D(4, 3), layers.Conv2D(4, 1, groups=2), layers.GlobalMaxPooling2D()), "a Conv2D"),
         (lambda: net_of(layers.Conv2D(2, 1), layers.GlobalMaxPooling2D()), "depend on each other"),
