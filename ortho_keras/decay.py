@@ -99,7 +99,8 @@ def _mover(model):
                 penalty = regularizer.penalty(value)  # 1 / 2 * ||D||^2 with D = W^T W - I; its gradient is 2 W D
             # A singular value s becomes s (1 - share / 2 * (s^2 - 1)): at least s / 2 where share * ||D|| is at most 1.
             cut = tf.minimum(tf.minimum(tf.cast(share, penalty.dtype), 1), tf.math.rsqrt(2 * penalty))
-            kernel.assign_sub(tf.cast(cut / 4, value.dtype) * tape.gradient(penalty, value))
+            value -= tf.cast(cut / 4, value.dtype) * tape.gradient(penalty, value)
+            kernel.assign(value if kernel.constraint is None else kernel.constraint(value))
 
     strategy = model.distribute_strategy
     return tf.function(lambda share: strategy.run(move, args=(share,)))

@@ -68,10 +68,22 @@ def grow(model, deeper, x):
             for layer, copied in zip(unit, copy):
                 copied.set_weights(layer.get_weights())
         _make_identities(graphs[1], new, x)
+        _check_constraints(deeper)
         _check_outputs(model, deeper, x)
     except BaseException:
         deeper.set_weights(before)
         raise
+
+
+def _check_constraints(deeper):
+    for variable in deeper.trainable_variables:
+        value = np.asarray(variable, np.float64)
+        held = value if variable.constraint is None else np.asarray(variable.constraint(variable), np.float64)
+        if not np.abs(held - value).max() <= TOLERANCE * np.abs(value).max():
+            raise ValueError(
+                "`deeper` must have no constraints that the weights of `model` do not meet: its first step would change them "
+                f"(`symmetrize` both, or none). Received: {variable.path} with {type(variable.constraint).__name__}"
+            )
 
 
 def _check_outputs(model, deeper, x):

@@ -5,6 +5,8 @@ import math
 import keras
 import tensorflow as tf
 
+from ortho_keras.mirror import MirrorConstraint
+
 # Jordan et al.'s quintic a x + b x^3 + c x^5, steepest at 0: five turns bring singular values from 0.01 to 1 into 0.68 to 1.13.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -22,7 +24,8 @@ class Muon(keras.optimizers.Optimizer):
     where `orthonormal` sets all singular values to about 1 by five Newton-Schulz steps. So the step's size does not depend
     on the gradient's: a layer where the error has grown a millionfold moves as far as one where it has not, which is what
     modulation is after, taken to its end. With orthonormal kernels, `learning_rate` is the relative change of a kernel in
-    one step. Other variables (BatchNormalization's gamma and beta, and what `exclude` names) are moved by Adam at
+    one step. Of a kernel under a `MirrorConstraint`, G is the symmetric part, so that the step is symmetric and of that size.
+    Other variables (BatchNormalization's gamma and beta, and what `exclude` names) are moved by Adam at
     `vector_rate * learning_rate`.
 
     `keras.optimizers.Muon` moves kernels of rank 2 only, and convolutions by Adam.
@@ -85,6 +88,9 @@ class Muon(keras.optimizers.Optimizer):
         index = self._get_variable_index(variable)
         momentum, squares = self._momenta[index], self._squares[index]
         rate, gradient = tf.cast(learning_rate, variable.dtype), tf.convert_to_tensor(tf.cast(gradient, variable.dtype))
+        constraint = self._trainable_variables[index].constraint  # `variable` may be TensorFlow's own, which has none
+        if isinstance(constraint, MirrorConstraint):  # what is not symmetric would only make the step smaller
+            gradient = constraint(gradient)
         if squares is None:
             self.assign(momentum, self.momentum * tf.convert_to_tensor(momentum) + gradient)
             step = orthonormal_factor(gradient + self.momentum * tf.convert_to_tensor(momentum))

@@ -60,7 +60,8 @@ class PatchPCAInitializer(keras.initializers.Initializer):
             kernel_size: int, or tuple of two: height and width of the kernel.
             mirrored: bool. Takes the images' mirror images for as likely as the images. Each component is then its own mirror
                 image or the negative of it; they come by turns, as long as there are both, each kind by variance. So
-                `symmetrize` can make two partners of every two.
+                `symmetrize` can make two partners of every two: their sum and their difference, which go together more
+                than the two did.
 
         Raises:
             ValueError: If the images are not numbers of rank 4, are smaller than the kernel, not finite, or all patches are the
