@@ -8,7 +8,6 @@ import math
 import pathlib
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from ortho_keras.activations import shift_for_depth
@@ -17,34 +16,19 @@ from ortho_keras.data import load_data
 from ortho_keras.errors import InputError, WorkerLostError, first_line
 from ortho_keras.files import check_folder, entries, only_one, whole_file, write_json
 from ortho_keras.growth import grow
-from ortho_keras.imagenet import plain_imagenet, residual_imagenet
 from ortho_keras.kernels import layer_kernels
-from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
-from ortho_keras.mirror import symmetrize
-from ortho_keras.models import plain_cnn, residual_cnn
-from ortho_keras.modulation import modulate
-from ortho_keras.muon import Muon
 from ortho_keras.optional import require
-from ortho_keras.patch_pca import PatchPCAInitializer
 from ortho_keras.plots import plot_curves
 from ortho_keras.recipe import MIRRORING, Recipe
-from ortho_keras.regularizers import OrthonormalRegularizer
+from ortho_keras.recipe_model import compiled_model, growth_step
 from ortho_keras.result import result_of
 from ortho_keras.runtime import Runtime, slowdown
-from ortho_keras.schedules import LearningRate
 from ortho_keras.steps import scores
 from ortho_keras.training import Trainer, new_epoch
 
 PROBE_IMAGES = 64
 GROWTH_IMAGES, GROWTH_PIXELS = 512, 512 * 64 * 64  # at most so many tell the new layers' statistics
-STEM_PIXELS = 5000 * 32 * 32  # whose patches are enough for their principal components
 SLOW = 2.0  # times as long as in float32, from which a type is worth a warning
-BUILDERS = {
-    ("cifar", "plain"): plain_cnn,
-    ("cifar", "residual"): residual_cnn,
-    ("imagenet", "plain"): plain_imagenet,
-    ("imagenet", "residual"): residual_imagenet,
-}
 
 
 def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), keep_checkpoints=2, signal_every=0, log=print):
@@ -153,14 +137,14 @@ def _run(recipe, workdir, hold, data_dir, name, runtime, callbacks, keep_checkpo
 def _grown(model, recipe, settings):
     """Trains `start_depth` layers for `grow_epoch` epochs, and sets `model` to what they are; returns what it goes on from."""
     data, workdir, _, runtime, *_, log = settings
-    growth_step = _growth_step(recipe, data)
+    last_step = growth_step(recipe, data)
     shift = shift_for_depth(recipe.depth) if recipe.relu_shift < 0 else recipe.relu_shift
     recipe = dataclasses.replace(recipe, depth=recipe.start_depth, start_depth=0, relu_shift=shift)
     with _precision(recipe.precision), runtime.strategy.scope():
         shallow, _ = compiled_model(recipe, data, runtime.replicas > 1)
-    log(f"it begins with {recipe.depth} layers, {shallow.count_params():,} parameters, for {growth_step} steps")
+    log(f"it begins with {recipe.depth} layers, {shallow.count_params():,} parameters, for {last_step} steps")
     folder = workdir / "checkpoints" / f"{recipe.depth}_layers"
-    trainer = Trainer(shallow, recipe, *settings, growth_step, folder)
+    trainer = Trainer(shallow, recipe, *settings, last_step, folder)
     history = trainer.run(trainer.restore())
     trainer.estimate()
     count = max(1, GROWTH_PIXELS // math.prod(data.image_shape[:2]))
@@ -197,7 +181,7 @@ def load_recipe_data(recipe, data_dir=None, replicas=1):
         raise InputError(
             f"--batch_size must be at most the number of training images, {len(data.train)}. Received: {recipe.batch_size}"
         )
-    shallow = _growth_step(recipe, data)
+    shallow = growth_step(recipe, data)
     if 0 < recipe.max_steps <= shallow:
         raise InputError(
             f"--max_steps must be 0, or more than those before --grow_epoch, {shallow}. Received: {recipe.max_steps}"
@@ -207,101 +191,6 @@ def load_recipe_data(recipe, data_dir=None, replicas=1):
         if recipe.augment.startswith("crop") and getattr(recipe, name) > side:
             raise InputError(f"--{name} must be at most the images' side, {side}. Received: {getattr(recipe, name)}")
     return data
-
-
-def _growth_step(recipe, data):
-    return recipe.grow_epoch * (len(data.train) // recipe.batch_size) if recipe.start_depth else 0
-
-
-def build_model(recipe, data, replicated=False):
-    """Returns the recipe's network on raw pixels (0 to 255), modulated if the recipe says so; not compiled.
-
-    `replicated` says that there is more than one replica, so that there is something to synchronize.
-    """
-    mean, variance = data.channel_statistics
-    stem_initializer = None
-    if recipe.stem_initializer == "pca":
-        images, _ = data.train.sample(max(1, STEM_PIXELS // math.prod(data.image_shape[:2])))
-        try:
-            scaled, side = (images - np.array(mean)) / np.sqrt(variance), 7 if recipe.family == "imagenet" else 3
-            stem_initializer = PatchPCAInitializer.from_images(scaled, side, recipe.mirror_symmetry)
-        except ValueError as error:
-            raise InputError(f"--stem_initializer=pca must have images with patches that differ: {error}") from error
-    model = BUILDERS[recipe.family, recipe.network](
-        recipe.depth,
-        input_shape=data.image_shape,
-        num_classes=len(data.class_names),
-        width=recipe.width,
-        regularizer=_regularizer(recipe),
-        initializer=recipe.initializer,
-        stem_initializer=stem_initializer,
-        bn_shift=recipe.bn_shift,
-        relu_shift="auto" if recipe.relu_shift < 0 else recipe.relu_shift,
-        bn_synchronized=replicated and recipe.bn_sync,
-        seed=recipe.seed,
-        preprocessing=keras.layers.Normalization(mean=mean, variance=variance, name="normalization"),
-    )
-    if recipe.mirror_symmetry:
-        try:
-            symmetrize(model)
-        except ValueError as error:
-            raise InputError(f"--mirror_symmetry must have a net that can be symmetric: {error}") from error
-    if recipe.modulation == "off":
-        return model
-    # The classifier's error is not commensurable with the convolutions': global pooling lies between (see `modulate`).
-    convolutions = [layer.name for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
-    return modulate(
-        model,
-        recipe.tolerance,
-        recipe.max_scale,
-        recipe.modulation,
-        synchronized=replicated and recipe.modulation_sync,
-        layers=convolutions,
-    )
-
-
-def compiled_model(recipe, data, replicated=False):
-    """Returns the recipe's compiled model and its number of training steps; to be called in the strategy's scope."""
-    total_steps = recipe.epochs * (len(data.train) // recipe.batch_size)
-    if recipe.max_steps:
-        total_steps = min(total_steps, recipe.max_steps)
-    model = build_model(recipe, data, replicated)
-    model.compile(
-        optimizer=make_optimizer(recipe, total_steps, _growth_step(recipe, data)),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=[
-            keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="crossentropy"),
-            keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
-        ],
-    )
-    return model, total_steps
-
-
-def make_optimizer(recipe, total_steps, first_step=0):
-    """Returns the recipe's optimizer with its learning-rate schedule over `total_steps`, from `first_step` on."""
-    schedule = LearningRate(recipe.peak_learning_rate, total_steps, recipe.schedule, recipe.warmup_steps, first_step)
-    makers = {
-        "sgd": lambda: keras.optimizers.SGD(schedule, recipe.momentum),
-        "nesterov": lambda: keras.optimizers.SGD(schedule, recipe.momentum, nesterov=True),
-        "muon": lambda: Muon(schedule, recipe.momentum, recipe.vector_rate),
-        "adagrad": lambda: keras.optimizers.Adagrad(schedule),
-        "adadelta": lambda: keras.optimizers.Adadelta(schedule),
-        "rmsprop": lambda: keras.optimizers.RMSprop(schedule, momentum=recipe.momentum),
-        "adam": lambda: keras.optimizers.Adam(schedule),
-        "adamw": lambda: keras.optimizers.AdamW(schedule, weight_decay=recipe.weight_decay),
-    }
-    optimizer = makers[recipe.optimizer]()
-    if recipe.precision == "mixed_float16":
-        optimizer = AllReplicaLossScaleOptimizer(optimizer)
-    optimizer.first_step = first_step
-    return optimizer
-
-
-def _regularizer(recipe):
-    if recipe.regularizer == "orthonormal":
-        return OrthonormalRegularizer(recipe.factor)
-    # Keras's L2(x) is x * ||W||^2; weight decay of strength `factor` is factor / 2 * ||W||^2.
-    return keras.regularizers.L2(recipe.factor / 2) if recipe.regularizer == "l2" else None
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ IMAGE, PAIRS, ANSWER = "image", "pairs", "answer"
 SIDE = 32  # pixels a side of the images that a model of no fixed size is tried on
 LEAST = 1e-6  # of a kernel's norm or largest singular value: less is rounding
 ORTHONORMAL = 1e-3  # from orthonormal, up to a common factor, a kernel that was meant to be so
-_TOLERANCE = {"float32": 1e-3, "float64": 1e-6}  # of a layer's largest output; half precision: 0.1
+TOLERANCE = {"float32": 1e-3, "float64": 1e-6}  # of a layer's largest output; half precision: 0.1
 
 
 @keras.saving.register_keras_serializable(package="ortho_keras")
@@ -279,7 +279,7 @@ def _is_alike(layer, args, kwargs, taken, given, fewer):
     for mine, other in zip(outputs, of_mirror_images):
         expected = _mirrored(mine, given)
         error, largest = (float(tf.reduce_max(tf.abs(tf.cast(value, "float64")))) for value in (other - expected, mine))
-        if not error <= _TOLERANCE.get(mine.dtype.name, 0.1) * largest:
+        if not error <= TOLERANCE.get(mine.dtype.name, 0.1) * largest:
             return False
     return True
 

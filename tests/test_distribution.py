@@ -20,7 +20,8 @@ from ortho_keras import AllReplicaLossScaleOptimizer, ErrorModulation
 from ortho_keras.checkpoints import state_variables
 from ortho_keras.data import evaluation_batches, load_data, training_batches
 from ortho_keras.errors import InputError
-from ortho_keras.experiment import compiled_model, run
+from ortho_keras.experiment import run
+from ortho_keras.recipe_model import compiled_model
 from ortho_keras.recipes import find_preset
 from ortho_keras.runtime import Runtime, start
 from ortho_keras.training import Trainer

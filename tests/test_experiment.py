@@ -20,8 +20,9 @@ from ortho_keras import experiment, orthonormality_error, runtime, training
 from ortho_keras.callbacks import read_signals
 from ortho_keras.data import load_data, training_batches
 from ortho_keras.errors import Interrupted
-from ortho_keras.experiment import build_model, compiled_model, make_optimizer, run
+from ortho_keras.experiment import run
 from ortho_keras.recipe import OPTIMIZERS
+from ortho_keras.recipe_model import build_model, compiled_model, make_optimizer
 from ortho_keras.recipes import find_preset
 from ortho_keras.result import hardware
 from ortho_keras.steps import score_function

@@ -8,6 +8,7 @@ from photographs import write_photographs
 
 from ortho_keras import experiment, load_model
 from ortho_keras.errors import InputError
+from ortho_keras.recipe_model import build_model
 from ortho_keras.recipes import RECIPES
 from ortho_keras.report import write_report
 
@@ -43,7 +44,7 @@ def test_three_steps_and_an_evaluation(folder, tmp_path, name, precision):
 
 def test_principal_patches_in_the_first_convolution(folder):
     recipe = small("plain34_imagenet", folder, stem_initializer="pca", width=8)
-    kernel = experiment.build_model(recipe, experiment.load_recipe_data(recipe)).get_layer("stem_conv").kernel.numpy()
+    kernel = build_model(recipe, experiment.load_recipe_data(recipe)).get_layer("stem_conv").kernel.numpy()
     assert kernel.shape == (7, 7, 3, 8)
     matrix = kernel.reshape(-1, 8)
     np.testing.assert_allclose(matrix.T @ matrix, np.eye(8), atol=1e-5)

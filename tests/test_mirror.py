@@ -1,7 +1,5 @@
 """Mirror symmetry: against weights mirrored one by one, and against the answers to mirror images."""
 
-import dataclasses
-
 import keras
 import numpy as np
 import pytest
@@ -14,20 +12,12 @@ from ortho_keras import (
     Muon,
     OrthonormalDecay,
     OrthonormalInitializer,
-    PatchPCAInitializer,
     grow,
     orthonormality_error,
     plain_cnn,
-    plain_imagenet,
     residual_cnn,
-    residual_imagenet,
     symmetrize,
 )
-from ortho_keras.data import load_data
-from ortho_keras.errors import InputError
-from ortho_keras.experiment import build_model, run
-from ortho_keras.recipes import find_preset
-from ortho_keras.runtime import Runtime
 
 
 def partner(channel):
@@ -61,14 +51,13 @@ def assert_symmetric(model):
             )
 
 
-def three_stage_net(strides=1, normalized=True, **settings):
+def three_stage_net(normalized=True, **settings):
     model = keras.Sequential([keras.Input((7, 9, 3))])
     for filters in (6, 6, 10):
-        model.add(layers.Conv2D(filters, 3, strides=strides, padding="same", **settings))
+        model.add(layers.Conv2D(filters, 3, padding="same", **settings))
         if normalized:
             model.add(layers.BatchNormalization())
         model.add(layers.ReLU())
-        strides = 1
     model.add(layers.GlobalAveragePooling2D())
     model.add(layers.Dense(4))
     return model
@@ -76,6 +65,12 @@ def three_stage_net(strides=1, normalized=True, **settings):
 
 def images(count=40, shape=(7, 9, 3), seed=0):
     return np.random.default_rng(seed).normal(size=(count, *shape)).astype("float32")
+
+
+def net_of(*between, width=8, channels=3, classes=4):
+    """The layers between an image and a Dense layer behind pooling."""
+    ends = [layers.GlobalAveragePooling2D(), layers.Dense(classes)] if classes else []
+    return keras.Sequential([keras.Input((6, width, channels)), *between, *ends])
 
 
 def test_the_constraint_by_hand():
@@ -103,10 +98,8 @@ def test_the_nearest_symmetric_kernel(seed):
 def test_an_image_and_its_mirror_image_get_one_answer_after_training_too(optimizer):
     model = three_stage_net()
     symmetrize(model)
-    made = {"sgd": lambda: keras.optimizers.SGD(0.1, 0.9), "adam": lambda: keras.optimizers.Adam(0.01), "muon": Muon}[
-        optimizer
-    ]()
-    model.compile(made, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    made = {"sgd": keras.optimizers.SGD(0.1, 0.9), "adam": keras.optimizers.Adam(0.01), "muon": Muon()}
+    model.compile(made[optimizer], keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     x, before = images(), model.get_weights()
     model.fit(x, np.arange(40) % 4, batch_size=10, epochs=3, verbose=0)
     assert max(np.abs(mine - old).max() for mine, old in zip(model.get_weights(), before)) > 0.01
@@ -149,9 +142,7 @@ def test_how_it_starts(build):
     stage = keras.Model(model.input, model.get_layer("stage1_conv04_relu").output)
     maps, of_mirror_images = np.asarray(stage(x)), np.asarray(stage(x[:, :, ::-1]))
     np.testing.assert_allclose(of_mirror_images[:, :, ::-1, [1, 0, 3, 2]], maps, atol=1e-4)
-    odd = build(
-        14, (9, 9, 3), width=4, initializer="dirac", regularizer=None
-    )  # whose stride keeps the same columns in both views
+    odd = build(14, (9, 9, 3), width=4, initializer="dirac", regularizer=None)  # its strides keep the same columns of both
     symmetrize(odd)
     x = images(6, (9, 9, 3))
     np.testing.assert_allclose(odd(x[:, :, ::-1]), odd(x), atol=1e-5)
@@ -223,119 +214,6 @@ def test_a_symmetric_net_grows_into_a_symmetric_one():
         np.testing.assert_array_equal(mine, expected)
 
 
-def net_of(*between, width=8, channels=3, classes=4):
-    """The layers between an image and a Dense layer behind pooling."""
-    ends = [layers.GlobalAveragePooling2D(), layers.Dense(classes)] if classes else []
-    return keras.Sequential([keras.Input((6, width, channels)), *between, *ends])
-
-
-def branched(build, shape=(6, 8, 3)):
-    inputs = keras.Input(shape)
-    return keras.Model(inputs, build(inputs))
-
-
-def two_heads(x, join):
-    x = layers.Conv2D(8, 3)(x)
-    pooled = layers.GlobalAveragePooling2D()
-    return join([layers.Dense(5)(pooled(x)), layers.Dense(5)(pooled(layers.Conv2D(8, 3)(x)))])
-
-
-def gated(x):
-    x = layers.Conv2D(8, 3, padding="same", activation="gelu")(x)
-    gates = layers.Dense(8, "sigmoid")(layers.Dense(4, "relu")(layers.GlobalAveragePooling2D()(x)))
-    x = layers.Multiply()([x, layers.Reshape((1, 1, 8))(gates)])
-    return layers.Dense(4)(layers.GlobalMaxPooling2D()(layers.Conv2D(6, 3)(x)))
-
-
-def strided(kernel=3):
-    return layers.Conv2D(6, kernel, strides=2, padding="same")
-
-
-ACCEPTED = {
-    "two heads that join": lambda: branched(lambda x: two_heads(x, layers.Add())),
-    "two answers": lambda: branched(lambda x: two_heads(x, list)),
-    "gates": lambda: branched(gated),
-    "BatchNormalization behind the answer": lambda: net_of(
-        layers.Conv2D(8, 3), layers.Conv2D(5, 1), layers.BatchNormalization(), layers.GlobalMaxPooling2D(), classes=0
-    ),
-    "BatchNormalization of the image": lambda: net_of(layers.BatchNormalization(), layers.Conv2D(8, 3), layers.Conv2D(4, 3)),
-    "without gamma and beta": lambda: net_of(layers.Conv2D(8, 3), layers.BatchNormalization(scale=False, center=False)),
-    "groups": lambda: net_of(layers.Conv2D(8, 3), layers.Conv2D(8, 3, groups=2, activation="relu")),
-    "pooling": lambda: net_of(layers.Conv2D(8, 3, padding="same"), layers.MaxPooling2D(2), layers.AveragePooling2D(2)),
-    "strides, odd": lambda: net_of(strided(), layers.ReLU(), strided(5), width=9),
-    "strides, even, by even kernels": lambda: net_of(strided(4), layers.ReLU(), strided(2)),
-    "a net in a net": lambda: net_of(keras.Sequential([layers.Conv2D(4, 3), layers.ReLU()]), layers.Conv2D(4, 3)),
-    "one kernel": lambda: net_of(layers.Conv2D(3, 3), layers.ReLU(), layers.GlobalMaxPooling2D(), classes=0),
-    "more classes than pairs": lambda: net_of(layers.Conv2D(8, 3), layers.ReLU(), classes=20),
-    "a wide first layer": lambda: net_of(layers.Conv2D(40, 3, kernel_initializer="orthogonal"), layers.ReLU()),
-    "plain_imagenet": lambda: plain_imagenet(34, (33, 33, 3), num_classes=5, width=4),
-    "residual_imagenet": lambda: residual_imagenet(34, (33, 33, 3), num_classes=5, width=4),
-    "residual_cnn": lambda: residual_cnn(8, (9, 9, 3), width=4),
-    "a photograph of any size": lambda: plain_cnn(8, (None, None, 3), width=4),
-}
-
-
-@pytest.mark.parametrize("name", ACCEPTED)
-def test_both_views_get_the_same_answers(name):
-    model = ACCEPTED[name]()
-    symmetrize(model)
-    x = images(20, [side or 33 for side in model.input_shape[1:]])
-    BatchNormalizationEstimator(model)([x])
-    for mine, other in zip(keras.tree.flatten(model(x)), keras.tree.flatten(model(x[:, :, ::-1]))):
-        assert np.std(mine, axis=0).max() > 1e-3
-        np.testing.assert_allclose(other, mine, rtol=1e-3, atol=1e-4)
-
-
-class Causal(layers.Conv2D):
-    def call(self, x):
-        return super().call(keras.ops.pad(x, [[0, 0], [1, 1], [2, 0], [0, 0]]))
-
-
-def per_pixel():
-    layer = layers.Normalization(axis=(1, 2, 3))
-    layer.adapt(images(8, (6, 8, 3)))
-    return layer
-
-
-def shared(x):
-    convolution = layers.Conv2D(4, 3)
-    return layers.Dense(2)(layers.GlobalMaxPooling2D()(convolution(convolution(x))))
-
-
-REFUSED = [
-    (lambda: plain_cnn(8, (8, 8, 3), width=3), "even numbers of channels .* Received: 'stem_conv' with a weight of"),
-    (lambda: net_of(layers.Conv2D(4, 3), layers.Flatten(), layers.Dense(2), classes=0), "left and the right .* a Flatten"),
-    (lambda: net_of(layers.Conv2D(8, 3), layers.Conv2D(8, 3, groups=8)), "even numbers of channels"),
-    (lambda: net_of(layers.Conv2D(8, 3), layers.DepthwiseConv2D(3)), "no trainable weights but .* a DepthwiseConv2D"),
-    (lambda: net_of(layers.Conv2D(8, 3), layers.PReLU()), "no trainable weights but .* a PReLU"),
-    (lambda: net_of(layers.Conv2D(8, 4, padding="same")), "left and the right .* a Conv2D"),
-    (lambda: net_of(layers.ZeroPadding2D(((0, 0), (0, 1))), layers.Conv2D(8, 3)), "left and the right .* a ZeroPadding2D"),
-    (lambda: net_of(per_pixel(), layers.Conv2D(8, 3)), "left and the right .* a Normalization"),
-    (lambda: net_of(layers.Conv2D(8, 3), layers.Rescaling(np.arange(8.0))), "left and the right .* a Rescaling"),
-    (lambda: net_of(Causal(8, 3)), "left and the right .* a Causal"),
-    (lambda: net_of(layers.Conv2D(8, 3), layers.BatchNormalization(axis=2)), "channels last. .* with axis=2"),
-    (lambda: branched(lambda x: layers.Add()([x, layers.Conv2D(4, 3, padding="same")(x)]), (6, 8, 4)),
-     "must not join .* which takes answer and image"),
-    (lambda: branched(shared, (6, 8, 4)), "layer with weights at one place"),
-    (lambda: net_of(layers.Conv2D(8, 3, kernel_constraint="max_norm")), "no other constraints. .* with MaxNorm"),
-    (lambda: net_of(layers.Conv2D(8, 3, kernel_initializer=keras.initializers.Constant(np.nan))), "finite weights"),
-    (lambda: net_of(layers.Conv2D(8, 1)), "channels 0 and 1 would be the same: filters 1 pixel wide"),
-    (lambda: keras.Sequential([keras.Input((4,)), layers.Dense(2)]), "must take images"),
-    (lambda: keras.Sequential([layers.Dense(2)]), "built"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("model", "told"), REFUSED)
-def test_what_cannot_be_symmetric_is_refused(model, told):
-    model = model()
-    before, constraints = model.get_weights(), [variable.constraint for variable in model.variables]
-    with pytest.raises(ValueError, match=told):
-        symmetrize(model)
-    for mine, expected in zip(model.get_weights(), before, strict=True):
-        np.testing.assert_array_equal(mine, expected)
-    assert [variable.constraint for variable in model.variables] == constraints
-
-
 def test_weights_that_the_constraint_does_not_take():
     with pytest.raises(ValueError, match=r"rank 1, 2 or 4. Received: one of shape \(2, 2, 2\)"):
         MirrorConstraint()(np.zeros((2, 2, 2)))
@@ -343,57 +221,3 @@ def test_weights_that_the_constraint_does_not_take():
         MirrorConstraint(inputs="no")
     with pytest.raises(ValueError, match=r"even number of channels along axis 1. Received: a weight of shape \(2, 3\)"):
         MirrorConstraint()(np.zeros((2, 3)))
-
-
-def test_components_of_images_and_their_mirror_images():
-    x = images(60, (8, 7, 3)).astype("float64")
-    x = x + 0.7 * np.roll(x, 1, 2) + 0.2 * np.roll(x, 2, 1)
-    components = PatchPCAInitializer.from_images(x, 3, mirrored=True).components
-    for index in range(18):  # of 27 a third is odd: 9 pairs
-        sign = 1 if index % 2 == 0 else -1
-        np.testing.assert_allclose(components[:, ::-1, :, index], sign * components[..., index], atol=1e-12)
-    patches = np.lib.stride_tricks.sliding_window_view(np.concatenate([x, x[:, :, ::-1]]), (3, 3), (1, 2))
-    matrix = components.reshape(27, 27)
-    along = matrix.T @ np.cov(patches.transpose(0, 1, 2, 4, 5, 3).reshape(-1, 27).T, bias=True) @ matrix
-    np.testing.assert_allclose(along, np.diag(np.diag(along)), atol=1e-9 * along.max())
-    np.testing.assert_allclose(matrix.T @ matrix, np.eye(27), atol=1e-10)
-    even, odd = np.r_[0:18:2, 18:27], slice(1, 18, 2)
-    assert all((np.diff(np.diag(along)[kind]) < 0).all() for kind in (even, odd))  # each kind by variance
-
-
-RECIPE = dataclasses.replace(
-    find_preset("digits").recipe,
-    image_size=0,
-    depth=14,
-    start_depth=8,
-    grow_epoch=1,
-    epochs=2,
-    stem_initializer="pca",
-    mirror_symmetry=True,
-    optimizer="muon",
-    learning_rate=0.01,
-    width=4,
-)
-
-
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_a_run_stays_symmetric(tmp_path, two_replicas, replicas):
-    recipe, strategy = RECIPE, tf.distribute.get_strategy()
-    if replicas == 2:
-        recipe, strategy = dataclasses.replace(RECIPE, depth=8, start_depth=0, grow_epoch=0, max_steps=3), two_replicas
-    run(recipe, tmp_path, runtime=Runtime(strategy), log=lambda line: None)
-    model = keras.models.load_model(tmp_path / "final.keras")
-    assert model.name == f"plain{recipe.depth}"
-    assert_symmetric(model)
-    for layer in model.layers:  # averages over both replicas' images, and over partners
-        if isinstance(layer, layers.BatchNormalization):
-            for average in (layer.moving_mean, layer.moving_variance):
-                np.testing.assert_allclose(average[::2], average[1::2], rtol=1e-6)
-    assert model.get_layer("stage1_conv02").kernel_constraint.get_config() == {"inputs": True, "outputs": True}
-
-
-def test_recipes_that_cannot_be_symmetric():
-    with pytest.raises(InputError, match="--width must be even with --mirror_symmetry. Received: 5"):
-        dataclasses.replace(RECIPE, width=5).check()
-    with pytest.raises(InputError, match="--mirror_symmetry must have a net that can be symmetric: .* 'stem_conv'"):
-        build_model(dataclasses.replace(RECIPE, width=8), load_data("digits"))  # 9 patches of one channel: 3 are odd

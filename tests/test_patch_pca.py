@@ -9,7 +9,7 @@ import references
 
 from ortho_keras import OrthonormalRegularizer, PatchPCAInitializer, plain_cnn, residual_cnn
 from ortho_keras.data import load_data
-from ortho_keras.experiment import build_model
+from ortho_keras.recipe_model import build_model
 from ortho_keras.recipes import find_preset
 
 
@@ -48,6 +48,22 @@ def test_components_diagonalize_the_patches_covariance(shape, size):
     assert (np.diff(np.diag(along)) <= 1e-9 * along[0, 0]).all()  # the largest variance first
     np.testing.assert_allclose(matrix.T @ matrix, np.eye(len(matrix)), atol=1e-10)
     assert (np.take_along_axis(matrix, np.abs(matrix).argmax(0)[np.newaxis], 0) > 0).all()
+
+
+def test_components_of_images_and_their_mirror_images():
+    x = np.random.default_rng(0).normal(size=(60, 8, 7, 3))
+    x = x + 0.7 * np.roll(x, 1, 2) + 0.2 * np.roll(x, 2, 1)
+    components = PatchPCAInitializer.from_images(x, 3, mirrored=True).components
+    for index in range(18):  # of 27 a third is odd: 9 pairs
+        sign = 1 if index % 2 == 0 else -1
+        np.testing.assert_allclose(components[:, ::-1, :, index], sign * components[..., index], atol=1e-12)
+    patches = np.lib.stride_tricks.sliding_window_view(np.concatenate([x, x[:, :, ::-1]]), (3, 3), (1, 2))
+    matrix = components.reshape(27, 27)
+    along = matrix.T @ np.cov(patches.transpose(0, 1, 2, 4, 5, 3).reshape(-1, 27).T, bias=True) @ matrix
+    np.testing.assert_allclose(along, np.diag(np.diag(along)), atol=1e-9 * along.max())
+    np.testing.assert_allclose(matrix.T @ matrix, np.eye(27), atol=1e-10)
+    even, odd = np.r_[0:18:2, 18:27], slice(1, 18, 2)
+    assert all((np.diff(np.diag(along)[kind]) < 0).all() for kind in (even, odd))  # each kind by variance
 
 
 def test_two_pixels_by_hand():

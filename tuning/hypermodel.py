@@ -11,7 +11,8 @@ import keras_tuner
 
 from ortho_keras.data import load_data
 from ortho_keras.errors import Interrupted, NonFiniteLossError, first_line
-from ortho_keras.experiment import compiled_model, run
+from ortho_keras.experiment import run
+from ortho_keras.recipe_model import compiled_model
 from tuning import workers
 from tuning.trials import FAILED, FINISHED, HOPELESS, RUNNING, TRIAL_FILE, Trial
 
