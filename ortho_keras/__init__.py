@@ -27,6 +27,7 @@ from ortho_keras.modulation import ErrorModulation, modulate, switch_modulation
 from ortho_keras.muon import Muon
 from ortho_keras.orthonormalize import OrthonormalizeReport, orthonormalize
 from ortho_keras.patch_pca import PatchPCAInitializer
+from ortho_keras.principal_start import start_from_patches
 from ortho_keras.regularizer_variants import (
     ConvOrthogonalRegularizer,
     DoubleSoftOrthogonalRegularizer,
@@ -83,6 +84,7 @@ __all__ = [
     "residual_imagenet",
     "shift_for_depth",
     "signal_report",
+    "start_from_patches",
     "switch_modulation",
     "symmetrize",
 ]

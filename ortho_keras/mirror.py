@@ -111,7 +111,7 @@ def symmetrize(model):
     try:
         for layer, _, variable, constraint in held:
             if variable is not None:
-                variable.assign(_start(layer, variable, constraint))
+                variable.assign(symmetric_start(layer, variable, constraint))
         _check_layers(graph, x, calls)
     except BaseException:
         for variable, value in before:
@@ -215,9 +215,9 @@ def _held(layer, taken, given):
     return weights
 
 
-def _start(layer, variable, constraint):
+def symmetric_start(layer, value, constraint):
     """The symmetric weight that a layer starts with: orthonormal (times a factor) if the one it had was, else of its norm."""
-    value = np.asarray(variable, np.float64)
+    value = np.asarray(value, np.float64)
     if not np.isfinite(value).all():
         raise ValueError(f"`model` must have finite weights. Received: {layer.name!r} with inf or NaN")
     try:
@@ -225,7 +225,7 @@ def _start(layer, variable, constraint):
     except ValueError as error:
         raise ValueError(
             "`model` must have even numbers of channels between the image and the answer. "
-            f"Received: {layer.name!r} with a weight of {tuple(variable.shape)}"
+            f"Received: {layer.name!r} with a weight of {value.shape}"
         ) from error
     if value.ndim == 1 or not symmetric.any():
         return symmetric

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-CHUNK = 250 * 32 * 32  # pixels at a time: their patches are kh * kw times as large
+CHUNK = 250 * 32 * 32 * 27  # numbers in patches at a time
 LEAST_VARIANCE = 1e-6  # of the first component's: less is rounding, which BatchNormalization would blow up
 
 
@@ -51,7 +51,7 @@ class PatchPCAInitializer(keras.initializers.Initializer):
         self.components = components
 
     @classmethod
-    def from_images(cls, images, kernel_size=3, mirrored=False):
+    def from_images(cls, images, kernel_size=3, mirrored=False, pairs=False):
         """Returns the initializer whose components are those of all patches within the images.
 
         Args:
@@ -62,6 +62,8 @@ class PatchPCAInitializer(keras.initializers.Initializer):
                 image or the negative of it; they come by turns, as long as there are both, each kind by variance. So
                 `symmetrize` can make two partners of every two: their sum and their difference, which go together more
                 than the two did.
+            pairs: bool. With `mirrored`: channels 0 and 1, 2 and 3, ... are partners, as in a net after `symmetrize`, so a
+                mirror image has them exchanged.
 
         Raises:
             ValueError: If the images are not numbers of rank 4, are smaller than the kernel, not finite, or all patches are the
@@ -81,13 +83,15 @@ class PatchPCAInitializer(keras.initializers.Initializer):
                 f"`images` must be (batch, height, width, channels), no smaller than the kernel, {size[0]}x{size[1]}. "
                 f"Received: images of shape {images.shape}"
             )
-        covariance = _patch_covariance(images, size, mirrored)
+        if pairs and images.shape[-1] % 2:
+            raise ValueError(f"`images` must have an even number of channels with `pairs`. Received: {images.shape[-1]}")
+        order = _mirrored_order(size, images.shape[-1], pairs) if mirrored else None
+        covariance = _patch_covariance(images, size, order)
         if not np.isfinite(covariance).all() or covariance.max() <= 1e-12 * np.square(images, dtype=np.float64).mean():
             raise ValueError(
                 "`images` must be finite, and not all of their patches the same. "
                 f"Received: images of shape {images.shape} from {images.min()} to {images.max()}"
             )
-        order = _mirrored_order(size, images.shape[-1])
         vectors = _by_turns(covariance, order) if mirrored else _components(covariance)
         largest = np.take_along_axis(vectors, np.abs(vectors).argmax(0)[np.newaxis], 0)
         return cls((vectors * np.sign(largest)).reshape(*size, images.shape[-1], -1))
@@ -126,27 +130,27 @@ def _by_turns(covariance, order):
     return np.concatenate([turns, *(kind[:, pairs:] for kind in kinds)], 1)
 
 
-def _mirrored_order(size, channels):
+def _mirrored_order(size, channels, pairs):
     """Where in a patch each entry of its mirror image is."""
-    return np.arange(size[0] * size[1] * channels).reshape(*size, channels)[:, ::-1].ravel()
+    places = np.arange(size[0] * size[1] * channels).reshape(*size, channels)[:, ::-1]
+    return (places[..., np.arange(channels) ^ 1] if pairs else places).ravel()
 
 
-def _patch_covariance(images, size, mirrored):
+def _patch_covariance(images, size, order):
     """Returns the covariance matrix of all patches, float64, their entries in the order of a kernel's axes.
 
-    With `mirrored` it is that of the patches and of their mirror images together.
+    With the order of a mirror image it is that of the patches and of their mirror images together.
     """
     length = size[0] * size[1] * images.shape[-1]
     centre = images.mean((0, 1, 2), dtype=np.float64)
     count, total, squares = 0, np.zeros(length), np.zeros((length, length))
-    step = max(1, CHUNK // (images.shape[1] * images.shape[2]))
+    step = max(1, CHUNK // (images.shape[1] * images.shape[2] * length))
     for start in range(0, len(images), step):
         chunk = images[start : start + step].astype(np.float64) - centre
         patches = np.lib.stride_tricks.sliding_window_view(chunk, size, axis=(1, 2))  # batch, rows, columns, channels, kh, kw
         patches = patches.transpose(0, 1, 2, 4, 5, 3).reshape(-1, length)
         count, total, squares = count + len(patches), total + patches.sum(0), squares + patches.T @ patches
     mean, moments = total / count, squares / count
-    if mirrored:
-        order = _mirrored_order(size, images.shape[-1])
+    if order is not None:
         mean, moments = (mean + mean[order]) / 2, (moments + moments[order][:, order]) / 2
     return moments - np.outer(mean, mean)

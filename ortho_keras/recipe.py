@@ -72,6 +72,10 @@ class Recipe:
     stem_initializer: str = _field(
         "same", "the first convolution at the start: as the others, or the images' principal patches (ours)", ("same", "pca")
     )
+    widening_initializer: str = _field(
+        "same", "convolutions that widen the net at the start: as the others, or the principal patches of what they get (ours)",
+        ("same", "pca"),
+    )  # fmt: skip
     mirror_symmetry: bool = _field(
         False, "weights treat an image and its mirror image alike: half of them are the other half's mirror images (ours)"
     )

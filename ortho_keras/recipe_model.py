@@ -13,10 +13,12 @@ from ortho_keras.models import plain_cnn, residual_cnn
 from ortho_keras.modulation import modulate
 from ortho_keras.muon import Muon
 from ortho_keras.patch_pca import PatchPCAInitializer
+from ortho_keras.principal_start import start_from_patches
 from ortho_keras.regularizers import OrthonormalRegularizer
 from ortho_keras.schedules import LearningRate
 
 STEM_PIXELS = 5000 * 32 * 32  # whose patches are enough for their principal components
+WIDENING_PIXELS = 1000 * 32 * 32  # the same, of what the net makes of them
 BUILDERS = {
     ("cifar", "plain"): plain_cnn,
     ("cifar", "residual"): residual_cnn,
@@ -58,6 +60,12 @@ def build_model(recipe, data, replicated=False):
             symmetrize(model)
         except ValueError as error:
             raise InputError(f"--mirror_symmetry must have a net that can be symmetric: {error}") from error
+    if recipe.widening_initializer == "pca":
+        images, _ = data.train.sample(max(1, WIDENING_PIXELS // math.prod(data.image_shape[:2])))
+        try:
+            start_from_patches(model, images.astype("float32"))
+        except ValueError as error:
+            raise InputError(f"--widening_initializer=pca must have a net and images that give patches: {error}") from error
     if recipe.modulation == "off":
         return model
     # The classifier's error is not commensurable with the convolutions': global pooling lies between (see `modulate`).

@@ -104,6 +104,7 @@ def _with_control(name, preset, **control):
     l2 = {
         "initializer": "he_normal",
         "stem_initializer": "same",
+        "widening_initializer": "same",
         "regularizer": "l2",
         "factor": 1e-4,
         "modulation": "off",

@@ -1,0 +1,104 @@
+"""Where the convolutions that widen a net start: the principal components of the patches that they get."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from ortho_keras.graphs import Graph
+from ortho_keras.mirror import MirrorConstraint, symmetric_start
+from ortho_keras.patch_pca import PatchPCAInitializer
+
+
+def start_from_patches(model, images, layers=None):
+    """Sets convolutions' kernels to the principal components of the patches that they get of some images, in place.
+
+    An identity (`DiracInitializer`) hands on what it gets, but a convolution that widens the net, from 16 to 32 channels,
+    say, cannot be one. Random filters there mostly see what varies most, all of them, and an orthonormal net hands on those
+    copies. Principal components are uncorrelated, and the BatchNormalization behind them brings each to variance 1; they are
+    orthonormal, so `OrthonormalRegularizer`'s gradient is 0 at them. The layers are taken in order: each sees what comes
+    of the kernels that were set before it, with BatchNormalization by the statistics of these images.
+
+    A kernel under a `MirrorConstraint` (`symmetrize` comes first) starts symmetric: every two partners are the sum and the
+    difference of a component that is its own mirror image and of one that is the negative of it.
+
+    Args:
+        model: A built Functional or Sequential model of images `(batch, height, width, channels)`.
+        images: Array `(batch, height, width, channels)`, as the model takes them. A thousand of 32x32 pixels are enough: what
+            the layers make of all of them is in memory at once.
+        layers: List of names of Conv2D layers. By default those of more than one pixel that have more filters than input
+            channels, but for the model's first, which `PatchPCAInitializer` is for.
+
+    Returns:
+        The names of the layers, in the order in which they were set.
+
+    Raises:
+        ValueError: If `layers` names what is no Conv2D of one group in the model, or a layer's patches are all the same or not
+            finite. Nothing is changed then.
+
+    Example:
+
+    >>> model = ortho_keras.plain_cnn(44, relu_shift=1.0, initializer="dirac")
+    >>> ortho_keras.start_from_patches(model, images)
+    ['stage2_conv01', 'stage3_conv01']
+
+    Reference:
+        Ours, after Chan et al. 2015, "PCANet" ([arXiv:1404.3606](https://arxiv.org/abs/1404.3606)), whose cascaded filters are
+        the components of patches, untrained. Not a part of Xie et al. 2017.
+    """
+    graph = Graph(model)
+    before, taken = {}, []
+
+    def call(layer, *args, **kwargs):
+        if isinstance(layer, keras.layers.Conv2D):
+            x = args[0] if args else next(iter(kwargs.values()))
+            first = not taken
+            taken.append(layer.name)
+            if _is_chosen(layer, layers, first) and layer.name not in before:
+                before[layer.name] = layer.kernel, layer.kernel.numpy()
+                layer.kernel.assign(_components(layer, x))
+        if isinstance(layer, keras.layers.BatchNormalization):
+            return _normalized(layer, args[0] if args else kwargs["inputs"])
+        return layer(*args, **kwargs)
+
+    try:
+        graph.run(tf.convert_to_tensor(images), call, training=False)
+        missing = [name for name in layers or () if name not in before]
+        if missing:
+            raise ValueError(f"`layers` must name Conv2D layers of one group in the model. Received: {', '.join(missing)}")
+    except BaseException:
+        for kernel, value in before.values():
+            kernel.assign(value)
+        raise
+    return list(before)
+
+
+def _is_chosen(layer, layers, first):
+    if layer.groups != 1:
+        return False
+    if layers is not None:
+        return layer.name in layers
+    *size, channels, filters = layer.kernel.shape
+    return not first and max(size) > 1 and filters > channels
+
+
+def _components(layer, x):
+    """The kernel that a convolution starts with, of its inputs `(batch, height, width, channels)`."""
+    constraint = layer.kernel_constraint
+    mirrored = isinstance(constraint, MirrorConstraint)
+    features = np.asarray(tf.cast(x, tf.float32))
+    try:
+        initializer = PatchPCAInitializer.from_images(features, layer.kernel_size, mirrored, mirrored and constraint.inputs)
+    except ValueError as error:
+        raise ValueError(f"`images` must differ within every layer's patches. Received, at {layer.name!r}: {error}") from error
+    kernel = initializer(layer.kernel.shape, "float64")
+    return symmetric_start(layer, kernel, constraint) if mirrored else kernel
+
+
+def _normalized(layer, x):
+    """What a BatchNormalization gives of a batch in training; its averages are not touched."""
+    values = tf.cast(x, tf.float32)
+    axes = [axis for axis in range(len(x.shape)) if axis != layer.axis % len(x.shape)]
+    mean, variance = tf.nn.moments(values, axes, keepdims=True)
+    shape = mean.shape
+    gamma, beta = (None if one is None else tf.reshape(tf.cast(one, tf.float32), shape) for one in (layer.gamma, layer.beta))
+    return tf.cast(tf.nn.batch_normalization(values, mean, variance, beta, gamma, layer.epsilon), x.dtype)
