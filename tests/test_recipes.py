@@ -51,6 +51,7 @@ def test_every_recipe_has_a_control(name):
     allowed = {
         "initializer",
         "stem_initializer",
+        "widening_initializer",
         "regularizer",
         "factor",
         "modulation",
