@@ -32,8 +32,8 @@ def start_from_patches(model, images, layers=None):
         The names of the layers, in the order in which they were set.
 
     Raises:
-        ValueError: If `layers` names what is no Conv2D of one group in the model, or a layer's patches are all the same or not
-            finite. Nothing is changed then.
+        ValueError: If `layers` names what is no Conv2D of one group in the model, or what a layer gets is smaller than its
+            kernel, not finite, or the same at all patches. Nothing is changed then.
 
     Example:
 
@@ -46,16 +46,15 @@ def start_from_patches(model, images, layers=None):
         the components of patches, untrained. Not a part of Xie et al. 2017.
     """
     graph = Graph(model)
-    before, taken = {}, []
+    before, first = {}, True
 
     def call(layer, *args, **kwargs):
+        nonlocal first
         if isinstance(layer, keras.layers.Conv2D):
-            x = args[0] if args else next(iter(kwargs.values()))
-            first = not taken
-            taken.append(layer.name)
             if _is_chosen(layer, layers, first) and layer.name not in before:
                 before[layer.name] = layer.kernel, layer.kernel.numpy()
-                layer.kernel.assign(_components(layer, x))
+                layer.kernel.assign(_components(layer, args[0] if args else kwargs["inputs"]))
+            first = False
         if isinstance(layer, keras.layers.BatchNormalization):
             return _normalized(layer, args[0] if args else kwargs["inputs"])
         return layer(*args, **kwargs)
@@ -89,7 +88,7 @@ def _components(layer, x):
     try:
         initializer = PatchPCAInitializer.from_images(features, layer.kernel_size, mirrored, mirrored and constraint.inputs)
     except ValueError as error:
-        raise ValueError(f"`images` must differ within every layer's patches. Received, at {layer.name!r}: {error}") from error
+        raise ValueError(f"`images` must give every layer patches that differ. Received, at {layer.name!r}: {error}") from error
     kernel = initializer(layer.kernel.shape, "float64")
     return symmetric_start(layer, kernel, constraint) if mirrored else kernel
 

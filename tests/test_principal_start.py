@@ -94,8 +94,8 @@ def test_a_symmetric_net_stays_symmetric():
     ("layers", "change", "told"),
     [
         (["stage2_conv01", "pool", "nowhere"], 1.0, "`layers` must name Conv2D layers .* Received: pool, nowhere"),
-        (None, 0.0, "`images` must differ within every layer's patches. Received, at 'stage2_conv01'"),
-        (None, np.nan, "`images` must differ within every layer's patches. Received, at 'stage2_conv01'"),
+        (None, 0.0, "`images` must give every layer patches that differ. Received, at 'stage2_conv01'"),
+        (None, np.nan, "`images` must give every layer patches that differ. Received, at 'stage2_conv01'"),
     ],
 )
 def test_wrong_input_changes_nothing(layers, change, told):
@@ -104,6 +104,12 @@ def test_wrong_input_changes_nothing(layers, change, told):
     with pytest.raises(ValueError, match=told):
         start_from_patches(model, images_for(model) * np.float32(change), layers)
     assert all(np.array_equal(value, before[path]) for path, value in values_of(model).items())
+
+
+def test_features_smaller_than_the_kernel():
+    model = net(input_shape=(4, 4, 3))  # the third stage's convolution gets 2x2 pixels
+    with pytest.raises(ValueError, match="Received, at 'stage3_conv01': .* no smaller than the kernel, 3x3"):
+        start_from_patches(model, images_for(model))
 
 
 def recipe(**changes):
