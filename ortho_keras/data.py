@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 
 import numpy as np
 import tensorflow as tf
@@ -61,6 +62,21 @@ class ImageData:
         mean = sum(chunk.sum(0) for chunk in chunks) / len(pixels)
         variance = sum(np.square(chunk - mean).sum(0) for chunk in chunks) / len(pixels)
         return mean.tolist(), np.maximum(variance, 1e-12).tolist()
+
+    @functools.cached_property
+    def fingerprint(self):
+        """SHA-256, hexadecimal, of all images and labels in any order, held out or not; `None` of streamed ones.
+
+        Two runs with the same one had the same pixels to learn from and were judged by the same ones.
+        """
+        if isinstance(self.train, StreamedSplit):
+            return None
+        whole = hashlib.sha256(str(self.image_shape).encode())
+        for splits in ((self.train, self.validation), (self.test,)):
+            pairs = [pair for split in splits if split for pair in zip(split.images, split.labels)]
+            digests = (hashlib.sha256(label.astype("<i8").tobytes() + image.tobytes()).digest() for image, label in pairs)
+            whole.update(b"".join(sorted(digests)))
+        return whole.hexdigest()
 
 
 def load_data(name, data_dir=None, image_size=0, hold_out=True, stream=False):

@@ -126,7 +126,7 @@ def _run(recipe, workdir, hold, data_dir, name, runtime, callbacks, keep_checkpo
     test = trainer.evaluate(data.test, recipe.augment in MIRRORING)
     if not runtime.is_chief:
         return None
-    result = result_of(name, recipe, model, history, test, data.skipped, runtime)
+    result = result_of(name, recipe, data, model, history, test, runtime)
     _save_model(model, workdir / "final.keras")
     write_json(workdir / "history.json", history)
     plot_curves(history, workdir / "curves.png", f"{name or recipe.network} (depth {recipe.depth}, seed {recipe.seed})")

@@ -10,16 +10,16 @@ from ortho_keras.runtime import cpu_cores, device_names
 PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "scikit-learn")
 
 
-def result_of(name, recipe, model, history, test, skipped, runtime):
+def result_of(name, recipe, data, model, history, test, runtime):
     """Returns the content of `result.json`, a dict.
 
     Args:
         name: The recipe's name.
         recipe: `Recipe`.
+        data: `ImageData`, which was trained and judged on.
         model: The trained model.
         history: List of the epochs' figures, at least one.
         test: Dict of the figures on the test split.
-        skipped: Names of the images that did not decode.
         runtime: `Runtime`.
     """
     seconds = sum(row["seconds"] for row in history)
@@ -37,7 +37,8 @@ def result_of(name, recipe, model, history, test, skipped, runtime):
         "test_crossentropy": test["crossentropy"],
         "training_accuracy": last["accuracy"],
         "penalty": test["penalty"],
-        "skipped_images": len(skipped),
+        "skipped_images": len(data.skipped),
+        "data_sha256": data.fingerprint,
         "steps": last["step"],
         "seconds": round(seconds, 3),
         "images_per_second": round(sorted(rates)[len(rates) // 2], 1) if rates else None,

@@ -94,6 +94,32 @@ def test_image_size_resizes_by_the_antialiased_triangle_filter(digits, size):
     np.testing.assert_array_equal(data.train.labels, digits.train.labels)
 
 
+def test_the_fingerprint_is_the_images_and_labels_whatever_their_order():
+    whole, test = random_split(7), random_split(5, seed=1)
+    data = ImageData(whole, None, test, ())
+    order = np.random.default_rng(2).permutation(7)
+    cut = ImageData(whole.take(order[:4]), whole.take(order[4:]), test.take(np.arange(5)[::-1]), ())
+    assert cut.fingerprint == data.fingerprint
+    assert len(data.fingerprint) == 64 and set(data.fingerprint) <= set("0123456789abcdef")
+    pixel = whole.images.copy()
+    pixel[3, 2, 1, 0] ^= 1
+    swapped = whole.labels.copy()
+    swapped[[2, 4]] = swapped[[4, 2]]
+    others = [
+        ImageData(Split(pixel, whole.labels), None, test, ()),
+        ImageData(Split(whole.images, swapped), None, test, ()),
+        ImageData(whole.take([0, 1, 2, 3, 4, 5, 6, 6]), None, test, ()),
+        ImageData(test, None, whole, ()),
+        ImageData(
+            Split(whole.images.reshape(7, 16, 32, 3), whole.labels),
+            None,
+            Split(test.images.reshape(5, 16, 32, 3), test.labels),
+            (),
+        ),
+    ]
+    assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 6
+
+
 def test_channel_statistics_equal_those_of_whole_numbers():
     rng = np.random.default_rng(0)
     images = np.stack([rng.integers(low, high, (2100, 32, 32)) for low, high in ((0, 256), (250, 256), (7, 8))], -1)

@@ -323,10 +323,11 @@ def test_mirror_images_by_hand():
     assert (alone, both, weight) == (1, 2, 3)
 
 
-def test_a_run_without_held_out_images(tmp_path):
+def test_a_run_without_held_out_images(tmp_path, finished):
     lines = []
     result = run(dataclasses.replace(RECIPE, hold_out=False, epochs=2), tmp_path / "run", log=lines.append)
     assert result["validation_accuracy"] is None and result["steps"] == 2 * (1437 // 64) and result["test_accuracy"] > 0.2
+    assert result["data_sha256"] == finished[1]["data_sha256"] == load_data("digits").fingerprint
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert len(history) == 2 and not any(name.startswith("validation") for row in history for name in row)
     assert any("1437 training, 0 validation and 360 test images" in line for line in lines)

@@ -38,6 +38,7 @@ def test_three_steps_and_an_evaluation(folder, tmp_path, name, precision):
     recipe = small(name, folder, precision=precision, width=width)
     result = experiment.run(recipe, tmp_path, name=name, log=lambda line: None)
     assert result["steps"] == 3 and result["skipped_images"] == 0 and result["validation_accuracy"] is None
+    assert result["data_sha256"] is None
     assert 0 <= result["test_accuracy"] <= result["test_top5_accuracy"] <= 1
     assert np.isfinite([result["test_crossentropy"], result["penalty"]]).all()
 
