@@ -40,7 +40,7 @@ def plain_cnn(
             whatever `keras.initializers.get` takes; `None` is Keras's default. Each layer gets a copy with a seed of its own.
         stem_initializer: How the first convolution starts: whatever `keras.initializers.get` takes, a `PatchPCAInitializer`
             (ours), say. `None`: as the others.
-        bn_shift: float. The initial value of every BatchNormalization's beta. The paper's is 0; near 1 the ReLUs are more
+        bn_shift: float. The initial value of every BatchNormalization's beta, usually 0; near 1 the ReLUs are more
             linear, and the error keeps its magnitude going down, but zero-padded borders drown the images (ours).
         relu_shift: float, at least 0, or `"auto"`. The activations are `max(x, -relu_shift)`, see `ShiftedReLU`: the same
             without the harm at the borders (ours). 0 is the paper's ReLU; `"auto"` is `shift_for_depth(depth)`.

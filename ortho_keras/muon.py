@@ -31,7 +31,8 @@ class Muon(keras.optimizers.Optimizer):
     `keras.optimizers.Muon` moves kernels of rank 2 only, and convolutions by Adam.
 
     Args:
-        learning_rate: float or schedule. 0.003 to 0.02; the deeper the net, the less.
+        learning_rate: float or schedule. The deeper the net, the less: at 44 layers 0.01 was best on digits, 0.0035 on
+            CIFAR-10; the default is Jordan et al.'s.
         momentum: float, from 0 to below 1.
         vector_rate: float, at least 0. The learning rate of variables of rank 0 and 1, over `learning_rate`.
         beta_2: float, from 0 to below 1. Adam's decay of squares, for these.

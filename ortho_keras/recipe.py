@@ -79,7 +79,7 @@ class Recipe:
     mirror_symmetry: bool = _field(
         False, "weights treat an image and its mirror image alike: half of them are the other half's mirror images (ours)"
     )
-    bn_shift: float = _field(0.0, "BatchNormalization's initial beta (the paper: 0; near 1: ours)")
+    bn_shift: float = _field(0.0, "BatchNormalization's initial beta (usually 0; near 1: ours)")
     relu_shift: float = _field(
         0.0, "the ReLUs are max(x, -relu_shift) (ours; 0: the ReLU; -1: the shift for the depth)", least=-1
     )

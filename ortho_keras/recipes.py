@@ -60,8 +60,8 @@ _PAPER = Recipe(
 )
 # 45,000 training images are 351 steps of 128 an epoch.
 _SHORT = dataclasses.replace(_PAPER, epochs=5, max_steps=0, schedule="cosine", warmup_steps=100)
-# Ours, beyond the paper. With 44 layers they train on all training images; the values were settled on with a tenth held out.
-# Picked by hand after some thirty trial runs of three to eight epochs at 16x16 pixels, one seed, by training and validation
+# Ours, beyond the paper. With 44 layers they train on all training images; the values here were settled on with a tenth held
+# out, by hand after some thirty trial runs of three to eight epochs at 16x16 pixels, one seed, by training and validation
 # accuracy: what was tried, and what it gave, is in docs/evidence.md.
 _FAST = dataclasses.replace(
     _SHORT,
