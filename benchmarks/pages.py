@@ -25,18 +25,33 @@ RESULTS = ROOT / "benchmarks" / "results"
 TEST_HEADER = ("test accuracy, % (mean ± deviation, seeds)", "with mirror images, %")
 PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md", ROOT / "benchmarks" / "README.md")
 
+COPY = "jpeg_copy"  # the folder of what was measured on a copy of CIFAR-10 that was compressed as JPEG
+ORIGINAL = "d852faa1b6a2fd15a9a6adc20af0501007f64b995b17e06d8f4009f86743625a"  # `data_sha256` of CIFAR-10 at 32x32 pixels
+
 flags.DEFINE_bool("check", False, "Compare only.")
 
 
+def result_files(kind):
+    """Yields the results of `recipes` or `trials`: which images (`""` where there is but one set), path, content."""
+    for folder in (RESULTS, RESULTS / COPY):
+        for path in sorted((folder / kind).glob("*.json")):
+            result = json.loads(path.read_text())
+            photographs = result["recipe"]["dataset"] == "cifar10"
+            original = result.get("data_sha256") == ORIGINAL
+            if photographs and result["recipe"]["image_size"] == 0 and original == (folder.name == COPY):
+                kind = "the original" if original else "other"
+                sys.exit(f"{path.relative_to(ROOT)} is of {kind} images, by its data_sha256: it belongs elsewhere")
+            yield ("JPEG copy" if folder.name == COPY else "original") if photographs else "", path, result
+
+
 def load_recipes():
-    """Returns `{recipe: [result of each seed]}`; a result of values that the recipe has no longer ends the script."""
+    """Returns `{(recipe, images): [result of each seed]}`; a result of values that the recipe has no longer ends the script."""
     runs = {}
-    for path in sorted((RESULTS / "recipes").glob("*.json")):
-        result = json.loads(path.read_text())
+    for images, path, result in result_files("recipes"):
         if not RECIPES[result["recipe_name"]].gave(result):
             sys.exit(f"{path.relative_to(ROOT)} is of other values than the recipe has: measure it again, or delete it")
-        runs.setdefault(result["recipe_name"], []).append(result)
-    return runs
+        runs.setdefault((result["recipe_name"], images), []).append(result)
+    return dict(sorted(runs.items(), key=lambda item: item[0][0]))
 
 
 def load_ablation(folder):
@@ -64,11 +79,12 @@ def test_cells(results):
 
 def recipes_table(runs):
     rows = []
-    for name, results in runs.items():
+    for (name, images), results in runs.items():
         error = max(max(result["orthonormality_error"].values()) for result in results)
         rows.append(
             [
                 f"`{name}`",
+                images,
                 results[0]["recipe"]["depth"],
                 *test_cells(results),
                 f"{statistics.mean(result['seconds'] for result in results):.0f}",
@@ -76,33 +92,33 @@ def recipes_table(runs):
                 f"{error:.2g}",
             ]
         )
-    header = ["recipe", "layers", *TEST_HEADER, "training, s", "images/s"]
+    header = ["recipe", "images", "layers", *TEST_HEADER, "training, s", "images/s"]
     return table([*header, "largest \\|WᵀW − I\\|"], rows)
 
 
 def trials_table():
     """One row for each trial: a recipe, the values in which the trial differs from it as it is now, and what came out."""
     runs = {}
-    for path in sorted((RESULTS / "trials").glob("*.json")):
-        result = json.loads(path.read_text())
+    for images, path, result in result_files("trials"):
         ran = dataclasses.replace(Recipe(**result["recipe"]), seed=0)  # as every preset's
         flags = " ".join(RECIPES[result["recipe_name"]].changes(ran))
         if not flags:
             sys.exit(f"{path.relative_to(ROOT)} is of the recipe's own values: it belongs in results/recipes")
-        runs.setdefault((result["recipe_name"], flags), []).append(result)
+        runs.setdefault((result["recipe_name"], images, flags), []).append(result)
     rows = []
-    for (name, flags), results in runs.items():
+    for (name, images, flags), results in sorted(runs.items(), key=lambda item: item[0][0]):
         validation = [result["validation_accuracy"] for result in results]
         rows.append(
             [
                 f"`{name}`",
+                images,
                 f"`{flags}`",
                 "" if None in validation else spread(validation),
                 *test_cells(results),
                 ", ".join(sorted({result["commit"][:10] for result in results})),
             ]
         )
-    header = ["recipe", "differs in", "validation accuracy, %", *TEST_HEADER, "commit"]
+    header = ["recipe", "images", "differs in", "validation accuracy, %", *TEST_HEADER, "commit"]
     return table(header, rows)
 
 
@@ -113,7 +129,8 @@ def conditions(runs):
     commits = sorted({r["commit"][:10] for r in every})
     return (
         f"Measured on {'; '.join(sorted(devices))}; {'; '.join(sorted(versions))}; commits {', '.join(commits)}. "
-        "Each row's command is in its result file, `benchmarks/results/recipes/<recipe>-seed<seed>.json`."
+        "Each row's command is in its result file, `benchmarks/results/recipes/<recipe>-seed<seed>.json`, of the JPEG copy "
+        f"in `benchmarks/results/{COPY}/recipes`."
     )
 
 
@@ -177,17 +194,6 @@ def initialization_table():
     return table(["data", "layers", "net", "error's growth a layer", "over the net", "lowest image share"], rows)
 
 
-def recompression_table():
-    folder, rows = RESULTS / "recompression", []
-    decibels = json.loads((folder / "twice-images.json").read_text())["signal_to_noise_db"]
-    for arm, about in {"once": "the copy", "twice": f"the same, compressed again ({decibels:.1f} dB)"}.items():
-        runs = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{arm}-seed*.json"))]
-        figures = [spread([r[name] for r in runs]) for name in ("training_accuracy", "test_accuracy")]
-        net = {f"{r['recipe']['depth']} layers, {r['recipe']['epochs']} epochs" for r in runs}
-        rows.append([about, ", ".join(sorted(net)), *figures, ", ".join(sorted({r["commit"][:10] for r in runs}))])
-    return table(["images", "net", "training accuracy, %", "test accuracy, % (mean ± deviation, seeds)", "commit"], rows)
-
-
 def depth_table():
     rows = []
     for path in sorted((RESULTS / "depth").glob("*.json")):
@@ -237,7 +243,7 @@ def draw_recipes(runs):
     figure, panels = new_figure((9, 3.6), 2)
     for axes, name, title in zip(panels, ("accuracy", "validation_accuracy"), ("training accuracy", "validation accuracy")):
         for recipe, color in (("digits", "tab:blue"), ("digits_l2", "tab:orange")):
-            for index, result in enumerate(runs.get(recipe, [])):
+            for index, result in enumerate(runs.get((recipe, ""), [])):
                 draw_line(axes, result, name, color, recipe if index == 0 else None)
         axes.set(title=title, xlabel="step", ylim=(0, 1.02))
     panels[0].legend(loc="lower right")
@@ -297,7 +303,7 @@ def fill(text, contents):
 def main(_):
     recipes = load_recipes()
     contents = {"recipes": recipes_table(recipes), "conditions": conditions(recipes), "initialization": initialization_table()}
-    contents |= {"trials": trials_table(), "recompression": recompression_table(), "depth": depth_table()}
+    contents |= {"trials": trials_table(), "depth": depth_table()}
     contents |= cost_tables(RESULTS)
     contents |= search_tables() if (RESULTS / "search").exists() else {}
     folders = {rung: RESULTS / "ablation" / rung for rung in RUNGS}

@@ -7,11 +7,8 @@ import pathlib
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from ortho_keras.data import load_data
 from ortho_keras.recipes import RECIPES
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -176,25 +173,13 @@ def test_inference_counts_what_a_shortcut_keeps_alive(tmp_path):
     assert rows["plain"]["parameters"] - rows["plain, folded"]["parameters"] == 3 * channels
 
 
-def test_recompression_trains_on_the_images_and_on_the_same_compressed(tmp_path):
-    places = [f"--results={tmp_path / 'results'}", f"--runs={tmp_path / 'runs'}"]
-    given = ["--dataset=digits", "--depth=8", "--epochs=1", "--seeds=3", *places]
-    subprocess.run([sys.executable, ROOT / "benchmarks" / "recompression.py", *given], check=True, capture_output=True)
-    data = load_data("digits", hold_out=False)
-    squares = []
-    for split in ("train", "test"):
-        images, labels = getattr(data, split).sample()
-        for index in range(len(labels)):
-            name = f"{split}/{labels[index]}/{index:05d}.png"
-            once, twice = (np.asarray(Image.open(tmp_path / "runs" / arm / name), float) for arm in ("once", "twice"))
-            np.testing.assert_array_equal(once, images[index, ..., 0])
-            squares.append(np.mean((twice - once) ** 2))
-    told = json.loads((tmp_path / "results" / "twice-images.json").read_text())["signal_to_noise_db"]
-    assert told == pytest.approx(20 * math.log10(255 / math.sqrt(np.mean(squares))), rel=1e-9) and 20 < told < 60
-    for arm in ("once", "twice"):
-        result = json.loads((tmp_path / "results" / f"{arm}-seed3.json").read_text())
-        assert result["recipe"]["dataset"] == f"folder:{tmp_path / 'runs' / arm}" and result["seed"] == 3
-        assert (result["recipe"]["depth"], result["recipe"]["optimizer"]) == (8, "muon") and 0 < result["test_accuracy"] < 1
+def read_pages(folder, call):
+    """Runs a function of benchmarks/pages.py on result files in `folder`."""
+    load = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import pages, pathlib; "
+        f"pages.ROOT = pages.RESULTS = pathlib.Path({str(folder)!r}); {call}"
+    )
+    return subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -208,12 +193,32 @@ def test_pages_refuse_a_result_in_the_wrong_folder(tmp_path, folder, depth, read
     recipe = dataclasses.replace(RECIPES["digits"].recipe, depth=depth, seed=5).to_json()
     (tmp_path / folder).mkdir()
     (tmp_path / folder / "digits-seed5.json").write_text(json.dumps({"recipe_name": "digits", "seed": 5, "recipe": recipe}))
-    load = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import pages, pathlib; "
-        f"pages.ROOT = pages.RESULTS = pathlib.Path({str(tmp_path)!r}); pages.{read}()"
-    )
-    done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
+    done = read_pages(tmp_path, f"pages.{read}()")
     assert done.returncode == 1 and f"{folder}/digits-seed5.json {message}" in done.stderr
+
+
+def test_pages_keep_original_images_and_others_apart(tmp_path):
+    name = "plain44_cifar10_fast"
+    told = {"recipe_name": name, "seed": 0, "recipe": RECIPES[name].recipe.to_json()}
+    original = {**told, "data_sha256": "d852faa1b6a2fd15a9a6adc20af0501007f64b995b17e06d8f4009f86743625a"}
+    other = {**told, "data_sha256": "0" * 64}
+    paths = [tmp_path / folder / f"{name}-seed0.json" for folder in ("recipes", "jpeg_copy/recipes")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+
+    def read(*contents):
+        for path, content in zip(paths, contents, strict=True):
+            path.write_text(json.dumps(content))
+        return read_pages(tmp_path, "print(list(pages.load_recipes()))")
+
+    assert read(original, other).stdout.strip() == f"[('{name}', 'original'), ('{name}', 'JPEG copy')]"
+    for contents, message in (
+        ((other, other), "recipes/plain44_cifar10_fast-seed0.json is of other images"),
+        ((told, other), "recipes/plain44_cifar10_fast-seed0.json is of other images"),
+        ((original, original), "jpeg_copy/recipes/plain44_cifar10_fast-seed0.json is of the original images"),
+    ):
+        done = read(*contents)
+        assert done.returncode == 1 and message in done.stderr
 
 
 def test_a_trial_is_kept_apart_from_the_recipe_and_tells_what_was_changed(tmp_path):
@@ -227,14 +232,10 @@ def test_a_trial_is_kept_apart_from_the_recipe_and_tells_what_was_changed(tmp_pa
     changed = " ".join(f"--{value}" for value in values)
     assert result["command"] == f"python train.py --recipe=digits {changed} --seed=3"
     assert result["recipe"]["crop_border"] == 1 and result["steps"] == 20
-    show = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import pages, pathlib; "
-        f"pages.RESULTS = pathlib.Path({str(tmp_path)!r}); print(pages.trials_table())"
-    )
-    done = subprocess.run([sys.executable, "-c", show], check=True, capture_output=True, text=True)
+    done = read_pages(tmp_path, "print(pages.trials_table())")
     row = [cell.strip() for cell in done.stdout.strip().splitlines()[-1].strip("|").split("|")]
     shares = [f"{100 * result[name]:.2f} (1)" for name in ("validation_accuracy", "test_accuracy")]
-    assert row == ["`digits`", f"`{changed}`", *shares, "", result["commit"][:10]]
+    assert row == ["`digits`", "", f"`{changed}`", *shares, "", result["commit"][:10]]
     path.write_text(json.dumps(result | {"test_mirrored_accuracy": 0.8765}))
-    done = subprocess.run([sys.executable, "-c", show], check=True, capture_output=True, text=True)
+    done = read_pages(tmp_path, "print(pages.trials_table())")
     assert done.stdout.strip().endswith(f"| {shares[1]} | 87.65 (1) | {result['commit'][:10]} |")
