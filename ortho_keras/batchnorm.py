@@ -6,6 +6,7 @@ import threading
 import keras
 import tensorflow as tf
 
+from ortho_keras.errors import first_line
 from ortho_keras.kernels import walk_layers
 from ortho_keras.mirror import alike_for_partners
 
@@ -63,8 +64,10 @@ class BatchNormalizationEstimator:
 
     The first call traces the model once; keep the object to estimate again. Dropout and the like see training mode too, and
     what else changes itself in it does so (`SpectralNormalization`). A layer that is called several times gets the average
-    over its calls. A frozen layer keeps its averages, and so does one that the model calls in inference mode. A model that
-    was built under a `tf.distribute` strategy gets the mean over replicas; after `symmetrize`, partners get that of the two.
+    over its calls. A frozen layer keeps its averages, and so does one that a subclassed model or a layer calls in inference
+    mode; in a Functional model `training=False` of such a call counts as little as in `fit`, for Keras hands its own on. A
+    model that was built under a `tf.distribute` strategy gets the mean over replicas; after `symmetrize`, partners get that
+    of the two.
 
     Args:
         model: A built Keras model.
@@ -112,8 +115,12 @@ class BatchNormalizationEstimator:
                 `tf.data.Dataset`.
 
         Raises:
-            ValueError: If there is no batch.
+            ValueError: If there is no batch, or one that the model does not take.
         """
+        if hasattr(batches, "shape"):
+            raise ValueError(
+                f"`batches` must be a list of batches, `[images]` for one. Received: an array of shape {batches.shape}"
+            )
         if not self.layers:
             return
         before = [tf.identity(v.value) for v in self.averages]
@@ -123,7 +130,7 @@ class BatchNormalizationEstimator:
         try:
             with self._statistics.recorded(self.layers):
                 for images in batches:
-                    sums = [total + mean for total, mean in zip(sums, self._observe(images))]
+                    sums = [total + mean for total, mean in zip(sums, self._means(images))]
                     count += 1
             if not count:
                 raise ValueError("`batches` must hold at least one batch. Received: none")
@@ -136,6 +143,15 @@ class BatchNormalizationEstimator:
         for layer in self.layers:
             for variable in (layer.moving_mean, layer.moving_variance):
                 variable.assign(alike_for_partners(layer, variable))
+
+    def _means(self, images):
+        try:
+            return self._observe(images)
+        except Exception as error:  # a layer may raise anything
+            shapes = keras.tree.map_structure(lambda tensor: tuple(getattr(tensor, "shape", ())), images)
+            raise ValueError(
+                f"`batches` must be what the model takes. Received: one of shape {shapes} ({first_line(error)})"
+            ) from error
 
 
 class _Statistics(threading.local):

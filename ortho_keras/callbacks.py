@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from ortho_keras.errors import first_line
 from ortho_keras.files import whole_file
+from ortho_keras.layer_state import copy_state
 from ortho_keras.modulation import ErrorModulation, switch_modulation
 from ortho_keras.optional import require
 from ortho_keras.plots import plot_heat_map
@@ -184,7 +185,7 @@ class SignalMonitor(keras.callbacks.Callback):
     def _report(self, step):
         self._started, self._last = time.perf_counter(), step
         if self._probe.model is not self.model:
-            self._probe.model.set_weights(self.model.get_weights())
+            copy_state(self.model, self._probe.model)
             for layer, copied in zip(self.model.layers, self._probe.model.layers):
                 if isinstance(layer, ErrorModulation):
                     copied.enabled = layer.enabled

@@ -185,7 +185,7 @@ def _bias_notes(model):
 def _has_plain_bias(layer):
     """Whether a layer is a convolution that adds a bias last, without an activation."""
     kernels = layer_kernels(layer)
-    if not kernels or isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense)):
+    if not kernels or has_own_call(layer) or isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense)):
         return False
     return layer.use_bias and layer.activation is keras.activations.linear
 

@@ -224,8 +224,8 @@ def _named_layers(model, names):
 
 
 def _check_models(models):
-    if not isinstance(models, dict) or not models:
-        raise ValueError(f"`models` must be a dict of label to model. Received: models={models!r}")
+    if not isinstance(models, dict) or not models or not all(isinstance(label, str) for label in models):
+        raise ValueError(f"`models` must be a dict of label, a string, to model. Received: models={models!r}")
     for model in models.values():
         if not isinstance(model, keras.Model) or not model.built:
             raise ValueError(f"`model` must be a built Keras model (call `model.build(...)`). Received: model={model!r}")

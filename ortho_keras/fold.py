@@ -1,13 +1,12 @@
 """A net as it is deployed: modulation removed, BatchNormalization folded into the layers before it."""
 
-import tempfile
-
 import keras
 import numpy as np
 
 from ortho_keras.batchnorm import FusedBatchNormalization
 from ortho_keras.graphs import Graph, has_own_call
-from ortho_keras.kernels import layer_kernels, walk_layers
+from ortho_keras.kernels import layer_kernels
+from ortho_keras.layer_state import copy_rest
 from ortho_keras.modulation import ErrorModulation
 
 _SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
@@ -127,19 +126,8 @@ class _Folding:
         self.copies[id(layer)] = copy = type(layer).from_config(config)
         outputs = copy(*args, **kwargs)
         copy.set_weights(layer.get_weights() if normalization is None else _weights(layer, normalization))
-        _restore_rest(layer, copy)
+        copy_rest(layer, copy)
         return outputs
-
-
-def _restore_rest(layer, copy):
-    """What layers hold beside their weights, as loading a file would: an adapted Normalization's figures, a lookup's table."""
-    for (one, _), (other, _) in zip(walk_layers(layer), walk_layers(copy)):
-        if isinstance(other, keras.layers.Normalization) and other.input_mean is None:
-            other.finalize_state()
-        if hasattr(one, "save_assets"):
-            with tempfile.TemporaryDirectory() as folder:
-                one.save_assets(folder)
-                other.load_assets(folder)
 
 
 def _weights(layer, normalization):

@@ -5,8 +5,10 @@ import itertools
 import keras
 import numpy as np
 
+from ortho_keras.errors import first_line
 from ortho_keras.graphs import Graph
 from ortho_keras.initializers import DiracInitializer
+from ortho_keras.layer_state import copy_state
 from ortho_keras.mirror import alike_for_partners
 from ortho_keras.modulation import ErrorModulation
 
@@ -56,17 +58,20 @@ def grow(model, deeper, x):
             raise ValueError(f"`{name}` must be a built Keras model (call `model.build(...)`). Received: {name}={net!r}")
     graphs = Graph(model), Graph(deeper)
     for name, net in (("model", model), ("deeper", deeper)):
-        ends = [] if isinstance(net, keras.Sequential) else [net.input, net.output]
-        if not all(keras.backend.is_keras_tensor(tensor) for tensor in ends):
+        if len(net.inputs) != 1 or len(net.outputs) != 1:
             raise ValueError(f"`{name}` must have one input and one output. Received: {net.name!r}")
     if not hasattr(x, "shape") or not len(x.shape) or not x.shape[0]:
-        raise ValueError(f"`x` must be an array or a tensor of at least one input. Received: x={x!r}")
-    pairs, new = _matched(*(_units(graph, x) for graph in graphs))
+        told = f"an array of shape {tuple(x.shape)}" if hasattr(x, "shape") else f"a {type(x).__name__}"
+        raise ValueError(f"`x` must be an array or a tensor of at least one input. Received: {told}")
+    for name, arrays in (("x", [x]), ("model", model.get_weights())):
+        if not all(map(_is_finite, arrays)):
+            raise ValueError(f"`{name}` must be finite. Received: {name} with inf or NaN")
+    pairs, new = _matched(*(_units(name, graph, x) for name, graph in zip(("model", "deeper"), graphs)))
     before = deeper.get_weights()
     try:
         for unit, copy in pairs:
             for layer, copied in zip(unit, copy):
-                copied.set_weights(layer.get_weights())
+                copy_state(layer, copied)
         _make_identities(graphs[1], new, x)
         _check_constraints(deeper)
         _check_outputs(model, deeper, x)
@@ -75,10 +80,17 @@ def grow(model, deeper, x):
         raise
 
 
+def _is_finite(array):
+    array = np.asarray(array)
+    return array.dtype.kind in "OSU" or bool(np.isfinite(array.astype(np.float64)).all())
+
+
 def _check_constraints(deeper):
     for variable in deeper.trainable_variables:
         value = np.asarray(variable, np.float64)
-        held = value if variable.constraint is None else np.asarray(variable.constraint(variable), np.float64)
+        if variable.constraint is None:
+            continue
+        held = np.asarray(variable.constraint(variable), np.float64)
         if not np.abs(held - value).max() <= TOLERANCE * np.abs(value).max():
             raise ValueError(
                 "`deeper` must have no constraints that the weights of `model` do not meet: its first step would change them "
@@ -89,7 +101,8 @@ def _check_constraints(deeper):
 def _check_outputs(model, deeper, x):
     error = largest = 0.0
     for start in range(0, len(x), _SLICE):
-        wanted, made = (np.asarray(net(x[start : start + _SLICE], training=False), np.float64) for net in (model, deeper))
+        outputs = (keras.tree.flatten(net(x[start : start + _SLICE], training=False)) for net in (model, deeper))
+        wanted, made = (np.asarray(own, np.float64) for (own,) in outputs)
         error, largest = max(error, np.abs(made - wanted).max()), max(largest, np.abs(wanted).max())
     if not error <= TOLERANCE * largest:
         raise ValueError(
@@ -109,7 +122,7 @@ class _Unit(list):
         return [self.section, *map(_kind, self)]
 
 
-def _units(graph, x):
+def _units(name, graph, x):
     """The layers with weights in the order of their calls, as units."""
     units, sections = [], 0
 
@@ -125,7 +138,10 @@ def _units(graph, x):
             sections += 1  # pooling, flattening
         return outputs
 
-    graph.run(x[:1], call, training=False)
+    try:
+        graph.run(x[:1], call, training=False)
+    except Exception as error:  # a layer may raise anything
+        raise ValueError(f"`x` must suit `{name}`. Received: x of shape {tuple(x.shape)} ({first_line(error)})") from error
     return units
 
 

@@ -25,15 +25,15 @@ def start_from_patches(model, images, layers=None):
         model: A built Functional or Sequential model of images `(batch, height, width, channels)`.
         images: Array `(batch, height, width, channels)`, as the model takes them. A thousand of 32x32 pixels are enough: what
             the layers make of all of them is in memory at once.
-        layers: List of names of Conv2D layers. By default those of more than one pixel that have more filters than input
-            channels, but for the model's first, which `PatchPCAInitializer` is for.
+        layers: List of names of Conv2D layers, of one group and channels last. By default those of more than one pixel that
+            have more filters than input channels, but for the model's first, which `PatchPCAInitializer` is for.
 
     Returns:
         The names of the layers, in the order in which they were set.
 
     Raises:
-        ValueError: If `layers` names what is no Conv2D of one group in the model, or what a layer gets is smaller than its
-            kernel, not finite, or the same at all patches. Nothing is changed then.
+        ValueError: If an argument is none of the above, if `layers` names what is no such Conv2D in the model, or if what a
+            layer gets is smaller than its kernel, not finite, or the same at all patches. Nothing is changed then.
 
     Example:
 
@@ -45,14 +45,24 @@ def start_from_patches(model, images, layers=None):
         Ours, after Chan et al. 2015, "PCANet" ([arXiv:1404.3606](https://arxiv.org/abs/1404.3606)), whose cascaded filters are
         the components of patches, untrained. Not a part of Xie et al. 2017.
     """
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(f"`model` must be a built Keras model (call `model.build(...)`). Received: model={model!r}")
+    images = np.asarray(images)
+    if images.ndim != 4 or not images.size or images.dtype.kind not in "uif":
+        raise ValueError(
+            "`images` must be real numbers (batch, height, width, channels). "
+            f"Received: images of shape {images.shape} and type {images.dtype}"
+        )
+    if layers is not None and (not isinstance(layers, (list, tuple)) or not all(isinstance(name, str) for name in layers)):
+        raise ValueError(f"`layers` must be a list of names. Received: layers={layers!r}")
     graph = Graph(model)
     before, first = {}, True
 
     def call(layer, *args, **kwargs):
         nonlocal first
         if isinstance(layer, keras.layers.Conv2D):
-            if _is_chosen(layer, layers, first) and layer.name not in before:
-                before[layer.name] = layer.kernel, layer.kernel.numpy()
+            if _is_chosen(layer, layers, first) and id(layer) not in before:
+                before[id(layer)] = layer, layer.kernel.numpy()
                 layer.kernel.assign(_components(layer, args[0] if args else kwargs["inputs"]))
             first = False
         if isinstance(layer, keras.layers.BatchNormalization):
@@ -61,18 +71,20 @@ def start_from_patches(model, images, layers=None):
 
     try:
         graph.run(tf.convert_to_tensor(images), call, training=False)
-        missing = [name for name in layers or () if name not in before]
+        names = [layer.name for layer, _ in before.values()]
+        missing = [name for name in layers or () if name not in names]
         if missing:
-            raise ValueError(f"`layers` must name Conv2D layers of one group in the model. Received: {', '.join(missing)}")
+            wanted = "Conv2D layers of one group, channels last, in the model"
+            raise ValueError(f"`layers` must name {wanted}. Received: {', '.join(missing)}")
     except BaseException:
-        for kernel, value in before.values():
-            kernel.assign(value)
+        for layer, value in before.values():
+            layer.kernel.assign(value)
         raise
-    return list(before)
+    return names
 
 
 def _is_chosen(layer, layers, first):
-    if layer.groups != 1:
+    if layer.groups != 1 or layer.data_format != "channels_last" or getattr(layer, "lora_enabled", False):
         return False
     if layers is not None:
         return layer.name in layers
@@ -84,13 +96,21 @@ def _components(layer, x):
     """The kernel that a convolution starts with, of its inputs `(batch, height, width, channels)`."""
     constraint = layer.kernel_constraint
     mirrored = isinstance(constraint, MirrorConstraint)
-    features = np.asarray(tf.cast(x, tf.float32))
+    features = _undilated(np.asarray(tf.cast(x, tf.float32)), layer.dilation_rate)
     try:
         initializer = PatchPCAInitializer.from_images(features, layer.kernel_size, mirrored, mirrored and constraint.inputs)
     except ValueError as error:
         raise ValueError(f"`images` must give every layer patches that differ. Received, at {layer.name!r}: {error}") from error
     kernel = initializer(layer.kernel.shape, "float64")
     return symmetric_start(layer, kernel, constraint) if mirrored else kernel
+
+
+def _undilated(features, rates):
+    """Takes every `rate`-th row and column, from each start, for an image: a dilated patch is a whole one there."""
+    down, across = rates
+    height, width = (size // rate for size, rate in zip(features.shape[1:3], rates))
+    parts = features[:, : height * down, : width * across].reshape(-1, height, down, width, across, features.shape[-1])
+    return parts.transpose(0, 2, 4, 1, 3, 5).reshape(-1, height, width, features.shape[-1])
 
 
 def _normalized(layer, x):

@@ -9,7 +9,17 @@ import tensorflow as tf
 from ortho_keras.errors import first_line
 from ortho_keras.graphs import Graph
 from ortho_keras.kernels import as_matrices, walk_layers
+from ortho_keras.layer_state import unchanged
 from ortho_keras.modulation import ErrorModulation, root_mean_square
+from ortho_keras.signal_inputs import (
+    KerasFunction,
+    checked_inputs,
+    checked_loss,
+    checked_targets,
+    loss_name,
+    shapes,
+    takes_logits_for_probabilities,
+)
 from ortho_keras.signals import LayerSignal, SignalReport, ratio
 from ortho_keras.spectra import kernel_extremes, mean_cosines, operator_extremes
 from ortho_keras.trace import Trace
@@ -78,18 +88,17 @@ class Probe:
             raise ValueError(f"`model` must be a built Keras model (call `model.build(...)`). Received: model={model!r}")
         self.graph = Graph(model)
         self.model = model
-        self.x = _checked_inputs(model, x)
-        whole = isinstance(y, (list, tuple)) and len(model.outputs) == 1
-        self.y = np.asarray(y) if whole else keras.tree.map_structure(np.asarray, y)
+        self.x = checked_inputs(model, x)
+        self.y = checked_targets(model, y)
         if loss is None and not model.compiled:
             raise ValueError("`loss` must be given for a model that is not compiled. Received: loss=None")
         # None: what `compile` made of its losses, which is more than the losses (see `_compiled_loss`).
-        self.loss = None if loss is None and model.loss is not None else _checked_loss(loss)
+        self.loss = None if loss is None and model.loss is not None else checked_loss(loss)
         # An output without a loss may have no target.
         sizes = {leaf.shape[:1] for leaf in keras.tree.flatten(self.y) if leaf.shape or leaf.dtype != object}
         size = len(keras.tree.flatten(self.x)[0])
-        if (self.loss is None or isinstance(self.loss, keras.losses.Loss) or _is_keras(self.loss)) and sizes != {(size,)}:
-            raise ValueError(f"`y` must hold a target for each of the {size} samples. Received: y of shape {_shapes(self.y)}")
+        if (self.loss is None or isinstance(self.loss, keras.losses.Loss)) and sizes != {(size,)}:
+            raise ValueError(f"`y` must hold a target for each of the {size} samples. Received: y of shape {shapes(self.y)}")
         self.half = any(getattr(layer, "compute_dtype", "") == "float16" for layer, _ in walk_layers(model))
 
     def measure(self, rule, singular_values=True):
@@ -99,16 +108,8 @@ class Probe:
             rule: `ErrorModulation`, what modulation would do.
             singular_values: bool.
         """
-        # A call in training mode moves BatchNormalization's averages, dropout's seeds, a SpectralNormalization's kernel.
-        # `compute_loss` counts in metrics, which it makes at its first call.
-        state = [(variable, tf.identity(variable.value)) for variable in (*self.model.variables, *_counters(self.model))]
-        try:
+        with unchanged(self.model):
             return self._measure(rule, singular_values)
-        finally:
-            known = {id(variable) for variable, _ in state}
-            state += [(new, tf.zeros_like(new.value)) for new in _counters(self.model) if id(new) not in known]
-            for variable, value in state:
-                variable.assign(value)
 
     def _measure(self, rule, singular_values):
         trace = Trace(self.x)
@@ -165,7 +166,7 @@ class Probe:
             return probe(None, training=True)
         except Exception as error:  # a layer may raise anything
             raise ValueError(
-                f"`x` must suit the model's layers. Received: x of shape {_shapes(self.x)} ({first_line(error)})"
+                f"`x` must suit the model's layers. Received: x of shape {shapes(self.x)} ({first_line(error)})"
             ) from error
 
     def _compiled_loss(self, y, outputs):
@@ -181,24 +182,29 @@ class Probe:
                 variable.regularizer = regularizer
 
     def _given_loss(self, y, outputs):
+        if len(self.model.outputs) == 1:  # in a list or dict, it may be
+            (outputs,), (y,) = keras.tree.flatten(outputs), keras.tree.flatten(y)
         one_each = tf.is_tensor(outputs) and outputs.shape[1:] == (1,)
-        if one_each and not isinstance(self.loss, keras.losses.Loss) and np.ndim(y) == 1:
+        if (
+            one_each
+            and np.ndim(y) == 1
+            and (isinstance(self.loss, KerasFunction) or not isinstance(self.loss, keras.losses.Loss))
+        ):
             y = y[:, np.newaxis]  # as `compile` does for a function
         return self.loss(y, outputs)
 
     def _loss(self, outputs):
         compiled = self.loss is None
         loss = self.model.loss if compiled else self.loss
-        name = loss if isinstance(loss, str) else getattr(loss, "__name__", "")
-        likelihood = _is_keras(loss) and (name or type(loss).__name__).lower().endswith("crossentropy")
+        name = loss_name(loss)
         try:
-            if likelihood and not getattr(loss, "from_logits", False) and _are_logits(outputs):
+            if takes_logits_for_probabilities(loss, outputs):
                 raise ValueError("these outputs are logits: give the loss object, with from_logits=True")
             value = self._compiled_loss(self.y, outputs) if compiled else self._given_loss(self.y, outputs)
             return tf.reduce_mean(tf.cast(value, tf.float32))
         except Exception as error:  # a loss of one's own may raise anything
             raise ValueError(
-                f"`y` and `loss` must suit the model's outputs {_shapes(outputs)}. Received: y of shape {_shapes(self.y)}, "
+                f"`y` and `loss` must suit the model's outputs {shapes(outputs)}. Received: y of shape {shapes(self.y)}, "
                 f"loss={name or loss!r} ({first_line(error)})"
             ) from error
 
@@ -217,74 +223,6 @@ class _InTraining(keras.Layer):
 
     def call(self, inputs, training=None):
         return self.function()
-
-
-def _checked_inputs(model, x):
-    """Returns x as a list of tensors, one for each of the model's inputs, in their types and ranks."""
-    expected = list(model.inputs)
-    if isinstance(x, dict):
-        names = [tensor.name for tensor in expected]
-        if isinstance(model.input, dict):
-            names = [next(name for name, own in model.input.items() if own is tensor) for tensor in expected]
-        missing = [name for name in names if name not in x]
-        if missing:
-            raise ValueError(f"`x` must have an entry for each of the inputs {names}. Received: a dict with {sorted(x)}")
-        arrays = [x[name] for name in names]
-    else:
-        arrays = list(x) if isinstance(x, (list, tuple)) and len(expected) > 1 else [x]
-    shapes = [tuple(tensor.shape) for tensor in expected]
-    try:
-        tensors = [_fitted(array, tensor) for array, tensor in zip(arrays, expected)]
-    except Exception as error:
-        raise ValueError(
-            f"`x` must be arrays of shape {_one(shapes)}. Received: {type(x).__name__} ({first_line(error)})"
-        ) from error
-    received = [tuple(tensor.shape) for tensor in tensors]
-    sizes = {shape[0] for shape in received if shape}
-    if len(arrays) != len(expected) or not all(map(_agree, shapes, received)) or len(sizes) != 1 or min(sizes) < 2:
-        raise ValueError(
-            f"`x` must be a batch of at least 2 for inputs of shape {_one(shapes)}. "
-            f"Received: {len(arrays)} arrays of shape {_one(received)}"
-        )
-    return tensors if len(tensors) > 1 else tensors[0]
-
-
-def _fitted(array, expected):
-    """A tensor of the input's type; a last axis of one channel is added or taken away, as `fit` does."""
-    tensor = tf.cast(tf.convert_to_tensor(array), expected.dtype)
-    rank = len(expected.shape)
-    if len(tensor.shape) == rank - 1 and expected.shape[-1] == 1:
-        return tensor[..., tf.newaxis]
-    return tf.squeeze(tensor, -1) if len(tensor.shape) == rank + 1 and tensor.shape[-1] == 1 else tensor
-
-
-def _agree(expected, received):
-    return len(expected) == len(received) and all(size in (None, own) for size, own in zip(expected[1:], received[1:]))
-
-
-def _checked_loss(loss):
-    message = (
-        "`loss` must be one Keras loss, its name, or a function of (y, outputs); several are taken from a compiled model. "
-        f"Received: loss={loss!r}"
-    )
-    if loss is None or isinstance(loss, (dict, list, tuple)):
-        raise ValueError(message)
-    try:
-        return keras.losses.get(loss)
-    except (ValueError, TypeError) as error:
-        raise ValueError(message) from error
-
-
-def _counters(model):
-    return [variable for metric in model.metrics for variable in metric.variables]
-
-
-def _is_keras(loss):
-    return isinstance(loss, str) or (getattr(loss, "__module__", "") or "").startswith("keras.")
-
-
-def _are_logits(outputs):
-    return any(tf.reduce_min(tensor) < 0 or tf.reduce_max(tensor) > 1 for tensor in keras.tree.flatten(outputs))
 
 
 def _magnitude(tensor, scale=1.0):
@@ -337,11 +275,3 @@ def _image_share(outputs, channels):
     others = [axis for axis in range(len(outputs.shape)) if axis not in channels]
     between = float(tf.reduce_mean(tf.math.reduce_variance(outputs, 0)))
     return ratio(between, float(tf.reduce_mean(tf.math.reduce_variance(outputs, others))))
-
-
-def _shapes(structure):
-    return keras.tree.map_structure(lambda tensor: tuple(tensor.shape), structure)
-
-
-def _one(values):
-    return values[0] if len(values) == 1 else values

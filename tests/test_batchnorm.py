@@ -130,6 +130,28 @@ def test_training_goes_on_with_its_own_momentum(fitted_before):
                 np.testing.assert_allclose(averages(model)[name][at], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            np.zeros((4, 4, 4, 2), "float32"),
+            r"`batches` must be a list of batches, `\[images\]` for one. Received: .*\(4, 4, 4, 2\)",
+        ),
+        (
+            [np.zeros((4, 4, 4, 9), "float32")],
+            r"`batches` must be what the model takes. Received: one of shape \(4, 4, 4, 9\) \(",
+        ),
+    ],
+)
+def test_what_is_no_list_of_batches_is_told(given, told):
+    model = two_normalizations()
+    before = averages(model)
+    with pytest.raises(ValueError, match=told):
+        BatchNormalizationEstimator(model)(given)
+    for name in before:
+        np.testing.assert_array_equal(averages(model)[name], before[name])
+
+
 def test_a_batch_that_raises_changes_nothing():
     model = two_normalizations()
     estimator, before = BatchNormalizationEstimator(model), averages(model)

@@ -211,6 +211,20 @@ def test_under_a_strategy(tmp_path, two_replicas):
     )
 
 
+def test_under_a_strategy_an_adapted_normalization_is_followed(tmp_path, two_replicas):
+    with two_replicas.scope():
+        scaling = keras.layers.Normalization(name="scaling")
+        scaling.adapt(100 * X + 500)
+        dense = keras.layers.Dense(10, name="dense")
+        model = keras.Sequential([keras.Input((8, 8, 1)), scaling, keras.layers.Flatten(), dense])
+        model.compile(keras.optimizers.SGD(0.0), LOGITS)
+    monitor = ortho_keras.SignalMonitor(100 * X[:16] + 500, Y[:16], tmp_path)
+    model.fit(100 * X + 500, Y, batch_size=16, verbose=0, callbacks=[monitor])
+    scaled = (X[:16] - X.mean()) / X.std()  # of the one channel
+    expected = np.mean(np.square(scaled.reshape(16, -1).astype(np.float64) @ dense.kernel.numpy()))
+    assert read_signals(tmp_path / "signals.csv")[0]["forward_moment"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_under_a_strategy_a_switch_of_the_modulation_is_followed(tmp_path, two_replicas):
     with two_replicas.scope():
         model = ortho_keras.modulate(ortho_keras.plain_cnn(8, (8, 8, 1), seed=0), tolerance=1.0)

@@ -137,6 +137,15 @@ def test_a_functional_model_with_a_call_of_its_own():
     assert report.fits and not report.notes  # what its call does with the bias is not known
 
 
+def test_a_convolution_with_a_call_of_its_own():
+    class Squared(layers.Conv2D):
+        def call(self, x):
+            return super().call(x) ** 2
+
+    inputs = keras.Input((5, 5, 3))
+    assert not check_design(keras.Model(inputs, layers.BatchNormalization()(Squared(4, 3)(inputs)))).notes
+
+
 def test_other_penalties_beside_orthonormal_ones_are_noted():
     def dense(name, regularizer, trainable=True):
         return layers.Dense(4, kernel_regularizer=regularizer, name=name, trainable=trainable)

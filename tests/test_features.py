@@ -264,6 +264,8 @@ def test_models_without_a_graph_have_filters_only(tmp_path):
         plot_features(model, np.zeros((1, 4, 4, 1)), ["conv"], tmp_path / "b.png")
     with pytest.raises(ValueError, match="`models` must be a dict"):
         compare_features([], np.zeros((1, 4, 4, 1)), ["conv"], tmp_path / "b.png")
+    with pytest.raises(ValueError, match="`models` must be a dict of label, a string, to model. Received: models={44: "):
+        compare_features({44: model}, np.zeros((1, 4, 4, 1)), ["conv"], tmp_path / "b.png")
 
 
 COMMANDS = """

@@ -159,7 +159,7 @@ def test_a_layer_that_is_called_by_keyword():
 
 def two_outputs():
     inputs = keras.Input((6,))
-    return keras.Model(inputs, {"a": layers.Dense(3)(inputs)})
+    return keras.Model(inputs, {"a": layers.Dense(3)(inputs), "b": layers.Dense(3)(inputs)})
 
 
 def without_scale(count):
@@ -195,6 +195,44 @@ def test_what_cannot_grow_is_refused_and_nothing_changes(model, deeper, expected
 def test_what_is_no_batch_is_refused(x):
     with pytest.raises(ValueError, match="`x` must be an array or a tensor of at least one input. Received"):
         grow(mlp(1), mlp(2), x)
+
+
+@pytest.mark.parametrize("place", ["x", "model"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_named(place, value):
+    model, deeper, x = mlp(1), mlp(2), np.ones((4, 6), "float32")
+    if place == "x":
+        x[2, 3] = value
+    else:
+        model.layers[0].bias.assign(np.float32([0, value, 0, 0, 0, 0]))
+    with pytest.raises(ValueError, match=f"`{place}` must be finite. Received: {place} with inf or NaN"):
+        grow(model, deeper, x)
+
+
+def test_inputs_of_another_size_are_told():
+    with pytest.raises(ValueError, match=r"`x` must suit `model`. Received: x of shape \(4, 5\) \(.*expected axis -1"):
+        grow(mlp(1), mlp(2), np.ones((4, 5), "float32"))
+
+
+def test_an_adapted_normalization_goes_along():
+    x = np.random.default_rng(0).normal(500, 100, (32, 6)).astype("float32")
+    adapted = layers.Normalization()
+    adapted.adapt(x)
+    model, deeper = (
+        keras.Sequential([keras.Input((6,)), scaling, *mlp(count).layers])
+        for scaling, count in ((adapted, 1), (layers.Normalization(), 3))
+    )
+    grow(model, deeper, x)
+    np.testing.assert_allclose(outputs(deeper, x[:5] + 1), outputs(model, x[:5] + 1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pack", [lambda one: [one], lambda one: {"only": one}])
+def test_one_output_in_a_list_or_dict(pack):
+    model, deeper = (keras.Model(net.inputs, pack(net.outputs[0])) for net in (mlp(1), mlp(3)))
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype("float32")
+    grow(model, deeper, x)
+    (made,), (wanted,) = (keras.tree.flatten(net(x)) for net in (deeper, model))
+    np.testing.assert_allclose(made, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("settings", [{"strides": 2}, {"padding": "valid"}, {"groups": 2}])

@@ -90,6 +90,56 @@ def test_a_symmetric_net_stays_symmetric():
             assert np.all(np.diff(np.diag(spread)) < 0)
 
 
+def test_a_dilated_convolution_gets_dilated_patches():
+    inputs = keras.Input((15, 14, 3))
+    layer = keras.layers.Conv2D(5, 3, dilation_rate=(2, 3), name="dilated")
+    model = keras.Model(inputs, layer(inputs))
+    images = images_for(model)
+    assert start_from_patches(model, images, ["dilated"]) == ["dilated"]
+    # What the layer's whole taps see, of as many rows and columns as the rates divide.
+    patches = np.stack([images[:, y : y + 10, x : x + 6] for y in (0, 2, 4) for x in (0, 3, 6)], 3)[:, :10, :6]
+    covariance = np.cov(patches.reshape(-1, 27).astype(np.float64).T)
+    matrix = kernel_of(model, "dilated").reshape(27, 5)
+    largest = np.linalg.eigvalsh(covariance)[::-1][:5]
+    np.testing.assert_allclose(matrix.T @ covariance @ matrix, np.diag(largest), atol=1e-4 * largest[0])
+
+
+def test_layers_that_share_a_name():
+    nested = [keras.Sequential([keras.layers.Conv2D(count, 3, name="same")], name=f"part{count}") for count in (4, 8, 16)]
+    model = keras.Sequential([keras.Input((12, 12, 3)), *nested])
+    before = [part.layers[0].kernel.numpy() for part in nested]
+    assert start_from_patches(model, images_for(model)) == ["same", "same"]
+    changed = [not np.array_equal(part.layers[0].kernel, value) for part, value in zip(nested, before)]
+    assert changed == [False, True, True]
+
+
+def test_channels_first_is_no_choice():
+    inputs = keras.Input((4, 12, 4))
+    model = keras.Model(inputs, keras.layers.Conv2D(8, 3, data_format="channels_first", name="first")(inputs))
+    with pytest.raises(ValueError, match="`layers` must name Conv2D layers of one group, channels last, .* Received: first"):
+        start_from_patches(model, images_for(model), ["first"])
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            {"images": [np.zeros((4, 15, 13, 3))]},
+            r"`images` must be real numbers .* Received: images of shape \(1, 4, 15, 13, 3\)",
+        ),
+        ({"images": np.zeros((0, 15, 13, 3))}, r"`images` must be real numbers .* shape \(0, 15, 13, 3\)"),
+        ({"images": np.full((4, 15, 13, 3), "a")}, "`images` must be real numbers .* type <U1"),
+        ({"layers": "stem_conv"}, "`layers` must be a list of names. Received: layers='stem_conv'"),
+        ({"layers": 3}, "`layers` must be a list of names. Received: layers=3"),
+        ({"model": keras.Sequential([keras.layers.Conv2D(4, 3)])}, "`model` must be a built Keras model"),
+    ],
+)
+def test_other_arguments_are_told(given, told):
+    model = net()
+    with pytest.raises(ValueError, match=told):
+        start_from_patches(**{"model": model, "images": images_for(model), **given})
+
+
 @pytest.mark.parametrize(
     ("layers", "change", "told"),
     [

@@ -137,6 +137,58 @@ def test_several_inputs_and_outputs_in_dicts_and_lists():
     assert not any(variable.numpy() for metric in model.metrics for variable in metric.variables)
 
 
+@pytest.mark.parametrize("loss", ["mse", keras.losses.mean_squared_error, keras.losses.MeanSquaredError()])
+def test_a_mask_counts_as_in_evaluate(loss):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 6, 3)).astype("float32"), rng.normal(size=(8, 6, 2)).astype("float32")
+    x[:, 3:] = 0
+    recurrent = keras.layers.LSTM(4, return_sequences=True)
+    model = keras.Sequential([keras.Input((6, 3)), keras.layers.Masking(), recurrent, keras.layers.Dense(2)])
+    report = ortho_keras.signal_report(model, x, y, loss)
+    by_hand = np.mean(np.square(np.asarray(model(x), np.float64) - y)[:, :3])
+    assert report.loss == pytest.approx(by_hand, rel=1e-5)
+    model.compile("sgd", loss)
+    assert report.layers == ortho_keras.signal_report(model, x, y).layers
+
+
+@pytest.mark.parametrize("pack", [lambda one: [one], lambda one: (one,), lambda one: {"only": one}])
+def test_one_output_in_a_list_or_dict(pack):
+    base = keras.Sequential(list(DENSE))
+    x, y = batch((4,))
+    expected = ortho_keras.signal_report(base, x, y, LOGITS)
+    listed = keras.Model(base.inputs, pack(base.outputs[0]), name=base.name)
+    assert ortho_keras.signal_report(listed, x, y, LOGITS) == expected
+    assert ortho_keras.signal_report(listed, x, pack(y), LOGITS) == expected
+    assert ortho_keras.signal_report(listed, [x], y, LOGITS) == expected
+
+
+def test_shares_that_do_not_sum_to_one_are_no_logits():
+    x, y = batch((4,))
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(10, activation=lambda z: 5 * keras.ops.softplus(z))])
+    shares = np.asarray(model(x), np.float64)
+    assert shares.max() > 1
+    expected = -np.mean(np.log(shares[np.arange(8), y] / shares.sum(1)))
+    for loss, targets in (("categorical_crossentropy", np.eye(10)[y]), (keras.losses.CategoricalCrossentropy(), np.eye(10)[y])):
+        assert ortho_keras.signal_report(model, x, targets, loss).loss == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="with from_logits=True"):
+        ortho_keras.signal_report(model, x, np.eye(10)[y], "binary_crossentropy")
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_states_of_a_recurrent_layer_stay(wrapped):
+    recurrent = keras.layers.GRU(4, stateful=True)
+    layer = keras.layers.Bidirectional(recurrent) if wrapped else recurrent
+    model = keras.Sequential([keras.Input(batch_shape=(8, 5, 3)), layer, keras.layers.Dense(10)])
+    x, y = batch((5, 3))
+    model.predict(x, batch_size=8, verbose=0)
+    states = [state for own in ([layer.forward_layer, layer.backward_layer] if wrapped else [layer]) for state in own.states]
+    before = [state.numpy() for state in states]
+    assert all(value.any() for value in before)
+    ortho_keras.signal_report(model, x, y, LOGITS)
+    for state, value in zip(states, before, strict=True):
+        np.testing.assert_array_equal(state.numpy(), value)
+
+
 @pytest.mark.parametrize(
     "model,x,y,loss,message",
     [
