@@ -75,7 +75,9 @@ class Run:
 
     @property
     def environment(self):
-        return {**self.result.get("device", {}), **self.result.get("versions", {})}
+        fingerprint = self.result.get("data_sha256")
+        data = {"data_sha256": fingerprint} if fingerprint else {}
+        return {**data, **self.result.get("device", {}), **self.result.get("versions", {})}
 
 
 def write_report(workdirs, path):

@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -74,6 +75,16 @@ def test_two_runs_side_by_side(runs, tmp_path):
     assert rows["regularizer"] == ("differs", ["orthonormal", "l2"])
     assert [name for name, (marked, _) in rows.items() if marked] == ["regularizer"]
     assert rows["tensorflow"][1] == 2 * [results[0]["versions"]["tensorflow"]]
+    assert rows["data_sha256"] == (None, 2 * [results[0]["data_sha256"]])
+
+
+def test_other_images_are_marked(runs, tmp_path):
+    shutil.copytree(runs / "method", tmp_path / "other")
+    result = json.loads((tmp_path / "other" / "result.json").read_text())
+    (tmp_path / "other" / "result.json").write_text(json.dumps(result | {"data_sha256": "0" * 64}))
+    write_report([runs / "method", tmp_path / "other"], tmp_path / "report.html")
+    marked = [cells for kind, cells in Page((tmp_path / "report.html").read_text()).rows if kind]
+    assert marked == [["data_sha256", result["data_sha256"], "0" * 64]]
 
 
 def test_a_run_that_is_not_finished_is_shown_as_far_as_it_is(runs, tmp_path):
