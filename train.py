@@ -65,7 +65,7 @@ with without_start_up_notes():
     from ortho_keras.result import hardware
 
 FLAGS = flags.FLAGS
-RESULTS = pathlib.Path(__file__).resolve().parent / "benchmarks" / "results" / "recipes"
+RESULTS = pathlib.Path(__file__).resolve().parent / "benchmarks" / "results"
 
 flags.DEFINE_string(
     "recipe",
@@ -143,16 +143,22 @@ def list_recipes():
         print(f"{name}\n    {preset.about}")
         if preset.paper:
             print(f"    paper: {preset.paper} % test accuracy")
-        results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-seed*.json"))]
-        results = [result for result in results if preset.gave(result)]
-        if results:
-            accuracy = statistics.mean(result["test_accuracy"] for result in results)
-            seconds = statistics.mean(result["seconds"] for result in results)
-            print(
-                f"    measured: {100 * accuracy:.2f} % test accuracy, mean of {len(results)} seed(s), in {seconds:.0f} s of "
-                f"training on {hardware(results[0]['device'])}"
-            )
-        else:
+        measured = 0
+        for folder, images in (
+            (RESULTS / "recipes", ""),
+            (RESULTS / "jpeg_copy" / "recipes", " on a JPEG copy"),
+        ):
+            results = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-seed*.json"))]
+            results = [result for result in results if preset.gave(result)]
+            if results:
+                measured += 1
+                accuracy = 100 * statistics.mean(result["test_accuracy"] for result in results)
+                seconds = statistics.mean(result["seconds"] for result in results)
+                print(
+                    f"    measured{images}: {accuracy:.2f} % test accuracy, mean of {len(results)} seed(s), in "
+                    f"{seconds:.0f} s of training on {hardware(results[0]['device'])}"
+                )
+        if not measured:
             print("    measured: not yet")
         print("    " + " ".join(f"--{key}={value}" for key, value in preset.recipe.to_json().items()))
 

@@ -117,10 +117,6 @@ class BatchNormalizationEstimator:
         Raises:
             ValueError: If there is no batch, or one that the model does not take.
         """
-        if hasattr(batches, "shape"):
-            raise ValueError(
-                f"`batches` must be a list of batches, `[images]` for one. Received: an array of shape {batches.shape}"
-            )
         if not self.layers:
             return
         before = [tf.identity(v.value) for v in self.averages]
@@ -147,7 +143,7 @@ class BatchNormalizationEstimator:
     def _means(self, images):
         try:
             return self._observe(images)
-        except Exception as error:  # a layer may raise anything
+        except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:  # a lost device is none of the batch's
             shapes = keras.tree.map_structure(lambda tensor: tuple(getattr(tensor, "shape", ())), images)
             raise ValueError(
                 f"`batches` must be what the model takes. Received: one of shape {shapes} ({first_line(error)})"

@@ -2,15 +2,23 @@
 
 import re
 
+_TRACED = (
+    "in user code:",
+    "Graph execution error:",
+    "Detected at node ",
+    "<stack traces",
+    "Exception encountered when calling ",
+)
+
 
 def first_line(error):
     """Returns the first line of an error that says something, without terminal colours, or its type where none does."""
     text = re.sub(r"\x1b\[[0-9;]*m|\{\{function_node .*?\}\} ?", "", str(error))
-    if text.startswith(("in user code:", "Graph execution error:")):  # with a traceback before what it says
-        text = text[text.rfind('File "') :].partition("\n")[2]
-        text = re.sub(r"\A.*?^ +\w+Error: ", "", text, flags=re.DOTALL | re.MULTILINE)
+    if text.startswith(_TRACED[:2]):  # what it says comes behind a traceback
+        text = re.sub(r'\A.*File "[^\n]*', "", text, flags=re.DOTALL)
+        text = re.sub(r"\A.*?^ *[\w.]+(Error|Exception): ", "", text, flags=re.DOTALL | re.MULTILINE)
     lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not line.startswith("Exception encountered when calling ")]
+    lines = [line for line in lines if line and not line.startswith(_TRACED)]
     return lines[0][:400] if lines else type(error).__name__
 
 

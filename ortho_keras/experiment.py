@@ -98,7 +98,7 @@ def _run(recipe, workdir, hold, data_dir, name, runtime, callbacks, keep_checkpo
     with _precision(recipe.precision), runtime.strategy.scope():
         keras.utils.set_random_seed(recipe.seed)
         model, total_steps = compiled_model(recipe, data, runtime.replicas > 1)
-    _agreed(runtime, lambda: _begin(workdir, recipe, hold) if runtime.is_chief else None)
+    _agreed(runtime, lambda: _begin(workdir, recipe, data.fingerprint, hold) if runtime.is_chief else None)
     layers = sum(1 for layer in model.layers if layer_kernels(layer))
     log(f"{model.name}: {layers} layers, {model.count_params():,} parameters, {total_steps} steps of {recipe.batch_size}")
     if recipe.warmup_steps >= total_steps:
@@ -203,10 +203,17 @@ def _precision(policy):
         keras.config.set_dtype_policy(before)
 
 
-def _begin(workdir, recipe, hold):
+def _begin(workdir, recipe, fingerprint, hold):
     workdir.mkdir(parents=True, exist_ok=True)
     hold()
-    write_json(workdir / "run.json", {"recipe": recipe.to_json()})
+    path = workdir / "run.json"
+    held = json.loads(path.read_text()).get("data_sha256") if path.exists() else None
+    if held and held != fingerprint:
+        raise InputError(
+            f"--workdir must be empty or hold a run on these images. Received: {str(workdir)!r}, whose images are others "
+            f"(data_sha256 {held[:16]} there, {(fingerprint or 'none')[:16]} here)"
+        )
+    write_json(path, {"recipe": recipe.to_json(), "data_sha256": fingerprint})
 
 
 def _enter_workdir(workdir, recipe, hold):

@@ -8,7 +8,7 @@ import numpy as np
 from ortho_keras.errors import first_line
 from ortho_keras.graphs import Graph
 from ortho_keras.initializers import DiracInitializer
-from ortho_keras.layer_state import copy_state
+from ortho_keras.layer_state import copy_rest, copy_state
 from ortho_keras.mirror import alike_for_partners
 from ortho_keras.modulation import ErrorModulation
 
@@ -77,6 +77,7 @@ def grow(model, deeper, x):
         _check_outputs(model, deeper, x)
     except BaseException:
         deeper.set_weights(before)
+        copy_rest(deeper, deeper)
         raise
 
 

@@ -48,7 +48,7 @@ def start_from_patches(model, images, layers=None):
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(f"`model` must be a built Keras model (call `model.build(...)`). Received: model={model!r}")
     images = np.asarray(images)
-    if images.ndim != 4 or not images.size or images.dtype.kind not in "uif":
+    if images.ndim != 4 or not images.size or images.dtype.kind in "OSUc":
         raise ValueError(
             "`images` must be real numbers (batch, height, width, channels). "
             f"Received: images of shape {images.shape} and type {images.dtype}"
@@ -96,8 +96,8 @@ def _components(layer, x):
     """The kernel that a convolution starts with, of its inputs `(batch, height, width, channels)`."""
     constraint = layer.kernel_constraint
     mirrored = isinstance(constraint, MirrorConstraint)
-    features = _undilated(np.asarray(tf.cast(x, tf.float32)), layer.dilation_rate)
     try:
+        features = _undilated(np.asarray(tf.cast(x, tf.float32)), layer)
         initializer = PatchPCAInitializer.from_images(features, layer.kernel_size, mirrored, mirrored and constraint.inputs)
     except ValueError as error:
         raise ValueError(f"`images` must give every layer patches that differ. Received, at {layer.name!r}: {error}") from error
@@ -105,10 +105,13 @@ def _components(layer, x):
     return symmetric_start(layer, kernel, constraint) if mirrored else kernel
 
 
-def _undilated(features, rates):
+def _undilated(features, layer):
     """Takes every `rate`-th row and column, from each start, for an image: a dilated patch is a whole one there."""
-    down, across = rates
+    down, across = rates = layer.dilation_rate
     height, width = (size // rate for size, rate in zip(features.shape[1:3], rates))
+    if max(rates) > 1 and (height < layer.kernel_size[0] or width < layer.kernel_size[1]):
+        kernel = f"a kernel of {layer.kernel_size[0]}x{layer.kernel_size[1]} with a dilation of {down}x{across}"
+        raise ValueError(f"{features.shape[1]}x{features.shape[2]} pixels, too few for {kernel}")
     parts = features[:, : height * down, : width * across].reshape(-1, height, down, width, across, features.shape[-1])
     return parts.transpose(0, 2, 4, 1, 3, 5).reshape(-1, height, width, features.shape[-1])
 

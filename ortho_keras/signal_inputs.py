@@ -86,11 +86,12 @@ def checked_loss(loss):
         own = keras.losses.get(loss)
     except (ValueError, TypeError) as error:
         raise ValueError(message) from error
-    return KerasFunction(own) if _is_keras(own) and not isinstance(own, keras.losses.Loss) else own
+    return KerasFunction(own) if is_keras(own) and not isinstance(own, keras.losses.Loss) else own
 
 
-def _is_keras(loss):
-    return isinstance(loss, str) or (getattr(loss, "__module__", "") or "").startswith("keras.")
+def is_keras(loss):
+    """Whether a loss, which may be a name, is one of Keras's own."""
+    return isinstance(loss, (str, KerasFunction)) or (getattr(loss, "__module__", "") or "").startswith("keras.")
 
 
 def loss_name(loss):
@@ -103,13 +104,13 @@ def loss_name(loss):
 def takes_logits_for_probabilities(loss, outputs):
     """Whether a cross-entropy of Keras's, told nothing of logits, gets some.
 
-    Negative numbers are no probabilities. Those above 1 may be shares of their sum, which Keras takes, but for binary ones.
+    Negative numbers are no probabilities. Of those above 1 `categorical_crossentropy` alone takes the share of their sum; the
+    sparse one cuts them off at 1, and so does the binary one.
     """
     name = (loss_name(loss) or type(loss).__name__).lower()
-    ours = isinstance(loss, KerasFunction) or _is_keras(loss)
-    if not ours or not name.endswith("crossentropy") or getattr(loss, "from_logits", False):
+    if not is_keras(loss) or not name.endswith("crossentropy") or getattr(loss, "from_logits", False):
         return False
-    highest = 1.0 if "binary" in name else np.inf
+    highest = np.inf if name.replace("_", "") == "categoricalcrossentropy" else 1.0
     return any(tf.reduce_min(tensor) < 0 or tf.reduce_max(tensor) > highest for tensor in keras.tree.flatten(outputs))
 
 

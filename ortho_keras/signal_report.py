@@ -16,6 +16,7 @@ from ortho_keras.signal_inputs import (
     checked_inputs,
     checked_loss,
     checked_targets,
+    is_keras,
     loss_name,
     shapes,
     takes_logits_for_probabilities,
@@ -182,8 +183,9 @@ class Probe:
                 variable.regularizer = regularizer
 
     def _given_loss(self, y, outputs):
-        if len(self.model.outputs) == 1:  # in a list or dict, it may be
-            (outputs,), (y,) = keras.tree.flatten(outputs), keras.tree.flatten(y)
+        ours, targets = is_keras(self.loss), keras.tree.flatten(y)
+        if ours and len(self.model.outputs) == len(targets) == 1:  # in a list or dict, they may be
+            (outputs,), (y,) = keras.tree.flatten(outputs), targets
         one_each = tf.is_tensor(outputs) and outputs.shape[1:] == (1,)
         if (
             one_each

@@ -135,7 +135,7 @@ def test_training_goes_on_with_its_own_momentum(fitted_before):
     [
         (
             np.zeros((4, 4, 4, 2), "float32"),
-            r"`batches` must be a list of batches, `\[images\]` for one. Received: .*\(4, 4, 4, 2\)",
+            r"`batches` must be what the model takes. Received: one of shape \(4, 4, 2\) \(",
         ),
         (
             [np.zeros((4, 4, 4, 9), "float32")],
@@ -150,6 +150,21 @@ def test_what_is_no_list_of_batches_is_told(given, told):
         BatchNormalizationEstimator(model)(given)
     for name in before:
         np.testing.assert_array_equal(averages(model)[name], before[name])
+
+
+def test_a_stacked_array_of_batches_and_what_is_no_fault_of_the_batch():
+    x = np.random.default_rng(0).normal(size=(5, 16, 4)).astype("float32")
+    model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
+    estimator = BatchNormalizationEstimator(model)
+    estimator(x)
+    np.testing.assert_allclose(model.layers[0].moving_mean, x.mean((0, 1)), atol=1e-5)
+
+    def lost(images):
+        raise tf.errors.UnavailableError(None, None, "a device went away")
+
+    estimator._observe = lost
+    with pytest.raises(tf.errors.UnavailableError):
+        estimator(x)
 
 
 def test_a_batch_that_raises_changes_nothing():

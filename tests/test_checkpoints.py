@@ -1,4 +1,5 @@
 import io
+import json
 import pathlib
 import zipfile
 
@@ -7,6 +8,9 @@ import numpy as np
 import pytest
 
 from ortho_keras.checkpoints import restore_checkpoint, save_checkpoint, state_variables
+from ortho_keras.errors import InputError
+from ortho_keras.experiment import run
+from ortho_keras.recipe import Recipe
 
 HISTORY = [[{"epoch": 1, "loss": 0.1 + 0.2}], {"steps": 3, "logs": {}, "worst": float("inf")}]
 
@@ -312,3 +316,12 @@ def test_checkpoints_hold_numbers_and_one_text(tmp_path):
         kinds = {name: file[name].dtype.kind for name in file.files}
     assert kinds.pop("history") == "U"
     assert len(kinds) == len(state_variables(model)) and set(kinds.values()) <= set("fiu")
+
+
+def test_a_run_on_other_images_is_not_taken_up(tmp_path):
+    recipe = Recipe(depth=8, width=2, epochs=1)
+    held = json.dumps({"recipe": recipe.to_json(), "data_sha256": "0123456789abcdef" * 4})
+    (tmp_path / "run.json").write_text(held)
+    with pytest.raises(InputError, match=r"whose images are others \(data_sha256 0123456789abcdef there, [0-9a-f]{16} here\)"):
+        run(recipe, tmp_path, log=lambda line: None)
+    assert (tmp_path / "run.json").read_text() == held

@@ -226,6 +226,20 @@ def test_an_adapted_normalization_goes_along():
     np.testing.assert_allclose(outputs(deeper, x[:5] + 1), outputs(model, x[:5] + 1), rtol=1e-5, atol=1e-6)
 
 
+def test_a_refusal_leaves_a_normalization_as_it_was():
+    adapted = [layers.Normalization() for _ in range(2)]
+    for scaling, mean in zip(adapted, (500, 2)):
+        scaling.adapt(np.random.default_rng(0).normal(mean, 1, (32, 6)))
+    model, deeper = (
+        keras.Sequential([keras.Input((6,)), scaling, *mlp(count, "tanh").layers]) for scaling, count in zip(adapted, (1, 2))
+    )
+    x = np.random.default_rng(1).normal(size=(8, 6)).astype("float32")
+    before = outputs(deeper, x)
+    with pytest.raises(ValueError, match="`deeper` must compute what `model` does"):
+        grow(model, deeper, x)
+    np.testing.assert_array_equal(outputs(deeper, x), before)
+
+
 @pytest.mark.parametrize("pack", [lambda one: [one], lambda one: {"only": one}])
 def test_one_output_in_a_list_or_dict(pack):
     model, deeper = (keras.Model(net.inputs, pack(net.outputs[0])) for net in (mlp(1), mlp(3)))

@@ -5,6 +5,7 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from test_patch_pca import all_patches, correlated_images
 
 import ortho_keras
@@ -102,6 +103,23 @@ def test_a_dilated_convolution_gets_dilated_patches():
     matrix = kernel_of(model, "dilated").reshape(27, 5)
     largest = np.linalg.eigvalsh(covariance)[::-1][:5]
     np.testing.assert_allclose(matrix.T @ covariance @ matrix, np.diag(largest), atol=1e-4 * largest[0])
+
+
+def test_a_dilated_kernel_that_does_not_fit():
+    inputs = keras.Input((4, 4, 3))
+    model = keras.Model(inputs, keras.layers.Conv2D(5, 3, padding="same", dilation_rate=2, name="dilated")(inputs))
+    told = "Received, at 'dilated': 4x4 pixels, too few for a kernel of 3x3 with a dilation of 2x2"
+    with pytest.raises(ValueError, match=told):
+        start_from_patches(model, images_for(model), ["dilated"])
+
+
+def test_images_in_half_precision():
+    model, other = net(), net()
+    images = tf.cast(images_for(model), "bfloat16")
+    assert start_from_patches(model, images) == WIDENING
+    start_from_patches(other, tf.cast(images, tf.float32))
+    for name in WIDENING:
+        np.testing.assert_allclose(kernel_of(model, name), kernel_of(other, name), atol=1e-6)
 
 
 def test_layers_that_share_a_name():

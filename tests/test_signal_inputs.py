@@ -162,6 +162,20 @@ def test_one_output_in_a_list_or_dict(pack):
     assert ortho_keras.signal_report(listed, [x], y, LOGITS) == expected
 
 
+def test_a_loss_of_ones_own_gets_the_structures_as_they_are():
+    base = keras.Sequential(list(DENSE))
+    x, y = batch((4,))
+    weights = np.arange(1, 9, dtype="float32")
+    named = keras.Model(base.inputs, {"only": base.outputs[0]}, name=base.name)
+
+    def weighted(given, outputs):
+        return LOGITS(given["y"], outputs["only"], sample_weight=given["weights"])
+
+    expected = float(LOGITS(y, base(x), sample_weight=weights))
+    report = ortho_keras.signal_report(named, x, {"y": y, "weights": weights}, weighted)
+    assert report.loss == pytest.approx(expected, rel=1e-5)
+
+
 def test_shares_that_do_not_sum_to_one_are_no_logits():
     x, y = batch((4,))
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(10, activation=lambda z: 5 * keras.ops.softplus(z))])
@@ -170,8 +184,9 @@ def test_shares_that_do_not_sum_to_one_are_no_logits():
     expected = -np.mean(np.log(shares[np.arange(8), y] / shares.sum(1)))
     for loss, targets in (("categorical_crossentropy", np.eye(10)[y]), (keras.losses.CategoricalCrossentropy(), np.eye(10)[y])):
         assert ortho_keras.signal_report(model, x, targets, loss).loss == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="with from_logits=True"):
-        ortho_keras.signal_report(model, x, np.eye(10)[y], "binary_crossentropy")
+    for loss, targets in (("binary_crossentropy", np.eye(10)[y]), ("sparse_categorical_crossentropy", y)):  # cut off at 1
+        with pytest.raises(ValueError, match="with from_logits=True"):
+            ortho_keras.signal_report(model, x, targets, loss)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
