@@ -174,6 +174,8 @@ def test_a_loss_of_ones_own_gets_the_structures_as_they_are():
     expected = float(LOGITS(y, base(x), sample_weight=weights))
     report = ortho_keras.signal_report(named, x, {"y": y, "weights": weights}, weighted)
     assert report.loss == pytest.approx(expected, rel=1e-5)
+    plain = ortho_keras.signal_report(named, x, y, lambda given, outputs: LOGITS(given, outputs["only"]))
+    assert plain == ortho_keras.signal_report(base, x, y, LOGITS)
 
 
 def test_shares_that_do_not_sum_to_one_are_no_logits():
