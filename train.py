@@ -56,16 +56,16 @@ with without_start_up_notes():
     tf.config.list_physical_devices()
     logging.set_verbosity(logging.WARNING)
     tf.get_logger().setLevel("WARNING")
-    from ortho_keras import runtime
-    from ortho_keras.deploy import check_export, deploy
-    from ortho_keras.errors import InputError, Interrupted, NonFiniteLossError, WorkerLostError
-    from ortho_keras.experiment import run
-    from ortho_keras.recipe import Recipe, read_recipe
-    from ortho_keras.recipes import RECIPES, find_preset
-    from ortho_keras.result import hardware
+    from ortho_keras.method.errors import InputError, Interrupted, NonFiniteLossError, WorkerLostError
+    from ortho_keras.trainer import runtime
+    from ortho_keras.trainer.export import check_export, deploy
+    from ortho_keras.trainer.recipe import Recipe, read_recipe
+    from ortho_keras.trainer.recipes import RECIPES, find_preset
+    from ortho_keras.trainer.result import hardware
+    from ortho_keras.trainer.run import run
 
 FLAGS = flags.FLAGS
-RESULTS = pathlib.Path(__file__).resolve().parent / "benchmarks" / "results"
+RESULTS = pathlib.Path(__file__).resolve().parent / "benchmarks" / "results" / "recipes"
 
 flags.DEFINE_string(
     "recipe",
@@ -143,22 +143,16 @@ def list_recipes():
         print(f"{name}\n    {preset.about}")
         if preset.paper:
             print(f"    paper: {preset.paper} % test accuracy")
-        measured = 0
-        for folder, images in (
-            (RESULTS / "recipes", ""),
-            (RESULTS / "jpeg_copy" / "recipes", " on a JPEG copy"),
-        ):
-            results = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-seed*.json"))]
-            results = [result for result in results if preset.gave(result)]
-            if results:
-                measured += 1
-                accuracy = 100 * statistics.mean(result["test_accuracy"] for result in results)
-                seconds = statistics.mean(result["seconds"] for result in results)
-                print(
-                    f"    measured{images}: {accuracy:.2f} % test accuracy, mean of {len(results)} seed(s), in "
-                    f"{seconds:.0f} s of training on {hardware(results[0]['device'])}"
-                )
-        if not measured:
+        results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-seed*.json"))]
+        results = [result for result in results if preset.gave(result)]
+        if results:
+            accuracy = 100 * statistics.mean(result["test_accuracy"] for result in results)
+            seconds = statistics.mean(result["seconds"] for result in results)
+            print(
+                f"    measured: {accuracy:.2f} % test accuracy, mean of {len(results)} seed(s), in "
+                f"{seconds:.0f} s of training on {hardware(results[0]['device'])}"
+            )
+        else:
             print("    measured: not yet")
         print("    " + " ".join(f"--{key}={value}" for key, value in preset.recipe.to_json().items()))
 

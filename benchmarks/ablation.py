@@ -24,14 +24,11 @@ RESULTS = ROOT / "benchmarks" / "results" / "ablation"
 SEARCH_SEED = 100
 RATES = (0.003, 0.01, 0.03, 0.1)
 
-_CIFAR = ["--recipe=plain44_cifar10_short", "--rate_depth=44", "--precision=mixed_bfloat16"]
 RUNGS = {
     "smoke": ["--recipe=digits", "--image_size=8", "--augment=none", "--epochs=1", "--width=2"],  # to try this script
     "digits": ["--recipe=digits", "--rate_depth=44", "--image_size=8", "--augment=none", "--epochs=15", "--evaluate_every=5"],
-    "cifar16": [*_CIFAR, "--image_size=16", "--epochs=4"],
-    "cifar32": [*_CIFAR, "--epochs=5"],
 }
-STEPS = {"smoke": 20, "digits": 300, "cifar16": 1404, "cifar32": 1755}
+STEPS = {"smoke": 20, "digits": 300}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +42,6 @@ _BASE = {
     "network": "plain",
     "initializer": "orthonormal",
     "stem_initializer": "same",
-    "bn_shift": 0.0,
     "relu_shift": 0.0,
     "regularizer": "orthonormal",
     "factor": 0.01,
@@ -72,7 +68,6 @@ ARMS = {
         "ours",
         {"modulation": "anchor", "tolerance": 2.0, "modulation_steps": "third"},
     ),
-    "bn_shift": Arm("orthonormal, BatchNormalization's beta from 1", "ours", {"bn_shift": 1.0}),
     "relu_shift": Arm("orthonormal, shifted ReLU: max(x, -2)", "ours", _SHIFT),
     "relu_shift_anchor": Arm(
         "orthonormal, shifted ReLU, loose anchor", "ours", {**_SHIFT, "modulation": "anchor", "tolerance": 8.0}

@@ -18,8 +18,8 @@ from ortho_keras import (
     plain_cnn,
     plain_imagenet,
 )
-from ortho_keras.kernels import as_matrices, at_least_float32
-from ortho_keras.regularizers import KernelRegularizer
+from ortho_keras.method.kernels import as_matrices, at_least_float32
+from ortho_keras.method.regularizers import KernelRegularizer
 
 SEED = 0
 

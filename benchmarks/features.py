@@ -17,11 +17,11 @@ import keras
 import numpy as np
 from absl import app, flags
 
-from ortho_keras.data import load_data
-from ortho_keras.errors import InputError
-from ortho_keras.features import compare_features, compare_filters
-from ortho_keras.kernels import layer_kernels
-from ortho_keras.loading import load_model
+from ortho_keras.diagnosis.features import compare_features, compare_filters
+from ortho_keras.method.errors import InputError
+from ortho_keras.method.kernels import layer_kernels
+from ortho_keras.method.loading import load_model
+from ortho_keras.trainer.data import load_data
 
 FLAGS = flags.FLAGS
 

@@ -20,8 +20,8 @@ from measured import write_result
 from runs import ROOT
 
 from ortho_keras import ShiftedReLU, fold_batchnorm, plain_cnn, residual_cnn
-from ortho_keras.graphs import Graph
-from ortho_keras.runtime import cpu_cores
+from ortho_keras.method.graphs import Graph
+from ortho_keras.trainer.runtime import cpu_cores
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "inference"

@@ -15,8 +15,8 @@ from absl import app, flags
 from runs import ROOT, commit
 
 import ortho_keras
-from ortho_keras.data import load_data
-from ortho_keras.files import whole_file
+from ortho_keras.method.files import whole_file
+from ortho_keras.trainer.data import load_data
 
 FLAGS = flags.FLAGS
 PATH = ROOT / "benchmarks" / "results" / "initialization.json"
@@ -24,8 +24,6 @@ NETS = {
     "He initialization, ReLU": {"initializer": "he_normal"},
     "orthonormal, ReLU": {},
     "delta-orthonormal, ReLU": {"initializer": "delta_orthonormal"},
-    "orthonormal, beta from 1": {"bn_shift": 1.0},
-    "orthonormal, beta from 2": {"bn_shift": 2.0},
     "orthonormal, max(x, -1)": {"relu_shift": 1.0},
     "orthonormal, max(x, -2)": {"relu_shift": 2.0},
     "orthonormal, max(x, -3)": {"relu_shift": 3.0},

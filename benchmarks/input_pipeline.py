@@ -20,8 +20,8 @@ from measured import write_result
 from runs import ROOT
 
 from ortho_keras import OrthonormalRegularizer
-from ortho_keras.data import Split, load_data, training_batches
-from ortho_keras.runtime import cpu_cores
+from ortho_keras.trainer.data import Split, load_data, training_batches
+from ortho_keras.trainer.runtime import cpu_cores
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "input_pipeline"

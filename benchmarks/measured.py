@@ -7,9 +7,9 @@ import sys
 
 from runs import commit
 
-from ortho_keras.files import write_json
-from ortho_keras.result import processor
-from ortho_keras.runtime import cpu_cores
+from ortho_keras.method.files import write_json
+from ortho_keras.trainer.result import processor
+from ortho_keras.trainer.runtime import cpu_cores
 
 
 def write_result(path, **figures):

@@ -21,7 +21,7 @@ from measured import write_result
 from runs import ROOT
 from step_time import data, net
 
-from ortho_keras.runtime import cpu_cores
+from ortho_keras.trainer.runtime import cpu_cores
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "memory"

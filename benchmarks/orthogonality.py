@@ -18,8 +18,8 @@ from measured import write_result
 from runs import ROOT
 
 from ortho_keras import BatchNormalizationEstimator, plain_cnn
-from ortho_keras.data import load_data, training_batches
-from ortho_keras.kernels import gram_deviations, matrix_shape, model_kernels
+from ortho_keras.method.kernels import gram_deviations, matrix_shape, model_kernels
+from ortho_keras.trainer.data import load_data, training_batches
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "orthogonality"

@@ -16,45 +16,32 @@ from absl import app, flags
 from costs import cost_tables
 from runs import ROOT, table
 
-from ortho_keras.recipe import Recipe
-from ortho_keras.recipes import RECIPES
-from ortho_keras.result import hardware
+from ortho_keras.trainer.recipe import Recipe
+from ortho_keras.trainer.recipes import RECIPES
+from ortho_keras.trainer.result import hardware
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results"
 TEST_HEADER = ("test accuracy, % (mean ± deviation, seeds)", "with mirror images, %")
 PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md", ROOT / "benchmarks" / "README.md")
 
-COPY = "jpeg_copy"  # the folder of recipes and trials on a copy of CIFAR-10 that was compressed as JPEG
-ORIGINAL = (  # `data_sha256` of CIFAR-10, and of the same at 16x16 pixels
-    "d852faa1b6a2fd15a9a6adc20af0501007f64b995b17e06d8f4009f86743625a",
-    "4904dcf930573e87aa6ee5eeecca0a32af681acf5f49d87a1026c220ffb32bda",
-)
-
 flags.DEFINE_bool("check", False, "Compare only.")
 
 
 def result_files(kind):
-    """Yields the results of `recipes` or `trials`: which images (`""` where there is but one set), path, content."""
-    for folder in (RESULTS, RESULTS / COPY):
-        for path in sorted((folder / kind).glob("*.json")):
-            result = json.loads(path.read_text())
-            photographs = result["recipe"]["dataset"] == "cifar10"
-            original = result.get("data_sha256") in ORIGINAL
-            if photographs and original == (folder.name == COPY):
-                images = "the original" if original else "other"
-                sys.exit(f"{path.relative_to(ROOT)} is of {images} images, by its data_sha256: it belongs elsewhere")
-            yield ("JPEG copy" if folder.name == COPY else "original") if photographs else "", path, result
+    """Yields the results of `recipes` or `trials`: path and content."""
+    for path in sorted((RESULTS / kind).glob("*.json")):
+        yield path, json.loads(path.read_text())
 
 
 def load_recipes():
-    """Returns `{(recipe, images): [result of each seed]}`; a result of values that the recipe has no longer ends the script."""
+    """Returns `{recipe: [result of each seed]}`; a result of values that the recipe has no longer ends the script."""
     runs = {}
-    for images, path, result in result_files("recipes"):
+    for path, result in result_files("recipes"):
         if not RECIPES[result["recipe_name"]].gave(result):
             sys.exit(f"{path.relative_to(ROOT)} is of other values than the recipe has: measure it again, or delete it")
-        runs.setdefault((result["recipe_name"], images), []).append(result)
-    return dict(sorted(runs.items(), key=lambda item: item[0][0]))
+        runs.setdefault(result["recipe_name"], []).append(result)
+    return runs
 
 
 def load_ablation(folder):
@@ -82,12 +69,11 @@ def test_cells(results):
 
 def recipes_table(runs):
     rows = []
-    for (name, images), results in runs.items():
+    for name, results in runs.items():
         error = max(max(result["orthonormality_error"].values()) for result in results)
         rows.append(
             [
                 f"`{name}`",
-                images,
                 results[0]["recipe"]["depth"],
                 *test_cells(results),
                 f"{statistics.mean(result['seconds'] for result in results):.0f}",
@@ -95,33 +81,32 @@ def recipes_table(runs):
                 f"{error:.2g}",
             ]
         )
-    header = ["recipe", "images", "layers", *TEST_HEADER, "training, s", "images/s"]
+    header = ["recipe", "layers", *TEST_HEADER, "training, s", "images/s"]
     return table([*header, "largest \\|WᵀW − I\\|"], rows)
 
 
 def trials_table():
     """One row for each trial: a recipe, the values in which the trial differs from it as it is now, and what came out."""
     runs = {}
-    for images, path, result in result_files("trials"):
-        ran = dataclasses.replace(Recipe(**result["recipe"]), seed=0)  # as every preset's
+    for path, result in result_files("trials"):
+        ran = dataclasses.replace(Recipe.from_json(result["recipe"]), seed=0)  # as every preset's
         flags = " ".join(RECIPES[result["recipe_name"]].changes(ran))
         if not flags:
             sys.exit(f"{path.relative_to(ROOT)} is of the recipe's own values: it belongs in results/recipes")
-        runs.setdefault((result["recipe_name"], images, flags), []).append(result)
+        runs.setdefault((result["recipe_name"], flags), []).append(result)
     rows = []
-    for (name, images, flags), results in sorted(runs.items(), key=lambda item: item[0][0]):
+    for (name, flags), results in sorted(runs.items(), key=lambda item: item[0][0]):
         validation = [result["validation_accuracy"] for result in results]
         rows.append(
             [
                 f"`{name}`",
-                images,
                 f"`{flags}`",
                 "" if None in validation else spread(validation),
                 *test_cells(results),
                 ", ".join(sorted({result["commit"][:10] for result in results})),
             ]
         )
-    header = ["recipe", "images", "differs in", "validation accuracy, %", *TEST_HEADER, "commit"]
+    header = ["recipe", "differs in", "validation accuracy, %", *TEST_HEADER, "commit"]
     return table(header, rows)
 
 
@@ -132,8 +117,7 @@ def conditions(runs):
     commits = sorted({r["commit"][:10] for r in every})
     return (
         f"Measured on {'; '.join(sorted(devices))}; {'; '.join(sorted(versions))}; commits {', '.join(commits)}. "
-        "Each row's command is in its result file, `benchmarks/results/recipes/<recipe>-seed<seed>.json`, of the JPEG copy "
-        f"in `benchmarks/results/{COPY}/recipes`."
+        "Each row's command is in its result file, `benchmarks/results/recipes/<recipe>-seed<seed>.json`."
     )
 
 
@@ -246,7 +230,7 @@ def draw_recipes(runs):
     figure, panels = new_figure((9, 3.6), 2)
     for axes, name, title in zip(panels, ("accuracy", "validation_accuracy"), ("training accuracy", "validation accuracy")):
         for recipe, color in (("digits", "tab:blue"), ("digits_l2", "tab:orange")):
-            for index, result in enumerate(runs.get((recipe, ""), [])):
+            for index, result in enumerate(runs.get(recipe, [])):
                 draw_line(axes, result, name, color, recipe if index == 0 else None)
         axes.set(title=title, xlabel="step", ylim=(0, 1.02))
     panels[0].legend(loc="lower right")

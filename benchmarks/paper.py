@@ -3,10 +3,10 @@
 python benchmarks/paper.py --data_dir=PATH             runs what is missing; stopped, it resumes in the middle of a run
 python benchmarks/paper.py --table                     prints the table of the committed results, draws the curves
 
-All arms share the images, their order, crop and flip, the batch size, SGD with momentum 0.9 and the step schedule. The learning rate
-of an arm at a depth is the one of two or three with the highest validation accuracy after 800 steps of that same run (the seed of
-this search is none of the reported ones); test images play no part in a choice. A run whose training accuracy is at chance after
-2,000 steps ends there and counts as it is.
+All arms share the images, their order, crop and flip, the batch size, SGD with momentum 0.9 and the step schedule. The learning
+rate of an arm at a depth is the one of two or three with the highest validation accuracy after 800 steps of that same run (the
+seed of this search is none of the reported ones); test images play no part in a choice. A run whose training accuracy is at
+chance after 2,000 steps ends there and counts as it is.
 """
 
 import concurrent.futures
@@ -28,12 +28,12 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as train.py sets it
 
 import keras
 
-from ortho_keras.errors import NonFiniteLossError
-from ortho_keras.experiment import run
-from ortho_keras.files import write_json
-from ortho_keras.recipe import Recipe
-from ortho_keras.recipes import RECIPES
-from ortho_keras.runtime import slowdown
+from ortho_keras.method.errors import NonFiniteLossError
+from ortho_keras.method.files import write_json
+from ortho_keras.trainer.recipe import Recipe
+from ortho_keras.trainer.recipes import RECIPES
+from ortho_keras.trainer.run import run
+from ortho_keras.trainer.runtime import slowdown
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "paper"
@@ -185,7 +185,7 @@ def best(cells):
 
 
 def rates(arm, depth, factor):
-    """The rates to choose from: three at the first depth, elsewhere the grid's two next to what that one chose times 44 / depth."""
+    """The rates to choose from: three at the first depth; elsewhere the grid's two that are nearest to its choice times 44 / depth."""
     if depth == FIRST_DEPTH:
         return FIRST_RATES
     chosen = chosen_rate(arm, FIRST_DEPTH, factor)
@@ -288,7 +288,7 @@ def rows(seeds):
             if not results:
                 found.append([settings.about, depth, "not yet", "", "", "", "", paper])
             for result in results:
-                recipe = Recipe(**result["recipe"])
+                recipe = Recipe.from_json(result["recipe"])
                 if "diverged" in result:
                     reached = [result["diverged"], "", "", ""]
                 else:

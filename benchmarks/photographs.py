@@ -17,8 +17,8 @@ from arms import SEED
 from measured import write_result
 from runs import ROOT
 
-from ortho_keras.data import evaluation_batches, load_data, training_batches
-from ortho_keras.runtime import cpu_cores
+from ortho_keras.trainer.data import evaluation_batches, load_data, training_batches
+from ortho_keras.trainer.runtime import cpu_cores
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "photographs"

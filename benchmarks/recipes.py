@@ -2,9 +2,6 @@
 
 python benchmarks/recipes.py --recipes=digits,digits_l2 --seeds=0,1,2
 python benchmarks/recipes.py --recipes=digits --values=crop_border=1,label_smoothing=0.1    a trial of other values
-
-On images of CIFAR-10 that are not the original ones give --results=benchmarks/results/jpeg_copy --runs=runs/jpeg_copy too: what
-is measured on them stays apart.
 """
 
 import pathlib

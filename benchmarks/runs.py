@@ -12,7 +12,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # scripts here use the package beside them
 
-from ortho_keras.files import whole_file
+from ortho_keras.method.files import whole_file
 
 KEPT = ("step", "crossentropy", "accuracy", "validation_crossentropy", "validation_accuracy", "penalty")
 

@@ -22,7 +22,7 @@ from measured import write_result
 from runs import ROOT
 
 from ortho_keras import OrthonormalRegularizer, modulate
-from ortho_keras.runtime import cpu_cores
+from ortho_keras.trainer.runtime import cpu_cores
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "scaling"

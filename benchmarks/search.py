@@ -16,7 +16,7 @@ import sys
 from absl import app, flags
 from runs import ROOT, commit, forget, run_to_file
 
-from ortho_keras.files import write_json
+from ortho_keras.method.files import write_json
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "search"

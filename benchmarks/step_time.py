@@ -18,7 +18,7 @@ from arms import ARMS, SEED, plain_net, training_step, wide_net
 from measured import write_result
 from runs import ROOT
 
-from ortho_keras.runtime import cpu_cores
+from ortho_keras.trainer.runtime import cpu_cores
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "step_time"

@@ -8,36 +8,35 @@ if keras.config.backend() != "tensorflow":
         f"Received: backend={keras.config.backend()!r}"
     )
 
-from ortho_keras.activations import ShiftedReLU, error_growth, shift_for_depth
-from ortho_keras.batchnorm import BatchNormalizationEstimator, FusedBatchNormalization
-from ortho_keras.callbacks import ModulationSwitch, SignalMonitor
-from ortho_keras.decay import OrthonormalDecay
-from ortho_keras.design import DesignReport, check_design
-from ortho_keras.features import compare_features, compare_filters, plot_features, plot_filters
-from ortho_keras.fold import fold_batchnorm
-from ortho_keras.growth import grow
-from ortho_keras.imagenet import plain_imagenet, residual_imagenet
-from ortho_keras.initializers import DeltaOrthonormalInitializer, DiracInitializer, OrthonormalInitializer
-from ortho_keras.kernels import orthonormality_error
-from ortho_keras.loading import load_model
-from ortho_keras.loss_scale import AllReplicaLossScaleOptimizer
-from ortho_keras.mirror import MirrorConstraint, symmetrize
-from ortho_keras.models import plain_cnn, residual_cnn
-from ortho_keras.modulation import ErrorModulation, modulate, switch_modulation
-from ortho_keras.muon import Muon
-from ortho_keras.orthonormalize import OrthonormalizeReport, orthonormalize
-from ortho_keras.patch_pca import PatchPCAInitializer
-from ortho_keras.principal_start import start_from_patches
-from ortho_keras.regularizer_variants import (
+from ortho_keras.diagnosis.features import compare_features, compare_filters, plot_features, plot_filters
+from ortho_keras.diagnosis.monitor import SignalMonitor
+from ortho_keras.diagnosis.signal_report import signal_report
+from ortho_keras.diagnosis.signals import LayerSignal, SignalReport
+from ortho_keras.method.chain import ModulationSwitch, modulate, switch_modulation
+from ortho_keras.method.decay import OrthonormalDecay
+from ortho_keras.method.design import DesignReport, check_design
+from ortho_keras.method.initializers import DeltaOrthonormalInitializer, DiracInitializer, OrthonormalInitializer
+from ortho_keras.method.kernels import orthonormality_error
+from ortho_keras.method.loading import load_model
+from ortho_keras.method.modulation import ErrorModulation
+from ortho_keras.method.orthonormalize import OrthonormalizeReport, orthonormalize
+from ortho_keras.method.regularizer_variants import (
     ConvOrthogonalRegularizer,
     DoubleSoftOrthogonalRegularizer,
     MutualCoherenceRegularizer,
     SRIPRegularizer,
 )
-from ortho_keras.regularizers import OrthonormalRegularizer
-from ortho_keras.schedules import LearningRate
-from ortho_keras.signal_report import signal_report
-from ortho_keras.signals import LayerSignal, SignalReport
+from ortho_keras.method.regularizers import OrthonormalRegularizer
+from ortho_keras.nets.batchnorm import BatchNormalizationEstimator, FusedBatchNormalization
+from ortho_keras.nets.growth import grow
+from ortho_keras.nets.imagenet import plain_imagenet, residual_imagenet
+from ortho_keras.nets.models import plain_cnn, residual_cnn
+from ortho_keras.nets.patch_pca import PatchPCAInitializer
+from ortho_keras.nets.shifted_relu import ShiftedReLU, error_growth, shift_for_depth
+from ortho_keras.trainer.fold import fold_batchnorm
+from ortho_keras.trainer.loss_scale import AllReplicaLossScaleOptimizer
+from ortho_keras.trainer.muon import Muon
+from ortho_keras.trainer.schedules import LearningRate
 from ortho_keras.version import __version__
 
 __all__ = [
@@ -52,7 +51,6 @@ __all__ = [
     "FusedBatchNormalization",
     "LayerSignal",
     "LearningRate",
-    "MirrorConstraint",
     "ModulationSwitch",
     "Muon",
     "MutualCoherenceRegularizer",
@@ -84,7 +82,5 @@ __all__ = [
     "residual_imagenet",
     "shift_for_depth",
     "signal_report",
-    "start_from_patches",
     "switch_modulation",
-    "symmetrize",
 ]

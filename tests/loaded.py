@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ortho_keras.data import load_data
-from ortho_keras.errors import InputError
+from ortho_keras.method.errors import InputError
+from ortho_keras.trainer.data import load_data
 
 
 def refusal(name, data_dir=None, image_size=0, **options):

@@ -9,10 +9,10 @@ import time
 import keras
 import keras_tuner
 
-from ortho_keras.data import load_data
-from ortho_keras.errors import Interrupted, NonFiniteLossError, first_line
-from ortho_keras.experiment import run
-from ortho_keras.recipe_model import compiled_model
+from ortho_keras.method.errors import Interrupted, NonFiniteLossError, first_line
+from ortho_keras.trainer.build import compiled_model
+from ortho_keras.trainer.data import load_data
+from ortho_keras.trainer.run import run
 from tuning import workers
 from tuning.trials import FAILED, FINISHED, HOPELESS, RUNNING, TRIAL_FILE, Trial
 

@@ -9,7 +9,7 @@ from keras_tuner.engine import trial as trials
 from keras_tuner.src.engine.stateful import Stateful
 from sklearn.exceptions import ConvergenceWarning
 
-from ortho_keras.files import whole_file
+from ortho_keras.method.files import whole_file
 
 OBJECTIVE = keras_tuner.Objective("validation_accuracy", "max")
 NO_LIMIT = 10**9

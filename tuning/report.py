@@ -11,10 +11,10 @@ import sys
 
 import numpy as np
 
-from ortho_keras.errors import InputError
-from ortho_keras.files import write_json
-from ortho_keras.recipe import Recipe
-from ortho_keras.recipes import RECIPES
+from ortho_keras.method.errors import InputError
+from ortho_keras.method.files import write_json
+from ortho_keras.trainer.recipe import Recipe
+from ortho_keras.trainer.recipes import RECIPES
 from tuning.trials import FAILED, FINISHED, HOPELESS, RUNNING, best_trial, read_search, read_trials
 
 LEAST_TRIALS = 8  # from which on importances are more than chance
@@ -46,7 +46,7 @@ def report(directory):
         **search,
         "importance": importance(trials, names),
         "best": best.number,
-        "base_command": command(search["recipe_name"], Recipe(**search["base"]), search.get("train_flags", ())),
+        "base_command": command(search["recipe_name"], Recipe.from_json(search["base"]), search.get("train_flags", ())),
         "best_command": best_command,
         "trials": [dataclasses.asdict(trial) for trial in trials],
     }

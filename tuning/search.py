@@ -25,10 +25,10 @@ import keras_tuner.src.config
 from absl import app, flags
 
 import train
-from ortho_keras import runtime
-from ortho_keras.errors import InputError
-from ortho_keras.experiment import load_recipe_data
-from ortho_keras.files import check_folder, entries, only_one, write_json
+from ortho_keras.method.errors import InputError
+from ortho_keras.method.files import check_folder, entries, only_one, write_json
+from ortho_keras.trainer import runtime
+from ortho_keras.trainer.run import load_recipe_data
 from tuning import workers
 from tuning.hypermodel import RecipeHyperModel, SearchStopped
 from tuning.oracles import TUNERS, make_oracle

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from ortho_keras.errors import InputError
-from ortho_keras.recipe import READ_FOR, Recipe
+from ortho_keras.method.errors import InputError
+from ortho_keras.trainer.recipe import READ_FOR, Recipe
 
 DIGITS = 4  # significant digits of a sampled value: enough to search by, few enough to paste
 
@@ -57,7 +57,6 @@ SPACE = {
     "learning_rate": Range(1e-4, 1.0),
     "factor": Range(1e-6, 10.0),
     "initializer": Choices(("orthonormal", "delta_orthonormal", "dirac")),
-    "bn_shift": Choices((0.0, 0.5, 1.0, 2.0)),
     "relu_shift": Choices((-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)),
     "modulation": Choices(("off", "neighbour", "anchor")),
     "tolerance": Choices((1.001, 1.1, 1.5, 2.0, 4.0, 8.0)),

@@ -4,9 +4,9 @@ import dataclasses
 import json
 import pathlib
 
-from ortho_keras.errors import InputError
-from ortho_keras.files import write_json
-from ortho_keras.recipe import Recipe
+from ortho_keras.method.errors import InputError
+from ortho_keras.method.files import write_json
+from ortho_keras.trainer.recipe import Recipe
 
 RUNNING, FINISHED, HOPELESS, FAILED = "running", "finished", "hopeless", "failed"
 SEARCH_FILE, TRIAL_FILE = "search.json", "outcome.json"
@@ -44,7 +44,7 @@ class Trial:
         """Returns the trial of a folder, or `None` where none is written yet."""
         try:
             content = json.loads((pathlib.Path(folder) / TRIAL_FILE).read_text())
-            return cls(**{**content, "recipe": Recipe(**content["recipe"])})
+            return cls(**{**content, "recipe": Recipe.from_json(content["recipe"])})
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -71,7 +71,7 @@ def read_search(directory):
     """
     try:
         content = json.loads((pathlib.Path(directory) / SEARCH_FILE).read_text())
-        Recipe(**content["base"]), dict(content["parameters"]), str(content["recipe_name"])
+        Recipe.from_json(content["base"]), dict(content["parameters"]), str(content["recipe_name"])
         return content
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"the directory must hold a search ({SEARCH_FILE}). Received: {str(directory)!r}") from error

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-from ortho_keras.errors import InputError
+from ortho_keras.method.errors import InputError
 from tuning.trials import RUNNING, read_trials
 
 ALONE, CHIEF, WORKER = "alone", "chief", "worker"

@@ -1,0 +1,1 @@
+"""Where a network loses its signal: measurements, a callback, plots. Imports `method` and `nets`."""

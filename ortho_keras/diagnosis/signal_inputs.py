@@ -1,0 +1,122 @@
+"""What a report is given: inputs, targets and loss, held against the model."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from ortho_keras.method.errors import first_line
+
+
+def checked_inputs(model, x):
+    """Returns x as a list of tensors, one for each of the model's inputs, in their types and ranks."""
+    expected = list(model.inputs)
+    if isinstance(x, dict):
+        names = [tensor.name for tensor in expected]
+        if isinstance(model.input, dict):
+            names = [next(name for name, own in model.input.items() if own is tensor) for tensor in expected]
+        missing = [name for name in names if name not in x]
+        if missing:
+            raise ValueError(f"`x` must have an entry for each of the inputs {names}. Received: a dict with {sorted(x)}")
+        arrays = [x[name] for name in names]
+    else:
+        listed = len(expected) > 1 or _is_one_in_a_list(x, model, "input")
+        arrays = list(x) if isinstance(x, (list, tuple)) and listed else [x]
+    wanted = [tuple(tensor.shape) for tensor in expected]
+    try:
+        tensors = [_fitted(array, tensor) for array, tensor in zip(arrays, expected)]
+    except Exception as error:
+        raise ValueError(
+            f"`x` must be arrays of shape {_one(wanted)}. Received: {type(x).__name__} ({first_line(error)})"
+        ) from error
+    received = [tuple(tensor.shape) for tensor in tensors]
+    sizes = {shape[0] for shape in received if shape}
+    if len(arrays) != len(expected) or not all(map(_agree, wanted, received)) or len(sizes) != 1 or min(sizes) < 2:
+        raise ValueError(
+            f"`x` must be a batch of at least 2 for inputs of shape {_one(wanted)}. "
+            f"Received: {len(arrays)} arrays of shape {_one(received)}"
+        )
+    return tensors if len(tensors) > 1 else tensors[0]
+
+
+def _fitted(array, expected):
+    """A tensor of the input's type; a last axis of one channel is added or taken away, as `fit` does."""
+    tensor = tf.cast(tf.convert_to_tensor(array), expected.dtype)
+    rank = len(expected.shape)
+    if len(tensor.shape) == rank - 1 and expected.shape[-1] == 1:
+        return tensor[..., tf.newaxis]
+    return tf.squeeze(tensor, -1) if len(tensor.shape) == rank + 1 and tensor.shape[-1] == 1 else tensor
+
+
+def _agree(expected, received):
+    return len(expected) == len(received) and all(size in (None, own) for size, own in zip(expected[1:], received[1:]))
+
+
+def checked_targets(model, y):
+    """Returns y as arrays; for a model of one output a list of numbers is one array, unless the model itself gives a list."""
+    if len(model.outputs) > 1 or not isinstance(y, (list, tuple)) or _is_one_in_a_list(y, model, "output"):
+        return keras.tree.map_structure(np.asarray, y)
+    return np.asarray(y)
+
+
+def _is_one_in_a_list(given, model, end):
+    if isinstance(model, keras.Sequential):  # which never has lists
+        return False
+    return all(isinstance(value, (list, tuple)) and len(value) == 1 for value in (given, getattr(model, end)))
+
+
+class KerasFunction(keras.losses.Loss):
+    """A loss function of Keras's as `compile` takes it: under the mask of the outputs, the mean over the batch."""
+
+    def __init__(self, function):
+        super().__init__(name=function.__name__)
+        self.function = function
+
+    def call(self, y, outputs):
+        return self.function(y, outputs)
+
+
+def checked_loss(loss):
+    message = (
+        "`loss` must be one Keras loss, its name, or a function of (y, outputs); several are taken from a compiled model. "
+        f"Received: loss={loss!r}"
+    )
+    if loss is None or isinstance(loss, (dict, list, tuple)):
+        raise ValueError(message)
+    try:
+        own = keras.losses.get(loss)
+    except (ValueError, TypeError) as error:
+        raise ValueError(message) from error
+    return KerasFunction(own) if is_keras(own) and not isinstance(own, keras.losses.Loss) else own
+
+
+def is_keras(loss):
+    """Whether a loss, which may be a name, is one of Keras's own."""
+    return isinstance(loss, (str, KerasFunction)) or (getattr(loss, "__module__", "") or "").startswith("keras.")
+
+
+def loss_name(loss):
+    """The name by which a loss is known: as it was given, or a function's."""
+    if isinstance(loss, KerasFunction):
+        return loss.name
+    return loss if isinstance(loss, str) else getattr(loss, "__name__", "")
+
+
+def takes_logits_for_probabilities(loss, outputs):
+    """Whether a cross-entropy of Keras's, told nothing of logits, gets some.
+
+    Negative numbers are no probabilities. Of those above 1 `categorical_crossentropy` alone takes the share of their sum; the
+    sparse one cuts them off at 1, and so does the binary one.
+    """
+    name = (loss_name(loss) or type(loss).__name__).lower()
+    if not is_keras(loss) or not name.endswith("crossentropy") or getattr(loss, "from_logits", False):
+        return False
+    highest = np.inf if name.replace("_", "") == "categoricalcrossentropy" else 1.0
+    return any(tf.reduce_min(tensor) < 0 or tf.reduce_max(tensor) > highest for tensor in keras.tree.flatten(outputs))
+
+
+def shapes(structure):
+    return keras.tree.map_structure(lambda tensor: tuple(tensor.shape), structure)
+
+
+def _one(values):
+    return values[0] if len(values) == 1 else values

@@ -1,0 +1,171 @@
+"""Singular values, of kernels as matrices and of convolutions as linear maps, and cosines between filters."""
+
+import math
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from ortho_keras.method.kernels import as_matrices
+
+WRITTEN_OUT = 2048  # inputs of the largest map whose matrix is written out
+
+_CONVOLUTIONS = (
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.SeparableConv1D,
+    keras.layers.SeparableConv2D,
+)
+
+
+def mean_cosines(kernels):
+    """Returns the mean cosine similarity over all pairs of columns, and the mean of its absolute values, two floats.
+
+    Args:
+        kernels: Iterable of arrays `(count, f_in, f_out)`; columns of different matrices make no pair. A column of zeros has
+            cosine 0 with every other. NaN where there is no pair.
+    """
+    total, absolute, pairs = 0.0, 0.0, 0
+    for matrices in kernels:
+        columns = np.asarray(matrices, np.float64)
+        norms = np.linalg.norm(columns, axis=1, keepdims=True)
+        columns = columns / np.where(norms > 0, norms, 1)
+        count, _, number = columns.shape
+        for start in range(0, number, 1024):  # a head of 50,000 classes has too many pairs to hold at once
+            block = columns[:, :, start : start + 1024]
+            cosines = block.swapaxes(1, 2) @ columns
+            own = np.square(block).sum()  # each column with itself
+            total, absolute = total + (cosines.sum() - own) / 2, absolute + (np.abs(cosines).sum() - own) / 2
+        pairs += count * number * (number - 1) // 2
+    return (float(total / pairs), float(absolute / pairs)) if pairs else (math.nan, math.nan)
+
+
+def kernel_extremes(kernel, layout="standard", groups=1):
+    """Returns the smallest and the largest singular value of a kernel read as matrices, two floats; NaN if it is not finite.
+
+    Args:
+        kernel: Tensor of rank 2 to 5.
+        layout: See `OrthonormalRegularizer`.
+        groups: See `OrthonormalRegularizer`.
+    """
+    matrices = np.asarray(as_matrices(np.asarray(kernel, np.float64), layout, groups))
+    if not np.isfinite(matrices).all():
+        return math.nan, math.nan
+    values = np.linalg.svd(matrices, compute_uv=False)
+    return float(values.min()), float(values.max())
+
+
+def operator_extremes(layer, input_shape):
+    """Returns the smallest and the largest singular value of a layer's linear map on inputs of one size, two floats.
+
+    A convolution with periodic borders is block-diagonal over frequencies, so its singular values are those of one small
+    matrix for each frequency, the kernel's Fourier transform there. Keras pads with zeros or not at all; the difference is
+    confined to the border. With a stride, the frequencies that it folds onto each other share a matrix. An input size that the
+    stride does not divide is rounded up. On inputs less than twice as wide as the window there is little else than border:
+    there the map itself is written out, with the layer's own padding, where a group has up to 2,048 inputs; above, NaN. A
+    Dense layer's map is its kernel. The values come from the eigenvalues of Gram matrices: one below 1e-7 of the largest is
+    not resolved. A kernel that is not finite gives NaN.
+
+    Args:
+        layer: A built convolution of any kind, or Dense.
+        input_shape: Tuple, the shape of the layer's input with or without sizes of batch (`None` is fine there).
+
+    Returns:
+        `(smallest, largest)`, or `(nan, nan)` for a layer of another kind.
+
+    Reference:
+        Sedghi, Gupta, Long 2019 ([arXiv:1805.10408](https://arxiv.org/abs/1805.10408)), theorem 6; strides: the same argument
+        with the frequencies that alias. Not a part of Xie et al. 2017.
+    """
+    if isinstance(layer, keras.layers.Dense):
+        return kernel_extremes(layer.kernel)
+    if not isinstance(layer, _CONVOLUTIONS):
+        return math.nan, math.nan
+    first = layer.data_format == "channels_first"
+    sizes = tuple(input_shape[2:] if first else input_shape[1:-1])
+    strides, dilations = layer.strides, layer.dilation_rate
+    if isinstance(layer, (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)):
+        outputs = layer.compute_output_shape((1, *input_shape[1:]))  # the adjoint's input: the same singular values
+        sizes = tuple(outputs[2:] if first else outputs[1:-1])
+    kernel, groups = _as_grouped(layer)
+    spans = [(size - 1) * dilation + 1 for size, dilation in zip(kernel.shape, dilations)]
+    if any(span > 1 and size < 2 * span for size, span in zip(sizes, spans)):
+        return _extremes_written_out(kernel, groups, sizes, strides, dilations, layer.padding)
+    return convolution_extremes(kernel, groups, sizes, strides, dilations)
+
+
+def convolution_extremes(kernel, groups, sizes, strides, dilations):
+    """Returns the smallest and the largest singular value of a convolution with periodic borders.
+
+    Args:
+        kernel: Array `(*window, cin / groups, cout)`.
+        groups: int.
+        sizes: Tuple of ints, the input's size on each axis.
+        strides: Tuple of ints.
+        dilations: Tuple of ints.
+    """
+    kernel = np.asarray(kernel, np.float64)
+    axes = len(sizes)
+    if not np.isfinite(kernel).all():
+        return math.nan, math.nan
+    if all(size == 1 for size in (*kernel.shape[:axes], *strides)):  # the same matrix at every frequency
+        sizes = (1,) * axes
+    folded = [-(-size // stride) for size, stride in zip(sizes, strides)]
+    kept = [*folded[:-1], folded[-1] // 2 + 1]  # the kernel is real: the other frequencies are conjugates of these
+    frequencies = _grid(kept)
+    # Frequencies f, f + m, f + 2m, ... (m = size / stride) fall onto each other: their matrices stand side by side.
+    aliases = _grid(strides) * folded
+    offsets = _grid(kernel.shape[:axes]) * dilations / np.multiply(folded, strides)
+    taps = kernel.reshape(len(offsets), *kernel.shape[axes:])
+    smallest, largest = math.inf, 0.0
+    rows = math.prod(strides) * kernel.shape[axes]
+    step = max(1, 4_000_000 // (rows * kernel.shape[-1]))  # matrices at a time: a wide layer has large ones
+    for start in range(0, len(frequencies), step):
+        each = frequencies[start : start + step, np.newaxis] + aliases
+        matrices = np.tensordot(np.exp(-2j * np.pi * each @ offsets.T), taps, 1)
+        matrices = matrices.reshape(len(each), rows, groups, kernel.shape[-1] // groups).transpose(0, 2, 1, 3)
+        if matrices.shape[2] < matrices.shape[3]:
+            matrices = matrices.swapaxes(2, 3)
+        values = np.linalg.eigvalsh(np.conj(matrices.swapaxes(2, 3)) @ matrices) / math.prod(strides)
+        smallest, largest = min(smallest, values.min()), max(largest, values.max())
+    return math.sqrt(max(0.0, smallest)), math.sqrt(max(0.0, largest))
+
+
+def _extremes_written_out(kernel, groups, sizes, strides, dilations, padding):
+    """The same with the padding that a layer has, from each group's whole matrix."""
+    inputs, outputs = math.prod(sizes) * kernel.shape[-2], kernel.shape[-1] // groups
+    if inputs > WRITTEN_OUT or not np.isfinite(kernel).all():
+        return math.nan, math.nan
+    basis = np.eye(inputs).reshape(inputs, *sizes, kernel.shape[-2])
+    if padding == "causal":
+        basis, padding = np.pad(basis, [(0, 0), ((kernel.shape[0] - 1) * dilations[0], 0), (0, 0)]), "valid"
+    # All groups read the same inputs here, so one convolution gives every group's rows.
+    rows = tf.nn.convolution(basis, kernel, strides, padding.upper(), dilations=dilations).numpy()
+    matrices = np.moveaxis(rows.reshape(inputs, -1, groups, outputs), 2, 0).reshape(groups, inputs, -1)
+    if matrices.shape[1] > matrices.shape[2]:
+        matrices = matrices.swapaxes(1, 2)
+    values = np.linalg.eigvalsh(matrices @ matrices.swapaxes(1, 2))
+    return math.sqrt(max(0.0, values.min())), math.sqrt(max(0.0, values.max()))
+
+
+def _grid(counts):
+    """All tuples of indices below `counts`, an array `(number, axes)`."""
+    return np.stack([axis.ravel() for axis in np.indices(counts)], axis=-1)
+
+
+def _as_grouped(layer):
+    """A convolution's kernel as `(*window, cin / groups, cout)`, and its number of groups."""
+    if isinstance(layer, (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)):
+        depthwise, pointwise = np.asarray(layer.depthwise_kernel, np.float64), np.asarray(layer.pointwise_kernel, np.float64)
+        pointwise = pointwise.reshape(*depthwise.shape[-2:], pointwise.shape[-1])  # (cin, multiplier, cout)
+        return np.einsum("...cm,cmo->...co", depthwise, pointwise), 1
+    kernel = np.asarray(layer.kernel, np.float64)
+    if isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)):
+        return kernel.reshape(*kernel.shape[:-2], 1, -1), kernel.shape[-2]
+    return kernel, getattr(layer, "groups", 1)  # a transposed kernel (..., out, in) is the adjoint's (..., in, out)

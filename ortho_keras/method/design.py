@@ -1,0 +1,204 @@
+"""Says where a net departs from the paper's design principle: no kernel with more filters than inputs."""
+
+import dataclasses
+import math
+
+import keras
+
+from ortho_keras.method.graphs import Graph, has_own_call
+from ortho_keras.method.kernels import kernel_axes, layer_kernels, matrix_shape, model_kernels, walk_layers
+from ortho_keras.method.regularizers import OrthonormalRegularizer
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDesign:
+    """How one kernel reads as matrices of shape `(f_in, f_out)`, and whether their columns can all be orthonormal."""
+
+    path: str  # the variable's path, "block1/conv/kernel"
+    layer: str  # the layer's name
+    kind: str  # the layer's type, "Conv2D"
+    f_in: int
+    f_out: int
+    count: int  # matrices in the kernel: 1, or one for each group or channel
+    groups: tuple  # (how many, of how many filters) in each matrix: ((1, 27), (1, 5))
+    advice: str  # what would make it fit; empty where it does
+
+    @property
+    def fits(self):
+        return self.f_in >= self.f_out
+
+
+@dataclasses.dataclass(frozen=True)
+class DesignReport:
+    """What `check_design` found. `print(report)` gives a summary and a table of the kernels that do not fit."""
+
+    layers: list  # a LayerDesign for each kernel, in the model's order
+    notes: list  # strings, what else goes against the paper's advice
+
+    @property
+    def fits(self):
+        return all(layer.fits for layer in self.layers)
+
+    def __str__(self):
+        wide = [layer for layer in self.layers if not layer.fits]
+        if not wide:
+            lines = [f"all {len(self.layers)} kernels can be orthonormal: f_in >= f_out everywhere"]
+        else:
+            lines = [
+                f"{len(wide)} of {len(self.layers)} kernels {'has' if len(wide) == 1 else 'have'} more filters than inputs "
+                "(f_in < f_out): those filters can be orthonormal in groups only"
+            ]
+        table = [(layer.path, layer.kind, f"{layer.f_in} x {layer.f_out}", layer.advice) for layer in wide]
+        widths = [max((len(cell) for cell in column), default=0) for column in zip(*table)]
+        lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def check_design(model):
+    """Checks a model against the paper's design principle, f_in >= f_out at every kernel, and says what would fit.
+
+    A kernel read as a matrix W of shape `(f_in, f_out)`, `f_in = kh * kw * cin` for a convolution, has f_out filters in a space
+    of f_in dimensions. More than f_in vectors cannot be orthogonal to each other, so either the net is designed with
+    `f_in >= f_out`, or the filters are split into `floor(f_out / f_in)` groups of f_in and one of the remainder, orthonormal
+    within each. `OrthonormalRegularizer` and `OrthonormalInitializer` do the latter by themselves. The model stays as it is.
+
+    The notes name what else can be seen from the model: trainable kernels with L1 or L2, or without a penalty, beside
+    orthonormal ones, and (in Functional and Sequential models) convolutions' biases that a BatchNormalization cancels.
+
+    Args:
+        model: A built `keras.Model` of any kind, nested ones included.
+
+    Returns:
+        A `DesignReport`: `layers`, a list of one `LayerDesign` for each kernel; `notes`, a list of strings; `fits`, whether all
+        kernels fit. `print(report)` gives a table of those that do not.
+
+    Raises:
+        ValueError: If `model` is not a built Keras model, or has no convolution, dense or einsum kernel.
+
+    Example:
+
+    >>> report = check_design(keras.applications.MobileNetV2(weights=None))
+    >>> len(report.layers), sum(not layer.fits for layer in report.layers)
+    (53, 18)
+    >>> report.layers[0].advice
+    'at most 27 filters, a 5x5 kernel or at least 4 input channels would fit; until then: 1 group of 27 and 1 of 5'
+
+    Reference:
+        Xie, Xiong, Pu 2017, on Eq. 3 ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)): the principle, the groups, and the
+        advice against mixing. The note on biases is ours.
+    """
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(f"`model` must be a built Keras model (call `model.build(...)`). Received: model={model!r}")
+    kernels = model_kernels(model)
+    if not kernels:
+        raise ValueError(
+            f"`model` must have a convolution, dense or einsum kernel. Received: model={model.name!r}, which has none"
+        )
+    return DesignReport([_design(kernel) for kernel in kernels], _regularizer_notes(kernels) + _bias_notes(model))
+
+
+def _design(kernel):
+    count, f_in, f_out = matrix_shape(kernel.variable.shape, kernel.layout, kernel.groups)
+    full, rest = divmod(f_out, f_in)
+    groups = ((1, f_out),) if f_out <= f_in else ((full, f_in), (1, rest)) if rest else ((full, f_in),)
+    advice = "" if f_out <= f_in else f"{_would_fit(kernel, f_in, f_out)} would fit; until then: {_in_words(groups, count)}"
+    return LayerDesign(kernel.path, kernel.layer.name, type(kernel.layer).__name__, f_in, f_out, count, groups, advice)
+
+
+def _would_fit(kernel, f_in, f_out):
+    """The changes that would each do alone, in words."""
+    layers, layer, shape = keras.layers, kernel.layer, kernel.variable.shape
+    if isinstance(layer, layers.Dense):
+        return f"at most {f_in} units or at least {f_out} input features"
+    if isinstance(layer, layers.EinsumDense):
+        return f"at most {f_in} outputs or at least {f_out} input features"
+    _, inputs, _ = kernel_axes(kernel.layout, len(shape))
+    rank = len(shape) - 2
+    channels = math.prod(shape[axis] for axis in inputs if axis >= rank)  # 1 in a depthwise kernel
+    needed = math.ceil(f_out / math.prod(shape[:rank]))  # channels
+    side = next(side for side in range(1, f_out + 2, 2) if side**rank * channels >= f_out)  # odd, as kernels are
+    wider = f"a {'x'.join([str(side)] * rank)} kernel" if rank > 1 else f"a kernel of {side}"
+    if kernel.layout == "depthwise":
+        return f"a depth_multiplier of at most {f_in} or {wider}"
+    if kernel.variable is getattr(layer, "pointwise_kernel", None):
+        return f"at most {f_in} filters or at least {f_out} input channels times depth_multiplier"
+    return f"at most {kernel.groups * f_in} filters, {wider} or at least {kernel.groups * needed} input channels"
+
+
+def _in_words(groups, count):
+    words = " and ".join(f"{many} {'group' if many == 1 else 'groups'} of {size}" for many, size in groups[:1])
+    words += "".join(f" and {many} of {size}" for many, size in groups[1:])
+    return words if count == 1 else f"{words} in each of its {count} matrices"
+
+
+def _regularizer_notes(kernels):
+    """Other penalties, or none, beside the orthonormal one. A frozen kernel has none at work."""
+    trained = [kernel for kernel in kernels if kernel.variable.trainable]
+    orthonormal = [kernel for kernel in trained if isinstance(kernel.variable.regularizer, OrthonormalRegularizer)]
+    if not orthonormal:
+        return []
+    others = {}
+    for kernel in trained:
+        regularizer = kernel.variable.regularizer
+        if not isinstance(regularizer, OrthonormalRegularizer):
+            others.setdefault(None if regularizer is None else type(regularizer).__name__, []).append(kernel.path)
+    return [
+        f"{name or 'no regularizer'} on {_listed(paths, 'kernel', 'kernels')}, beside {len(orthonormal)} with the orthonormal "
+        f"one: the paper {'discourages mixing' if name else 'regularizes all'}"
+        for name, paths in others.items()
+    ]
+
+
+def _bias_notes(model):
+    """Biases of convolutions that reach nothing but a BatchNormalization, which subtracts them with the mean."""
+    convolutions = [layer for layer, _ in walk_layers(model) if _has_plain_bias(layer)]
+    if not convolutions or not isinstance(model, (keras.Function, keras.Sequential)) or has_own_call(model):
+        return []
+    made, takers = {id(layer): [] for layer in convolutions}, {}  # a convolution's outputs; who takes a tensor, by its id
+
+    def call(layer, *args, **kwargs):
+        for value in keras.tree.flatten((args, kwargs)):
+            takers.setdefault(id(value), []).append((layer, any(flag is False for flag in (*args, *kwargs.values()))))
+        outputs = layer(*args, **kwargs)
+        made.setdefault(id(layer), []).append(outputs)
+        return outputs
+
+    inputs = [keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype) for tensor in model.inputs]
+    ends = Graph(model).run(inputs if len(inputs) > 1 else inputs[0], call)
+    ends = {id(tensor) for tensor in keras.tree.flatten(ends)}
+
+    def is_cancelled(layer):
+        outputs = made[id(layer)]
+        return outputs and all(
+            id(output) in takers
+            and id(output) not in ends
+            and all(_cancels_bias(taker, layer, fixed) for taker, fixed in takers[id(output)])
+            for output in outputs
+        )
+
+    useless = [layer.bias.path for layer in convolutions if is_cancelled(layer)]
+    if not useless:
+        return []
+    return [f"{_listed(useless, 'bias', 'biases')} without effect: a BatchNormalization behind subtracts it (use_bias=False)"]
+
+
+def _has_plain_bias(layer):
+    """Whether a layer is a convolution that adds a bias last, without an activation."""
+    kernels = layer_kernels(layer)
+    if not kernels or has_own_call(layer) or isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense)):
+        return False
+    return layer.use_bias and layer.activation is keras.activations.linear
+
+
+def _cancels_bias(layer, convolution, inference):
+    """Whether a layer is a BatchNormalization over the convolution's channels that trains by the batch's own mean."""
+    if not isinstance(layer, keras.layers.BatchNormalization) or not layer.trainable or inference:
+        return False
+    rank = convolution.rank + 2
+    return layer.axis % rank == (1 if convolution.data_format == "channels_first" else rank - 1)
+
+
+def _listed(paths, one, many):
+    """Returns "2 kernels (a, b)", with no more than three named."""
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return f"{len(paths)} {one if len(paths) == 1 else many} ({', '.join(paths[:3])}{more})"

@@ -1,0 +1,1 @@
+"""Plain and residual networks, and their layers. Imports `method`."""

@@ -1,0 +1,1 @@
+"""A training run from recipe to report. Imports all other packages."""

@@ -1,0 +1,215 @@
+import re
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from ortho_keras import OrthonormalRegularizer, plain_cnn
+from ortho_keras.method.design import check_design
+
+
+def model_of(*stack, shape=(8, 8, 3)):
+    return keras.Sequential([keras.Input(shape), *stack])
+
+
+def only(layer, shape=(8, 8, 3)):
+    (design,) = check_design(model_of(layer, shape=shape)).layers
+    return design
+
+
+def test_a_kernel_that_does_not_fit():
+    design = only(layers.Conv2D(32, 3, name="stem"))
+    assert (design.layer, design.kind, design.f_in, design.f_out, design.count) == ("stem", "Conv2D", 27, 32, 1)
+    assert design.path.endswith("stem/kernel")
+    assert design.groups == ((1, 27), (1, 5)) and not design.fits
+    assert design.advice == (
+        "at most 27 filters, a 5x5 kernel or at least 4 input channels would fit; until then: 1 group of 27 and 1 of 5"
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "matrices", "groups", "advice"),
+    [
+        (layers.Conv2D(27, 3), (8, 8, 3), (1, 27, 27), ((1, 27),), ""),
+        (layers.Conv2D(28, 3), (8, 8, 3), (1, 27, 28), ((1, 27), (1, 1)), "at most 27 filters, a 5x5 kernel"),
+        (layers.Conv2D(54, 3), (8, 8, 3), (1, 27, 54), ((2, 27),), "a 5x5 kernel or at least 6 input"),
+        (layers.Conv1D(7, 2), (9, 2), (1, 4, 7), ((1, 4), (1, 3)), "at most 4 filters, a kernel of 5 or at least 4 input"),
+        (layers.Conv3D(10, 1), (4, 4, 4, 3), (1, 3, 10), ((3, 3), (1, 1)), "a 3x3x3 kernel or at least 10 input"),
+        (layers.Conv2DTranspose(20, 2), (4, 4, 3), (1, 12, 20), ((1, 12), (1, 8)), "at most 12 filters, a 3x3 kernel"),
+        (layers.Conv2D(8, 1, groups=2), (4, 4, 4), (2, 2, 4), ((2, 2),), "at most 4 filters, a 3x3 kernel or at least 8 input"),
+        (layers.DepthwiseConv2D(2, depth_multiplier=5), (4, 4, 3), (3, 4, 5), ((1, 4), (1, 1)), "at most 4 or a 3x3 kernel"),
+        (layers.Dense(7), (3,), (1, 3, 7), ((2, 3), (1, 1)), "at most 3 units or at least 7 input features"),
+        (layers.EinsumDense("ab,bcd->acd", (2, 3)), (4,), (1, 4, 6), ((1, 4), (1, 2)), "at most 4 outputs or at least 6 input"),
+    ],
+)  # fmt: skip
+def test_layers_by_hand(layer, shape, matrices, groups, advice):
+    design = only(layer, shape)
+    assert (design.count, design.f_in, design.f_out) == matrices and design.groups == groups
+    assert advice in design.advice and bool(design.advice) != design.fits
+    assert ("in each of its" in design.advice) == (design.count > 1)
+
+
+def test_the_two_kernels_of_a_separable_convolution():
+    depthwise, pointwise = check_design(model_of(layers.SeparableConv2D(12, 3, depth_multiplier=2))).layers
+    assert (depthwise.count, depthwise.f_in, depthwise.f_out, depthwise.fits) == (3, 9, 2, True)
+    assert (pointwise.count, pointwise.f_in, pointwise.f_out, pointwise.fits) == (1, 6, 12, False)
+    assert pointwise.advice.startswith("at most 6 filters or at least 12 input channels times depth_multiplier would fit")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_advice_is_enough_and_not_less_would_be(seed):
+    random = np.random.default_rng(seed)
+    groups, side, channels = (int(random.integers(1, high)) for high in (4, 4, 5))
+    filters = side**2 * channels + int(random.integers(1, 40))
+
+    def fits(filters, side, channels):
+        layer = layers.Conv2D(groups * filters, side, groups=groups)
+        layer.build((None, 9, 9, groups * channels))
+        vectors = np.reshape(layer.kernel, (-1, groups * filters))[:, :filters]  # of the first group
+        return np.linalg.matrix_rank(vectors) == filters  # random filters are independent wherever that is possible
+
+    design = only(layers.Conv2D(groups * filters, side, groups=groups), (9, 9, groups * channels))
+    numbers = re.match(r"at most (\d+) filters, a (\d+)x\2 kernel or at least (\d+) input", design.advice).groups()
+    most, wider, least = map(int, numbers)
+    assert most % groups == least % groups == 0 and wider % 2
+    assert not fits(filters, side, channels)
+    assert fits(most // groups, side, channels) and not fits(most // groups + 1, side, channels)
+    assert fits(filters, side, least // groups) and not fits(filters, side, least // groups - 1)
+    assert fits(filters, wider, channels) and not fits(filters, wider - 2, channels)
+    assert sum(many * size for many, size in design.groups) == filters
+    assert all(size <= side**2 * channels for _, size in design.groups)
+
+
+def test_mobile_net():
+    report = check_design(keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3)))
+    wide = [design for design in report.layers if not design.fits]
+    assert len(report.layers) == 53 and not report.fits and report.notes == []
+    names = ["Conv1", *(f"block_{block}_expand" for block in range(1, 17)), "Conv_1"]
+    assert [design.layer for design in wide] == names
+    assert (wide[-1].f_in, wide[-1].f_out, wide[-1].groups) == (320, 1280, ((4, 320),))
+    title, *rows = str(report).split("\n")
+    assert title.startswith("18 of 53 kernels have more filters than inputs (f_in < f_out)")
+    assert len(rows) == 18 and len({row.index(" at most ") for row in rows}) == 1  # aligned
+
+
+def test_res_net():
+    report = check_design(keras.applications.ResNet50(weights=None))
+    wide = [design.layer for design in report.layers if not design.fits]
+    # The last 1x1 convolution of each of the 16 blocks, and the four shortcuts' convolutions.
+    assert len(report.layers) == 54 and len(wide) == 20
+    assert sum(name.endswith("_3_conv") for name in wide) == 16 and sum(name.endswith("_0_conv") for name in wide) == 4
+    (note,) = report.notes
+    assert note.startswith("53 biases (conv1_conv/bias, ") and "and 50 more" in note
+
+
+def test_a_model_that_fits():
+    report = check_design(plain_cnn(44))
+    assert report.fits and str(report) == "all 44 kernels can be orthonormal: f_in >= f_out everywhere"
+    grey = check_design(plain_cnn(8, input_shape=(8, 8, 1)))
+    assert str(grey).startswith("1 of 8 kernels has more filters") and "stem_conv/kernel" in str(grey)
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.inner = keras.Sequential([layers.Conv2D(30, 3), layers.BatchNormalization(), layers.Flatten()])
+        self.dense = layers.Dense(3)
+
+    def call(self, x):
+        return self.dense(self.inner(x))
+
+
+def test_subclassed_and_nested_models():
+    model = Subclassed()
+    model(np.zeros((1, 5, 5, 3)))
+    assert [(design.f_in, design.f_out) for design in check_design(model).layers] == [(27, 30), (270, 3)]
+
+
+def test_a_functional_model_with_a_call_of_its_own():
+    class Twice(keras.Model):
+        def call(self, x):
+            return 2 * super().call(x)
+
+    inputs = keras.Input((5, 5, 3))
+    model = Twice(inputs, layers.BatchNormalization()(layers.Conv2D(4, 3)(inputs)))
+    report = check_design(model)
+    assert report.fits and not report.notes  # what its call does with the bias is not known
+
+
+def test_a_convolution_with_a_call_of_its_own():
+    class Squared(layers.Conv2D):
+        def call(self, x):
+            return super().call(x) ** 2
+
+    inputs = keras.Input((5, 5, 3))
+    assert not check_design(keras.Model(inputs, layers.BatchNormalization()(Squared(4, 3)(inputs)))).notes
+
+
+def test_other_penalties_beside_orthonormal_ones_are_noted():
+    def dense(name, regularizer, trainable=True):
+        return layers.Dense(4, kernel_regularizer=regularizer, name=name, trainable=trainable)
+
+    ours = OrthonormalRegularizer(1e-3)
+    stack = dense("ours", ours), dense("decayed", keras.regularizers.L2(0.1)), dense("bare", None), dense("frozen", None, False)
+    decayed, bare = check_design(model_of(*stack, shape=(4,))).notes
+    assert decayed.startswith("L2 on 1 kernel (") and "decayed/kernel" in decayed and "discourages mixing" in decayed
+    assert bare.startswith("no regularizer on 1 kernel (") and "bare/kernel" in bare
+    assert check_design(model_of(dense("a", ours), dense("b", ours), shape=(4,))).notes == []
+    assert check_design(model_of(dense("a", None), dense("b", keras.regularizers.L2(0.1)), shape=(4,))).notes == []
+
+
+@pytest.mark.parametrize(
+    ("convolution", "normalization", "noted"),
+    [
+        ({}, {}, True),
+        ({"use_bias": False}, {}, False),
+        ({"activation": "relu"}, {}, False),
+        ({}, {"trainable": False}, False),  # subtracts a fixed mean
+        ({}, {"axis": 1}, False),  # the mean of a row, not of a channel
+        ({}, {"axis": 3}, True),
+    ],
+)
+def test_a_bias_before_batch_normalization(convolution, normalization, noted):
+    stack = layers.Conv2D(4, 3, name="conv", **convolution), layers.BatchNormalization(**normalization)
+    model = model_of(*stack, layers.Conv2D(2, 1))
+    assert [note.split(" (")[0] for note in check_design(model).notes] == ["1 bias"] * noted
+    if convolution:
+        return
+    x = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype("float32")
+    before = np.array(model(x, training=True))
+    model.get_layer("conv").bias.assign([1.0, 2, 3, -4])
+    assert np.allclose(before, model(x, training=True), atol=1e-3) == noted  # the note is right
+
+
+def test_a_bias_that_reaches_something_else_too_is_not_noted():
+    x = keras.Input((8, 8, 3))
+    y = layers.Conv2D(4, 3, name="branch")(x)
+    z = layers.BatchNormalization()(y)
+    assert len(check_design(keras.Model(x, z)).notes) == 1
+    assert check_design(keras.Model(x, [z, y])).notes == []
+    assert check_design(keras.Model(x, layers.Add()([z, y]))).notes == []
+    assert check_design(keras.Model(x, layers.BatchNormalization()(y, training=False))).notes == []
+    inner = keras.Sequential([keras.Input((6, 6, 4)), layers.BatchNormalization()])
+    assert len(check_design(keras.Model(x, inner(y))).notes) == 1
+    assert check_design(keras.Model(x, inner(y, training=False))).notes == []
+
+
+def test_the_model_stays_as_it_is():
+    model = plain_cnn(8)
+    before, config = model.get_weights(), model.to_json()
+    check_design(model)
+    assert model.to_json() == config
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
+@pytest.mark.parametrize("make", [keras.Sequential, Subclassed, lambda: layers.Dense(3), lambda: "model"])
+def test_wrong_model(make):
+    with pytest.raises(ValueError, match="`model` must be a built Keras model"):
+        check_design(make())
+
+
+def test_a_model_without_kernels():
+    with pytest.raises(ValueError, match="must have a convolution, dense or einsum kernel"):
+        check_design(model_of(layers.ReLU()))

@@ -1,0 +1,296 @@
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import references
+import tensorflow as tf
+from keras import layers
+
+from ortho_keras import orthonormality_error
+from ortho_keras.method import kernels
+
+
+def random_layout(rng, rank):
+    """A named layout, output axes, or a pair (shared axes, output axes), at random; some axes counted from the end."""
+    named = ["standard", "transposed", *(["depthwise"] if rank > 2 else [])]
+    axes = [int(axis) - rank * int(rng.integers(2)) for axis in rng.permutation(rank)]
+    outputs = int(rng.integers(1, rank))
+    shared = int(rng.integers(0, rank - outputs))
+    pair = (tuple(axes[outputs : outputs + shared]), tuple(axes[:outputs]))
+    return [named[rng.integers(len(named))], pair[1], pair][rng.integers(3)]
+
+
+def random_matrices(shape):
+    return tf.constant(np.random.default_rng(0).normal(size=shape))
+
+
+def test_round_trip_of_random_kernels():
+    rng = np.random.default_rng(1)
+    for _ in range(150):
+        shape = tuple(int(size) for size in rng.integers(1, 5, size=rng.integers(2, 6)))
+        layout, groups = random_layout(rng, len(shape)), int(rng.integers(1, 4))
+        f_out = kernels.matrix_shape(shape, layout)[2]
+        groups = groups if f_out % groups == 0 else 1
+        kernel = rng.normal(size=shape)
+        matrices = kernels.as_matrices(tf.constant(kernel), layout, groups)
+        assert matrices.shape == kernels.matrix_shape(shape, layout, groups)
+        assert sorted(matrices.numpy().ravel()) == sorted(kernel.ravel())
+        np.testing.assert_array_equal(kernels.as_kernel(matrices, shape, layout, groups), kernel)
+
+
+def test_sets_of_columns_equal_the_oracle():
+    shapes = [(2, 3, 9), (5, 2, 2), (2, 3, 4, 7), (1, 1, 6, 2), (2, 1, 3, 4, 3)]
+    layouts = ["standard", "transposed", "depthwise", (0,), (1, 2), (2, 0), (-1, 1)]
+    for shape, layout in itertools.product(shapes, layouts):
+        kernel = np.arange(np.prod(shape)).reshape(shape)  # each entry is its own place
+        sets = kernels.orthonormal_groups(kernels.as_matrices(tf.constant(kernel), layout))
+        sets = [columns.tolist() for part in sets for columns in part.numpy()]
+        assert sorted(sets) == sorted(columns.tolist() for columns in references.kernel_columns(kernel, layout))
+
+
+def test_matrix_shape():
+    for shape, layout, groups, expected in [
+        ((7, 3), "standard", 1, (1, 7, 3)),
+        ((3, 3, 16, 32), "standard", 1, (1, 144, 32)),
+        ((3, 3, 4, 32), "standard", 4, (4, 36, 8)),
+        ((4, 4, 8, 5), "transposed", 1, (1, 80, 8)),
+        ((3, 3, 6, 2), "depthwise", 1, (6, 9, 2)),
+        ((2, 3, 4, 5, 6), "standard", 1, (1, 120, 6)),
+        ((8, 2, 3), (1, 2), 1, (1, 8, 6)),
+        ((3, 4, 5), ((0,), (2,)), 1, (3, 4, 5)),
+        ((3, 4, 5), [[0], [2]], 1, (3, 4, 5)),  # as JSON gives it back
+        ((3, 4, 6), ((0,), (-1,)), 2, (6, 4, 3)),
+        (tf.TensorShape((7, 3)), "standard", 1, (1, 7, 3)),
+    ]:
+        assert kernels.matrix_shape(shape, layout, groups) == expected
+
+
+def test_groups_and_shared_axes_are_one_matrix_each():
+    kernel = np.arange(3 * 3 * 2 * 12).reshape(3, 3, 2, 12)
+    grouped = kernels.as_matrices(tf.constant(kernel), groups=3)
+    for group in range(3):
+        np.testing.assert_array_equal(grouped[group], kernel[..., 4 * group : 4 * group + 4].reshape(18, 4))
+    shared = kernels.as_matrices(tf.constant(kernel), ((2, 0), (1,)))
+    for at, (i, j) in enumerate(itertools.product(range(2), range(3))):
+        np.testing.assert_array_equal(shared[at], kernel[j, :, i, :].T)
+    both = kernels.as_matrices(tf.constant(kernel), "depthwise", groups=2)
+    for at, (channel, group) in enumerate(itertools.product(range(2), range(2))):
+        np.testing.assert_array_equal(both[at], kernel[:, :, channel, 6 * group : 6 * group + 6].reshape(9, 6))
+
+
+def test_wrong_shape():
+    for shape, groups, message in [
+        ((3, 0), 1, "without empty axes"),
+        ((None, 3), 1, "known shape"),
+        ((3, 4), 3, "`groups` must divide the 4 outputs"),
+        ((3,), 1, "rank 2 to 5"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            kernels.matrix_shape(shape, "standard", groups)
+
+
+def test_wrong_groups():
+    for groups in (0, -1, 1.0, True, None, "2"):
+        with pytest.raises(ValueError, match=f"`groups` must be a positive integer.* groups={groups!r}"):
+            kernels.standardize_groups(groups)
+
+
+def test_orthonormal_groups():
+    tall, wide = random_matrices((2, 5, 3)), random_matrices((2, 3, 8))
+    (only,) = kernels.orthonormal_groups(tall)
+    np.testing.assert_array_equal(only, tall)
+    full, rest = kernels.orthonormal_groups(wide)
+    np.testing.assert_array_equal(full, [wide[0, :, :3], wide[0, :, 3:6], wide[1, :, :3], wide[1, :, 3:6]])
+    np.testing.assert_array_equal(rest, wide[:, :, 6:])
+    (full,) = kernels.orthonormal_groups(wide[..., :6])  # no remainder, no empty group
+    assert full.shape == (4, 3, 3)
+
+
+def test_orthonormality_error():
+    assert orthonormality_error(tf.eye(4)) == 0
+    assert orthonormality_error(tf.eye(5, 2)) == 0
+    assert orthonormality_error(2 * tf.eye(4)) == 3
+    assert orthonormality_error(0 * tf.eye(4)) == 1  # a deviation may be negative
+    assert orthonormality_error([[1.0, 1.0], [0.0, 0.0]]) == 1  # off the diagonal
+    eye = np.eye(3, dtype="float32")
+    assert orthonormality_error(np.concatenate([eye, eye, eye[:, :1]], axis=1)) == 0  # equal columns in different groups
+    assert orthonormality_error(np.concatenate([eye, 2 * eye[:, :1]], axis=1)) == 3  # the remainder counts
+    assert orthonormality_error(np.concatenate([2 * eye, eye[:, :1]], axis=1)) == 3
+    assert orthonormality_error(np.concatenate([eye[:, :1], eye[:, :1]], axis=1)) == 1
+    assert orthonormality_error(np.concatenate([eye[:, :1], eye[:, :1]], axis=1), groups=2) == 0
+    assert orthonormality_error(np.stack([eye, 3 * eye]), layout=((0,), (2,))) == 8
+    assert orthonormality_error(keras.Variable(2 * tf.eye(2), dtype="bfloat16")) == 3
+    assert orthonormality_error(tf.eye(2, 3)[tf.newaxis], "transposed") == 0  # two outputs
+    assert orthonormality_error(tf.eye(3, 2)[tf.newaxis], "transposed") == 1  # three outputs, the last a column of zeros
+
+
+def test_orthonormality_error_of_a_random_kernel_equals_the_oracle():
+    cases = [((3, 3, 4, 19), "standard"), ((2, 2, 9, 2), "transposed"), ((3, 2, 7), "depthwise"), ((4, 3, 2), (1, 2))]
+    for shape, layout in cases:
+        kernel = np.random.default_rng(3).normal(size=shape)
+        expected = references.largest_deviation(kernel, layout)
+        np.testing.assert_allclose(orthonormality_error(kernel, layout), expected, rtol=1e-12)
+
+
+def test_orthonormality_error_does_not_hide_nan():
+    for column in range(3):  # the third is a remainder
+        kernel = np.eye(2, 3, dtype="float32")
+        kernel[0, column] = np.nan
+        assert np.isnan(orthonormality_error(kernel)), column
+
+
+EQUATIONS = [
+    # equation, output shape, input shape, layout
+    ("abc,cd->abd", (None, 5), (3, 4), (1,)),
+    ("abc,cde->abde", (None, 5, 2), (3, 4), (1, 2)),
+    ("abcd,cde->abe", (None, 6), (3, 4, 5), (2,)),
+    ("...x,xy->...y", 5, (3, 4), (1,)),
+    ("ab, ob -> ao", 5, (4,), (0,)),  # the output first
+    ("abc,bcd->ad", (6,), (3, 4), (2,)),
+    ("abc,bcd->abd", (3, 5), (3, 4), ((0,), (2,))),
+]
+
+
+@pytest.mark.parametrize(("equation", "output_shape", "input_shape", "layout"), EQUATIONS)
+def test_einsum_layout_maps_inputs_to_outputs(equation, output_shape, input_shape, layout):
+    layer = layers.EinsumDense(equation.replace(" ", ""), output_shape)
+    x = np.random.default_rng(4).normal(size=(2, *input_shape)).astype("float32")
+    y = layer(x).numpy()
+    assert kernels.einsum_layout(equation, len(layer.kernel.shape)) == layout
+    matrices = kernels.as_matrices(layer.kernel, layout).numpy()
+    if equation == "abc,bcd->abd":  # a matrix for each b
+        mapped = np.stack([x[:, b] @ matrices[b] for b in range(3)], axis=1)
+    else:
+        mapped = x.reshape(-1, matrices.shape[1]) @ matrices[0]
+    np.testing.assert_allclose(mapped.reshape(y.shape), y, rtol=1e-5, atol=1e-6)
+
+
+def only_matrices(layer):
+    (kernel,) = kernels.layer_kernels(layer)
+    return kernels.as_matrices(kernel.variable, kernel.layout, kernel.groups).numpy()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_convolution_s_matrix_maps_patches_to_pixels(rank):
+    x = np.random.default_rng(5).normal(size=(4, *(3, 2, 2)[:rank], 3)).astype("float32")
+    convolution = (layers.Conv1D, layers.Conv2D, layers.Conv3D)[rank - 1](5, x.shape[1:-1])
+    y = convolution(x).numpy()  # one pixel
+    np.testing.assert_allclose(x.reshape(4, -1) @ only_matrices(convolution)[0], y.reshape(4, 5), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_transposed_convolution_s_matrix_maps_turned_patches_to_pixels(rank):
+    x = np.random.default_rng(6).normal(size=(4, *(3,) * rank, 2)).astype("float32")
+    convolution = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)[rank - 1](5, 3)
+    y = convolution(x)[(slice(None), *(2,) * rank)]  # the middle pixel sees all of x
+    turned = np.flip(x, axis=tuple(range(1, rank + 1))).reshape(4, -1)
+    np.testing.assert_allclose(turned @ only_matrices(convolution)[0], y, rtol=1e-4, atol=1e-5)
+
+
+def test_a_transposed_convolution_with_stride_kernel_size_maps_each_pixel_to_a_block():
+    x = np.random.default_rng(7).normal(size=(4, 1, 1, 3)).astype("float32")
+    layer = layers.Conv2DTranspose(5, (2, 3), strides=(2, 3))
+    y = layer(x)
+    blocks = np.einsum("nc,pco->npo", x[:, 0, 0], only_matrices(layer)[0].reshape(6, 3, 5))
+    np.testing.assert_allclose(blocks.reshape(4, 2, 3, 5), y, rtol=1e-5, atol=1e-6)
+
+
+def test_a_grouped_convolution_s_matrices_map_their_own_channels():
+    x = np.random.default_rng(8).normal(size=(4, 3, 2, 6)).astype("float32")
+    layer = layers.Conv2D(12, (3, 2), groups=3)
+    y = layer(x).numpy().reshape(4, 12)
+    matrices = only_matrices(layer)
+    assert matrices.shape == (3, 12, 4)
+    for group in range(3):
+        own = x[..., 2 * group : 2 * group + 2].reshape(4, -1)
+        np.testing.assert_allclose(own @ matrices[group], y[:, 4 * group : 4 * group + 4], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_depthwise_convolution_s_matrices_map_one_channel_each(rank):
+    x = np.random.default_rng(9).normal(size=(4, *(3,) * rank, 5)).astype("float32")
+    layer = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)[rank - 1](3, depth_multiplier=2)
+    y = layer(x).numpy().reshape(4, 10)
+    matrices = only_matrices(layer)
+    for channel in range(5):
+        own = x[..., channel].reshape(4, -1)
+        np.testing.assert_allclose(own @ matrices[channel], y[:, 2 * channel : 2 * channel + 2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_separable_convolution_is_depthwise_then_pointwise(rank):
+    x = np.random.default_rng(10).normal(size=(4, *(3,) * rank, 5)).astype("float32")
+    layer = (layers.SeparableConv1D, layers.SeparableConv2D)[rank - 1](7, 3, depth_multiplier=2)
+    y = layer(x).numpy().reshape(4, 7)
+    depthwise, pointwise = (
+        kernels.as_matrices(kernel.variable, kernel.layout, kernel.groups).numpy() for kernel in kernels.layer_kernels(layer)
+    )
+    middle = np.concatenate([x[..., channel].reshape(4, -1) @ depthwise[channel] for channel in range(5)], axis=1)
+    np.testing.assert_allclose(middle @ pointwise[0], y, rtol=1e-4, atol=1e-5)
+
+
+KERNEL = ("kernel", "kernel_regularizer")
+LAYERS = [
+    # layer, input shape, [(variable, regularizer, layout, groups)]
+    (lambda: layers.Dense(3), (4,), [(*KERNEL, "standard", 1)]),
+    (lambda: layers.Conv1D(3, 2), (5, 4), [(*KERNEL, "standard", 1)]),
+    (lambda: layers.Conv2D(3, 2), (5, 5, 4), [(*KERNEL, "standard", 1)]),
+    (lambda: layers.Conv2D(6, 2, groups=2), (5, 5, 4), [(*KERNEL, "standard", 2)]),
+    (lambda: layers.Conv3D(3, 2), (5, 5, 5, 4), [(*KERNEL, "standard", 1)]),
+    (lambda: layers.Conv1DTranspose(3, 2), (5, 4), [(*KERNEL, "transposed", 1)]),
+    (lambda: layers.Conv2DTranspose(3, 2), (5, 5, 4), [(*KERNEL, "transposed", 1)]),
+    (lambda: layers.Conv3DTranspose(3, 2), (5, 5, 5, 4), [(*KERNEL, "transposed", 1)]),
+    (lambda: layers.DepthwiseConv1D(2), (5, 4), [("kernel", "depthwise_regularizer", "depthwise", 1)]),
+    (lambda: layers.DepthwiseConv2D(2), (5, 5, 4), [("kernel", "depthwise_regularizer", "depthwise", 1)]),
+    (
+        lambda: layers.SeparableConv1D(3, 2),
+        (5, 4),
+        [
+            ("depthwise_kernel", "depthwise_regularizer", "depthwise", 1),
+            ("pointwise_kernel", "pointwise_regularizer", "standard", 1),
+        ],
+    ),
+    (
+        lambda: layers.SeparableConv2D(3, 2),
+        (5, 5, 4),
+        [
+            ("depthwise_kernel", "depthwise_regularizer", "depthwise", 1),
+            ("pointwise_kernel", "pointwise_regularizer", "standard", 1),
+        ],
+    ),
+    (lambda: layers.EinsumDense("abc,cde->abde", (None, 3, 2)), (5, 4), [(*KERNEL, (1, 2), 1)]),
+    (lambda: layers.EinsumDense("abc,bcd->abd", (5, 3)), (5, 4), [(*KERNEL, ((0,), (2,)), 1)]),
+    (lambda: layers.BatchNormalization(), (4,), []),
+    (lambda: layers.Embedding(7, 3), (4,), []),
+    (lambda: layers.LSTM(3), (5, 4), []),
+    (lambda: layers.ReLU(), (4,), []),
+]
+
+
+@pytest.mark.parametrize(("make", "input_shape", "expected"), LAYERS)
+def test_layer_kernels(make, input_shape, expected):
+    layer = make()
+    layer(keras.Input(input_shape))
+    found = kernels.layer_kernels(layer)
+    assert [(k.regularizer_attribute, k.layout, k.groups) for k in found] == [entry[1:] for entry in expected]
+    for kernel, (name, attribute, *_) in zip(found, expected):
+        assert kernel.layer is layer and kernel.variable is getattr(layer, name)
+        assert kernel.path == getattr(layer, name).path
+        assert attribute in layer.get_config()  # where Keras saves it
+
+
+def test_a_subclass_is_what_it_inherits_from():
+    class Mine(layers.Conv2DTranspose):
+        pass
+
+    layer = Mine(3, 2)
+    layer(keras.Input((5, 5, 4)))
+    assert [kernel.layout for kernel in kernels.layer_kernels(layer)] == ["transposed"]
+
+
+def test_quantized_kernels_are_none():
+    layer = layers.Dense(3)
+    layer(keras.Input((4,)))
+    layer.quantize("int8")
+    assert kernels.layer_kernels(layer) == []

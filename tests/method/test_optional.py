@@ -1,0 +1,82 @@
+"""The library with nothing but its declared dependencies: it imports, and what needs more says so before it begins."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from photographs import write_photographs
+
+import ortho_keras
+import train
+from ortho_keras.method.optional import installed_versions, require
+from ortho_keras.trainer import report
+from ortho_keras.trainer.data import load_data
+
+OPTIONAL = ("tensorflow_datasets", "importlib_resources", "tensorboard", "sklearn", "keras_tuner", "matplotlib", "pandas")
+
+
+def test_every_module_imports_without_them():
+    modules = sorted(path.stem for path in pathlib.Path(ortho_keras.__file__).parent.glob("*.py"))
+    code = (
+        f"import importlib, sys\nsys.modules.update(dict.fromkeys({OPTIONAL}))\n"
+        f"for name in {modules}: importlib.import_module('ortho_keras.' + name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=pathlib.Path(ortho_keras.__file__).parents[1], stderr=-1)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_require_names_what_is_missing_and_only_that():
+    require("a test", "numpy", "keras")
+    with pytest.raises(ImportError, match=r"^a test needs no_such_one and nor_this: pip install no_such_one nor_this$"):
+        require("a test", "no_such_one", "numpy", "nor_this")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "package", "installed"),
+    [("digits", "sklearn", "scikit-learn"), ("cifar10", "tensorflow_datasets", "tensorflow-datasets")],
+)
+def test_a_data_set_names_the_package_that_it_needs(monkeypatch, tmp_path, dataset, package, installed):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"^--dataset {dataset} needs {installed}: pip install {installed}$"):
+        load_data(dataset, tmp_path)
+
+
+def test_a_run_says_what_it_lacks_before_it_begins(monkeypatch, tmp_path, capsys):
+    given = ["--image_size=0", "--depth=8", "--width=2", "--max_steps=2", "--bn_batches=0", f"--workdir={tmp_path / 'run'}"]
+    write_photographs(tmp_path / "data", {"train": 4, "test": 2}, 2)
+    with flagsaver.flagsaver():
+        train.parse_flags(["train.py", f"--dataset=folder:{tmp_path / 'data'}", "--batch_size=4", *given])
+        with monkeypatch.context() as without:
+            for package in ("matplotlib", "tensorboard"):
+                without.setitem(sys.modules, package, None)
+            assert train.main([]) == 2
+        expected = "train.py: a run needs matplotlib and tensorboard: pip install matplotlib tensorboard\n"
+        assert capsys.readouterr().err == expected and not (tmp_path / "run").exists()
+
+
+def test_versions_are_those_of_what_is_installed():
+    found = installed_versions("numpy", "no-such-distribution")
+    assert found == {"numpy": np.__version__}
+
+
+def test_features_name_the_package_that_they_need(monkeypatch, tmp_path, capsys):
+    model, x, y = ortho_keras.plain_cnn(8, (8, 8, 1), width=2), np.ones((4, 8, 8, 1), "float32"), np.zeros(4, int)
+    model.compile("sgd", "mse")
+    signal = ortho_keras.signal_report(model, x, np.zeros((4, 10)))
+    for package in ("matplotlib", "tensorboard"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        signal.plot(tmp_path / "signal.png")
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        ortho_keras.plot_features(model, x, ["stem_conv"], tmp_path / "features.png")
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        ortho_keras.plot_filters(model, ["stem_conv"], tmp_path / "filters.png")
+    # Before any training is lost.
+    with pytest.raises(ImportError, match="SignalMonitor needs tensorboard and matplotlib: pip install tensorboard matplotlib"):
+        ortho_keras.SignalMonitor(x, y, tmp_path / "signals")
+    assert report.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "ortho_keras.trainer.report: a report needs matplotlib: pip install matplotlib\n"
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,44 @@
+"""The plan of the package: four rooms, in which imports run downward only, and files saved before the rooms were made."""
+
+import ast
+import pathlib
+
+import numpy as np
+
+import ortho_keras
+
+PACKAGE = pathlib.Path(ortho_keras.__file__).parent
+ORDER = ("method", "nets", "diagnosis", "trainer")  # each imports itself and those before it
+SAVED = pathlib.Path(__file__).parent / "saved"
+
+
+def imported(path):
+    """The modules that a file imports anywhere in it, as dotted names."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_run_downward_only():
+    seen = set()
+    for number, room in enumerate(ORDER):
+        for path in sorted((PACKAGE / room).rglob("*.py")):
+            rooms = {name.split(".")[1] for name in imported(path) if name.startswith("ortho_keras.")}
+            assert rooms <= set(ORDER[: number + 1]), f"{path.relative_to(PACKAGE)} imports {sorted(rooms)}"
+            assert not {name.split(".")[0] for name in imported(path)} & {"train", "tuning", "benchmarks", "tests"}
+            seen |= {(room, other) for other in rooms}
+    assert {("nets", "method"), ("diagnosis", "method"), ("trainer", "diagnosis"), ("trainer", "nets")} <= seen  # it reads them
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "version.py"}
+
+
+def test_a_model_saved_before_the_packages_loads():
+    """The file was written when all modules lay flat in the package: layers are found by their registered names."""
+    model = ortho_keras.load_model(SAVED / "every_class.keras")
+    kept = np.load(SAVED / "every_class.npz")
+    np.testing.assert_allclose(model.predict(kept["images"], verbose=0), kept["outputs"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose([float(loss) for loss in model.losses], kept["losses"], rtol=1e-4)
+    assert len(kept["losses"]) == 12

@@ -1,0 +1,79 @@
+"""The deployed files, read back by what they are for."""
+
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from ortho_keras import ErrorModulation, load_model, modulate, plain_cnn
+from ortho_keras.method.errors import InputError
+from ortho_keras.trainer.export import deploy
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A modulated net of bfloat16 that has learned a little, its file, images, and its float32 outputs."""
+    path = tmp_path_factory.mktemp("trained") / "final.keras"
+    rng = np.random.default_rng(0)
+    images, labels = rng.random((64, 8, 8, 1)).astype("float32"), rng.integers(10, size=64)
+    full = plain_cnn(14, (8, 8, 1), relu_shift=1.0, seed=0)
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    model = modulate(plain_cnn(14, (8, 8, 1), relu_shift=1.0, seed=0))
+    keras.config.set_dtype_policy("float32")
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(images, labels, epochs=2, verbose=0)
+    model.save(path)
+    full.set_weights([w for layer in model.layers for w in layer.get_weights() if not isinstance(layer, ErrorModulation)])
+    return path, images, full.predict(images, verbose=0)
+
+
+def test_every_format_gives_the_same_outputs(trained, tmp_path):
+    path, images, expected = trained
+    outputs = {}
+    for name in ("net.keras", "net.tflite", "net"):
+        line = deploy(path, tmp_path / name)
+        assert line.startswith(f"{tmp_path / name}: 13 of 13 BatchNormalization layers folded, outputs differ by ")
+    outputs["keras"] = load_model(tmp_path / "net.keras").predict(images, verbose=0)
+    saved = tf.saved_model.load(str(tmp_path / "net"))  # whose variables live as long as it does
+    outputs["saved model"] = saved.serve(images).numpy()
+    interpreter = tf.lite.Interpreter(str(tmp_path / "net.tflite"))
+    (taken,), (given,) = interpreter.get_input_details(), interpreter.get_output_details()
+    interpreter.resize_tensor_input(taken["index"], images.shape)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(taken["index"], images)
+    interpreter.invoke()
+    outputs["tflite"] = interpreter.get_tensor(given["index"])
+    for name, mine in outputs.items():
+        np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=name)
+
+
+def test_train_exports_a_run_and_one_that_is_finished(tmp_path):
+    small = ["--image_size=8", "--augment=none", "--depth=8", "--width=2", "--epochs=1", f"--workdir={tmp_path / 'run'}"]
+    for name in ("first.keras", "second.keras"):
+        command = [sys.executable, "train.py", *small, f"--export={tmp_path / 'new' / name}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0 and done.stderr == ""
+        assert f"{name}: 7 of 7 BatchNormalization layers folded, outputs differ by " in done.stdout.splitlines()[-1]
+    assert load_model(tmp_path / "new" / "second.keras").input_shape == (None, 8, 8, 1)
+
+
+def test_what_is_refused(trained, tmp_path):
+    path = trained[0]
+    (tmp_path / "file.keras").write_text("no model")
+    for model, output, message in (
+        (path, "net.onnx", "--export must end in .keras or .tflite, or have no suffix"),
+        (path, ".", "--export must be a folder that does not exist"),
+        (path, "file.keras/net.keras", "--export must be a folder that can be written"),
+        (tmp_path / "missing.keras", "net.keras", "the model must be a Functional or Sequential one in a .keras file"),
+        (tmp_path / "file.keras", "net.keras", "the model must be a Functional or Sequential one in a .keras file"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            deploy(model, tmp_path / output)
+        assert "\n" not in str(caught.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.keras"]
