@@ -185,7 +185,7 @@ def best(cells):
 
 
 def rates(arm, depth, factor):
-    """The rates to choose from: three at the first depth; elsewhere the grid's two that are nearest to its choice times 44 / depth."""
+    """Three rates at the first depth; elsewhere the two of the grid that are nearest to its choice times 44 / depth."""
     if depth == FIRST_DEPTH:
         return FIRST_RATES
     chosen = chosen_rate(arm, FIRST_DEPTH, factor)
