@@ -21,7 +21,7 @@ HEAD = "<!-- Written by docs/make_api.py from the docstrings: change those, then
 # Heading -> modules, in the order of the page. A module that is in none of them ends the script.
 GROUPS = {
     "Orthonormality": "regularizers orthonormalize decay kernels design initializers patch_pca principal_start "
-    "regularizer_variants muon",
+    "related_regularizers muon",
     "Modulation, callbacks": "modulation callbacks",
     "Where the signal goes": "signal_report signals",
     "Nets and layers": "models imagenet growth mirror activations batchnorm",
