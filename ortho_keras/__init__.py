@@ -20,13 +20,13 @@ from ortho_keras.method.kernels import orthonormality_error
 from ortho_keras.method.loading import load_model
 from ortho_keras.method.modulation import ErrorModulation
 from ortho_keras.method.orthonormalize import OrthonormalizeReport, orthonormalize
-from ortho_keras.method.regularizer_variants import (
+from ortho_keras.method.regularizers import KernelRegularizer, OrthonormalRegularizer
+from ortho_keras.method.related_regularizers import (
     ConvOrthogonalRegularizer,
     DoubleSoftOrthogonalRegularizer,
     MutualCoherenceRegularizer,
     SRIPRegularizer,
 )
-from ortho_keras.method.regularizers import OrthonormalRegularizer
 from ortho_keras.nets.batchnorm import BatchNormalizationEstimator, FusedBatchNormalization
 from ortho_keras.nets.growth import grow
 from ortho_keras.nets.imagenet import plain_imagenet, residual_imagenet
@@ -49,6 +49,7 @@ __all__ = [
     "DoubleSoftOrthogonalRegularizer",
     "ErrorModulation",
     "FusedBatchNormalization",
+    "KernelRegularizer",
     "LayerSignal",
     "LearningRate",
     "ModulationSwitch",

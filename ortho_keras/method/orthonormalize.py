@@ -4,8 +4,9 @@ import dataclasses
 
 import keras
 
+from ortho_keras.method.checks import check_built, check_number
 from ortho_keras.method.kernels import layer_kernels, matrix_shape, walk_layers
-from ortho_keras.method.regularizers import OrthonormalRegularizer
+from ortho_keras.method.regularizers import KernelRegularizer, find_regularizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,7 @@ class CoveredKernel:
     layer_type: str
     shape: tuple
     matrices: tuple  # (count, f_in, f_out), how the kernel reads
-    regularizer: OrthonormalRegularizer
+    regularizer: KernelRegularizer
     replaced: str  # the penalty that it had before, or ""
     note: str
 
@@ -58,7 +59,7 @@ class OrthonormalizeReport:
         return "\n".join(lines)
 
 
-def orthonormalize(model, factor=1e-4, verbose=True):
+def orthonormalize(model, factor=1e-4, verbose=True, regularizer="orthonormal"):
     """Puts the orthonormal regularizer on every kernel of a built model, in place.
 
     Covers the kernels of Dense, EinsumDense, Conv1D/2D/3D, their transposed, depthwise and separable kin, in nested models
@@ -88,37 +89,32 @@ def orthonormalize(model, factor=1e-4, verbose=True):
         Xie, Xiong, Pu 2017, Eq. 3 ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)): all convolutional and fully connected
         layers. The other kinds of layer are ours.
     """
-    if not isinstance(model, keras.Model) or not model.built:
-        raise ValueError(f"`model` must be a built Keras model (call `model.build(...)`). Received: model={model!r}")
-    shared = {}  # (layout, groups) -> regularizer
-    OrthonormalRegularizer(factor)  # a wrong factor fails before anything is changed
+    check_built(model)
+    check_number("factor", factor, least=0)
+    kind = find_regularizer(regularizer)
+    shared = {}  # config -> regularizer
     covered, skipped, seen = [], [], set()
     for layer, owners in walk_layers(model):
         for kernel in layer_kernels(layer):
             seen.add(id(kernel.variable))
-            key = (kernel.layout, kernel.groups)
-            if key not in shared:
-                shared[key] = OrthonormalRegularizer(factor, kernel.layout, kernel.groups)
+            own = kernel.path, type(layer).__name__, tuple(kernel.variable.shape)
+            try:
+                made = kind.for_kernel(factor, kernel)
+            except ValueError as error:
+                skipped.append(SkippedWeight(*own, str(error)))
+                continue
+            made = shared.setdefault(str(made.get_config()), made)
             before = kernel.variable.regularizer
-            kernel.variable.regularizer = shared[key]
-            setattr(layer, kernel.regularizer_attribute, shared[key])
-            covered.append(
-                CoveredKernel(
-                    kernel.path,
-                    type(layer).__name__,
-                    tuple(kernel.variable.shape),
-                    matrix_shape(kernel.variable.shape, kernel.layout, kernel.groups),
-                    shared[key],
-                    "" if before is None else type(before).__name__,
-                    _note(kernel, owners),
-                )
-            )
+            replaced = "" if before is None else type(before).__name__
+            matrices = matrix_shape(kernel.variable.shape, kernel.layout, kernel.groups)
+            kernel.variable.regularizer = made
+            setattr(layer, kernel.regularizer_attribute, made)
+            covered.append(CoveredKernel(*own, matrices, made, replaced, _note(kernel, owners)))
         for variable in _own_variables(layer):
             if id(variable) not in seen and len(variable.shape) > 1:
                 seen.add(id(variable))
-                skipped.append(
-                    SkippedWeight(variable.path, type(layer).__name__, tuple(variable.shape), _reason(layer, variable))
-                )
+                own = variable.path, type(layer).__name__, tuple(variable.shape)
+                skipped.append(SkippedWeight(*own, _reason(layer, variable)))
     if model.compiled:
         for function, remake in (
             (model.train_function, model.make_train_function),

@@ -1,24 +1,60 @@
-"""The orthonormal regularizer: what the paper puts in the place of weight decay."""
+"""The orthonormal regularizer, which takes the place of weight decay, and the base class of all penalties on kernels."""
 
 import math
 
 import keras
 import tensorflow as tf
 
+from ortho_keras.method.checks import check_number
 from ortho_keras.method.kernels import at_least_float32, column_sets, gram_deviation, standardize_groups, standardize_layout
 from ortho_keras.method.live import LiveScalar
 
+REGULARIZERS = {}  # name -> subclass of KernelRegularizer
+
 
 class KernelRegularizer(keras.regularizers.Regularizer):
-    """What the penalties on kernels share: a factor that can change while training, and how the kernel's axes read.
+    """Base class of regularizers that read a kernel as matrices.
 
-    A subclass has `penalty(kernel)`, the scalar that the factor multiplies. See `OrthonormalRegularizer` for the arguments.
+    A subclass defines `penalty(kernel)`, the scalar that the factor multiplies. With a `name` it is saved and loaded by Keras
+    and available by that name: in `orthonormalize`, in `OrthonormalDecay` and as `train.py --regularizer`.
+
+    Args:
+        factor: float, at least 0. The strength. Setting it takes effect at the next training step, without retracing.
+        layout: See `OrthonormalRegularizer`.
+        groups: See `OrthonormalRegularizer`.
+
+    Raises:
+        ValueError: If an argument is none of the above, or a subclass takes a name that another class has.
+
+    Example:
+
+    >>> class RowRegularizer(KernelRegularizer, name="rows"):
+    ...     def penalty(self, kernel):
+    ...         matrices = as_matrices(kernel, self.layout, self.groups)
+    ...         return keras.ops.sum(keras.ops.square(keras.ops.norm(matrices, axis=-1) - 1))
+    >>> orthonormalize(model, 1e-3, regularizer="rows")
     """
 
+    def __init_subclass__(cls, name=None, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            if REGULARIZERS.get(name, cls).__qualname__ != cls.__qualname__:
+                raise ValueError(f"`name` must not be the name of another regularizer. Received: name={name!r}")
+            REGULARIZERS[name] = keras.saving.register_keras_serializable(package="ortho_keras")(cls)
+
     def __init__(self, factor=1e-4, layout="standard", groups=1):
-        self._factor = LiveScalar(_checked_factor(factor))
+        self._factor = LiveScalar(check_number("factor", factor, least=0))
         self.layout = standardize_layout(layout)
         self.groups = standardize_groups(groups)
+
+    @classmethod
+    def for_kernel(cls, factor, kernel):
+        """Returns the regularizer for one kernel of a layer, a `LayerKernel`.
+
+        Raises:
+            ValueError: If this regularizer is not defined for kernels of that kind. The message gives the reason.
+        """
+        return cls(factor, kernel.layout, kernel.groups)
 
     @property
     def factor(self):
@@ -26,7 +62,14 @@ class KernelRegularizer(keras.regularizers.Regularizer):
 
     @factor.setter
     def factor(self, factor):
-        self._factor.value = _checked_factor(factor)
+        self._factor.value = check_number("factor", factor, least=0)
+
+    def penalty(self, kernel):
+        raise NotImplementedError(f"{type(self).__name__} must define `penalty(kernel)`")
+
+    def largest_step(self, penalty):
+        """Returns the largest step along the negative gradient of the penalty, of the given value, that is stable."""
+        return math.inf
 
     def __call__(self, x):
         penalty = self.penalty(x)
@@ -36,32 +79,40 @@ class KernelRegularizer(keras.regularizers.Regularizer):
         return {"factor": self.factor, "layout": self.layout, "groups": self.groups}
 
 
-@keras.saving.register_keras_serializable(package="ortho_keras")
-class OrthonormalRegularizer(KernelRegularizer):
+def find_regularizer(regularizer):
+    """Returns the subclass of `KernelRegularizer` that has this name in `REGULARIZERS`; a subclass is returned as it is."""
+    found = REGULARIZERS.get(regularizer) if isinstance(regularizer, str) else regularizer
+    if not isinstance(found, type) or not issubclass(found, KernelRegularizer):
+        raise ValueError(
+            f"`regularizer` must be one of {', '.join(REGULARIZERS)}, or a subclass of KernelRegularizer. "
+            f"Received: regularizer={regularizer!r}"
+        )
+    return found
+
+
+class OrthonormalRegularizer(KernelRegularizer, name="orthonormal"):
     """Penalizes a kernel whose output filters are not orthonormal.
 
     `penalty = factor / 2 * ||W^T W - I||_F^2`, where W is the kernel read as a matrix of shape `(f_in, f_out)`:
-    a Conv2D kernel `(kh, kw, cin, cout)` becomes `(kh * kw * cin, cout)`, and its columns, the output filters, are
-    what should be orthonormal. Where `f_in < f_out` that many orthogonal vectors cannot exist, so the columns are
-    split into groups of `f_in` (the last one takes the remainder) and the penalty is the sum over groups.
+    a Conv2D kernel `(kh, kw, cin, cout)` becomes `(kh * kw * cin, cout)`, and its columns, the output filters, should be
+    orthonormal. Where `f_in < f_out`, that many orthogonal vectors do not exist, so the columns are split into groups of
+    `f_in` (the last one takes the remainder) and the penalty is the sum over groups.
 
-    Put it in the place of weight decay on every kernel of a net; L2 on some kernels beside it on others is
-    discouraged by the paper. A half-precision kernel is cast to float32 first. The result is a scalar.
+    Use it in place of weight decay on every kernel of a network; the paper advises against mixing it with L2. A
+    half-precision kernel is cast to float32 first. The result is a scalar.
 
     Args:
-        factor: float, at least 0. The strength, lambda in Eq. 3 (the paper's value is not known to us; 1e-4 is weight
-            decay's usual one). It can be set while training: `regularizer.factor = 1e-3` takes effect at the next step
-            without retracing.
-        layout: How the kernel's axes read. `"standard"`: `(..., in, out)`, as in Dense and Conv. `"transposed"`:
+        factor: float, at least 0. The strength, lambda in Eq. 3 (the paper's value is not known to us; 1e-4 is common for
+            weight decay). Setting `regularizer.factor = 1e-3` takes effect at the next training step, without retracing.
+        layout: How the kernel's axes are read. `"standard"`: `(..., in, out)`, as in Dense and Conv. `"transposed"`:
             `(..., out, in)`, as in Conv2DTranspose. `"depthwise"`: `(..., channels, multiplier)`, one matrix
             `(kernel size, multiplier)` for each channel. A tuple of ints: the output axes, as in EinsumDense;
             all others are input axes. A pair of tuples: the axes that input and output share (one matrix for each
             index), and the output axes.
-        groups: int. A grouped convolution's `groups`: each group's filters form a matrix of their own.
+        groups: int, at least 1. A grouped convolution's `groups`: each group's filters form a matrix.
 
     Raises:
-        ValueError: If `factor` is negative or not finite, `layout` or `groups` is none of the above, or the kernel is
-            not of rank 2 to 5.
+        ValueError: If an argument is none of the above, or the kernel is not of rank 2 to 5.
 
     Example:
 
@@ -77,19 +128,13 @@ class OrthonormalRegularizer(KernelRegularizer):
         sets = column_sets(at_least_float32(kernel), self.layout, self.groups)
         return tf.add_n([_half_square_deviation(columns) for columns in sets])
 
+    def largest_step(self, penalty):
+        # A step t turns a singular value s into s (1 - 2 t (s^2 - 1)): at least s / 2 where t * ||W^T W - I|| <= 1 / 4.
+        return tf.minimum(tf.ones_like(penalty), tf.math.rsqrt(2 * penalty)) / 4
+
 
 @tf.custom_gradient
 def _half_square_deviation(columns):
     """1 / 2 * ||W^T W - I||^2 with its gradient in closed form, 2 W (W^T W - I): one product, where autodiff makes two."""
     deviation = gram_deviation(columns)
     return tf.nn.l2_loss(deviation), lambda upstream: 2 * upstream * tf.matmul(columns, deviation)
-
-
-def _checked_factor(factor):
-    try:
-        value = float(factor)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise ValueError(f"`factor` must be a finite number, at least 0. Received: factor={factor!r}")
-    return value

@@ -7,7 +7,8 @@ import numpy as np
 
 from ortho_keras.method.chain import modulate
 from ortho_keras.method.errors import InputError
-from ortho_keras.method.regularizers import OrthonormalRegularizer
+from ortho_keras.method.orthonormalize import orthonormalize
+from ortho_keras.method.regularizers import REGULARIZERS
 from ortho_keras.nets.imagenet import plain_imagenet, residual_imagenet
 from ortho_keras.nets.models import plain_cnn, residual_cnn
 from ortho_keras.nets.patch_pca import PatchPCAInitializer
@@ -43,7 +44,8 @@ def build_model(recipe, data, replicated=False):
         input_shape=data.image_shape,
         num_classes=len(data.class_names),
         width=recipe.width,
-        regularizer=_regularizer(recipe),
+        # Keras's L2(x) is x * ||W||^2; weight decay of strength `factor` is factor / 2 * ||W||^2.
+        regularizer=keras.regularizers.L2(recipe.factor / 2) if recipe.regularizer == "l2" else None,
         initializer=recipe.initializer,
         stem_initializer=stem_initializer,
         relu_shift="auto" if recipe.relu_shift < 0 else recipe.relu_shift,
@@ -51,6 +53,8 @@ def build_model(recipe, data, replicated=False):
         seed=recipe.seed,
         preprocessing=keras.layers.Normalization(mean=mean, variance=variance, name="normalization"),
     )
+    if recipe.regularizer in REGULARIZERS:
+        orthonormalize(model, recipe.factor, verbose=False, regularizer=recipe.regularizer)
     if recipe.modulation == "off":
         return model
     # The classifier's error is not commensurable with the convolutions': global pooling lies between (see `modulate`).
@@ -100,13 +104,6 @@ def make_optimizer(recipe, total_steps, first_step=0):
         optimizer = AllReplicaLossScaleOptimizer(optimizer)
     optimizer.first_step = first_step
     return optimizer
-
-
-def _regularizer(recipe):
-    if recipe.regularizer == "orthonormal":
-        return OrthonormalRegularizer(recipe.factor)
-    # Keras's L2(x) is x * ||W||^2; weight decay of strength `factor` is factor / 2 * ||W||^2.
-    return keras.regularizers.L2(recipe.factor / 2) if recipe.regularizer == "l2" else None
 
 
 def growth_step(recipe, data):

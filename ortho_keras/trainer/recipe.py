@@ -1,15 +1,19 @@
 """A recipe: a frozen set of values that describes one training run completely."""
 
+import collections
 import dataclasses
 import json
 import math
 import pathlib
 
 from ortho_keras.method.errors import InputError
+from ortho_keras.method.regularizers import REGULARIZERS
 from ortho_keras.nets.imagenet import BLOCKS, BOTTLENECK_DEPTHS
 from ortho_keras.trainer.schedules import SHAPES
 
 OPTIMIZERS = ("sgd", "nesterov", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "muon")
+
+FACTORED = collections.ChainMap({"l2": None}, REGULARIZERS)  # penalties with a factor; regularizers may still be added
 
 MIRRORING = ("crop_flip", "resized_crop")  # the choices of augment that mirror images
 
@@ -18,7 +22,7 @@ READ_FOR = {
     "momentum": ("optimizer", ("sgd", "nesterov", "rmsprop", "muon")),
     "vector_rate": ("optimizer", ("muon",)),
     "weight_decay": ("optimizer", ("adamw",)),
-    "factor": ("regularizer", ("orthonormal", "l2")),
+    "factor": ("regularizer", FACTORED),
     **dict.fromkeys(("padding", "crop_border", "cutout"), ("augment", ("crop", "crop_flip"))),
     "grow_epoch": ("start_depth", range(8, 2**31)),
     **dict.fromkeys(("tolerance", "max_scale", "modulation_steps", "modulation_sync"), ("modulation", ("neighbour", "anchor"))),
@@ -79,8 +83,12 @@ class Recipe:
     relu_shift: float = _field(
         0.0, "the ReLUs are max(x, -relu_shift) (ours; 0: the ReLU; -1: the shift for the depth)", least=-1
     )
-    regularizer: str = _field("orthonormal", "penalty on every kernel", ("orthonormal", "l2", "none"))
-    factor: float = _field(1e-4, "strength of the penalty: factor / 2 * ||W^T W - I||^2, or factor / 2 * ||W||^2", least=0)
+    regularizer: str = _field("orthonormal", "penalty on every kernel", collections.ChainMap({"none": None}, FACTORED))
+    factor: float = _field(
+        1e-4,
+        "strength of the penalty: factor / 2 * ||W^T W - I||^2; l2: factor / 2 * ||W||^2; others: factor times their formula",
+        least=0,
+    )
     modulation: str = _field(
         "off", "backward error of the convolutions: not touched, or held to the next one up or to the topmost",
         ("off", "neighbour", "anchor"),

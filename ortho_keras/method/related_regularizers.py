@@ -4,7 +4,6 @@ None of them is a part of Xie et al. 2017. Each multiplies its paper's formula b
 not compare from one to another.
 """
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -12,8 +11,7 @@ from ortho_keras.method.kernels import as_matrices, at_least_float32, gram_devia
 from ortho_keras.method.regularizers import KernelRegularizer
 
 
-@keras.saving.register_keras_serializable(package="ortho_keras")
-class DoubleSoftOrthogonalRegularizer(KernelRegularizer):
+class DoubleSoftOrthogonalRegularizer(KernelRegularizer, name="double_soft_orthogonal"):
     """`factor * (||W^T W - I||_F^2 + ||W W^T - I||_F^2)`: columns and rows, of which one has more vectors than dimensions.
 
     So the penalty of a matrix that is not square is at least `factor * |f_in - f_out|`.
@@ -38,8 +36,7 @@ class DoubleSoftOrthogonalRegularizer(KernelRegularizer):
         return 2 * tf.reduce_sum(tf.square(small)) + count * abs(f_in - f_out)
 
 
-@keras.saving.register_keras_serializable(package="ortho_keras")
-class MutualCoherenceRegularizer(KernelRegularizer):
+class MutualCoherenceRegularizer(KernelRegularizer, name="mutual_coherence"):
     """`factor * max |W^T W - I|`: the largest entry, by which only the worst pair of filters, or the worst norm, is moved.
 
     Where `f_in < f_out` the columns are split into groups as by `OrthonormalRegularizer` (ours). The sum over a kernel's groups
@@ -62,8 +59,7 @@ class MutualCoherenceRegularizer(KernelRegularizer):
         return tf.add_n([tf.reduce_sum(tf.reduce_max(tf.abs(deviation), axis=(1, 2))) for deviation in deviations])
 
 
-@keras.saving.register_keras_serializable(package="ortho_keras")
-class SRIPRegularizer(KernelRegularizer):
+class SRIPRegularizer(KernelRegularizer, name="srip"):
     """`factor * sigma(W^T W - I)`: the spectral norm, by the power iteration from a start that is the same at each step.
 
     The spectral restricted isometry property regularizer. Where `f_in < f_out` the columns are split into groups as by
@@ -113,8 +109,7 @@ class SRIPRegularizer(KernelRegularizer):
         return {**super().get_config(), "iterations": self.iterations, "seed": self.seed}
 
 
-@keras.saving.register_keras_serializable(package="ortho_keras")
-class ConvOrthogonalRegularizer(KernelRegularizer):
+class ConvOrthogonalRegularizer(KernelRegularizer, name="conv_orthogonal"):
     """`factor * ||K * K - I||_F^2`: the convolution itself, not its kernel as a matrix, should keep norms.
 
     `K * K` is every filter convolved with every filter at each shift that the stride can make, and I is 1 where a filter meets
@@ -141,6 +136,15 @@ class ConvOrthogonalRegularizer(KernelRegularizer):
         self.strides = (strides,) if isinstance(strides, int) else tuple(strides) if isinstance(strides, (list, tuple)) else ()
         if not self.strides or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in self.strides):
             raise ValueError(f"`strides` must be a positive integer, or a tuple of them. Received: strides={strides!r}")
+
+    @classmethod
+    def for_kernel(cls, factor, kernel):
+        if kernel.layout != "standard":
+            raise ValueError(f"{cls.__name__} is defined for kernels of convolutions and dense layers with layout 'standard'")
+        pointwise = (
+            kernel.regularizer_attribute == "pointwise_regularizer"
+        )  # a separable layer's strides are the depthwise part's
+        return cls(factor, 1 if pointwise else getattr(kernel.layer, "strides", 1), kernel.groups)
 
     def penalty(self, kernel):
         kernel = at_least_float32(kernel)
