@@ -89,8 +89,8 @@ ARMS = {
     "relu_shift_dirac_moving": Arm(
         "identities, max(x, -2), the penalty; BatchNormalization's moving averages", "ours", {**_DIRAC, "bn_batches": 0}
     ),
-    "residual_l2": Arm("the residual twin, He initialization, L2", "control", {**_L2, "network": "residual"}),
-    "residual_orthonormal": Arm("the residual twin, orthonormal initialization and penalty", "paper", {"network": "residual"}),
+    "residual_l2": Arm("the residual counterpart, He initialization, L2", "control", {**_L2, "network": "residual"}),
+    "residual_orthonormal": Arm("the residual counterpart, orthonormal initialization and penalty", "paper", {"network": "residual"}),
 }
 
 flags.DEFINE_enum("rung", "digits", list(RUNGS), "Data and steps.")

@@ -14,6 +14,7 @@ import sys
 from ablation import ARMS, RUNGS, SEARCH_SEED, quality
 from absl import app, flags
 from costs import cost_tables
+from paper_cells import Table
 from runs import ROOT, table
 
 from ortho_keras.trainer.recipe import Recipe
@@ -23,7 +24,17 @@ from ortho_keras.trainer.result import hardware
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results"
 TEST_HEADER = ("test accuracy, % (mean ± deviation, seeds)", "with mirror images, %")
-PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md", ROOT / "benchmarks" / "README.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "evidence.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "benchmarks" / "tables.md",
+)
+# What docs/evidence.md shows of two long tables; benchmarks/tables.md has all of them.
+TELLING_ARMS = ("he_l2", "orthonormal_init_l2", "orthonormal", "paper", "anchor", "relu_shift", "dirac")
+TELLING_ARMS += ("relu_shift_dirac", "relu_shift_dirac_l2", "residual_l2", "residual_orthonormal")
+TELLING_STARTS = ("He initialization, ReLU", "orthonormal, ReLU", "delta-orthonormal, ReLU", "Dirac, ReLU", "Dirac, max(x, -1)")
+TELLING_STARTS += tuple(f"orthonormal, max(x, -{shift})" for shift in (1, 2, 3))
 
 flags.DEFINE_bool("check", False, "Compare only.")
 
@@ -121,12 +132,12 @@ def conditions(runs):
     )
 
 
-def ablation_table(runs):
+def ablation_table(runs, arms=tuple(ARMS)):
     """One row for each arm: what it reaches at each depth with the learning rate chosen for it there."""
     depths = list(runs)
     rows = []
-    for name, arm in ARMS.items():
-        cells = []
+    for name in arms:
+        arm, cells = ARMS[name], []
         for depth in depths:
             rates = runs[depth].get(name, {})
             searched = {rate: seeds[SEARCH_SEED] for rate, seeds in rates.items() if SEARCH_SEED in seeds}
@@ -165,7 +176,7 @@ def ablation_conditions(rung, runs):
     )
 
 
-def initialization_table():
+def initialization_table(shown=lambda row: True):
     kept = json.loads((RESULTS / "initialization.json").read_text())
     rows = [
         [
@@ -177,8 +188,9 @@ def initialization_table():
             f"{100 * row['image_share']:.2g} %",
         ]
         for row in kept["rows"]
+        if shown(row)
     ]
-    return table(["data", "layers", "net", "error's growth a layer", "over the net", "lowest image share"], rows)
+    return table(["data", "layers", "net", "gradient's growth per layer", "over the network", "lowest image share"], rows)
 
 
 def depth_table():
@@ -289,14 +301,20 @@ def fill(text, contents):
 
 def main(_):
     recipes = load_recipes()
-    contents = {"recipes": recipes_table(recipes), "conditions": conditions(recipes), "initialization": initialization_table()}
-    contents |= {"trials": trials_table(), "depth": depth_table()}
+    contents = {"recipes": recipes_table(recipes), "conditions": conditions(recipes)}
+    contents |= {"all initializations": initialization_table()}
+    contents |= {"initialization": initialization_table(lambda row: row["depth"] == 110 and row["net"] in TELLING_STARTS)}
+    contents |= {"trials": trials_table(), "depth": depth_table(), "paper": Table().by_depth(), "paper runs": Table().runs()}
     contents |= cost_tables(RESULTS)
     contents |= search_tables() if (RESULTS / "search").exists() else {}
     folders = {rung: RESULTS / "ablation" / rung for rung in RUNGS}
     rungs = {rung: load_ablation(folder) for rung, folder in folders.items() if folder.exists()}
     for rung, runs in rungs.items():
-        contents |= {f"ablation {rung}": ablation_table(runs), f"ablation {rung} conditions": ablation_conditions(rung, runs)}
+        contents |= {
+            f"ablation {rung}": ablation_table(runs, TELLING_ARMS),
+            f"all arms of {rung}": ablation_table(runs),
+            f"ablation {rung} conditions": ablation_conditions(rung, runs),
+        }
     status, shown = 0, []
     for page in PAGES:
         before = page.read_text()

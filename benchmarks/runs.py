@@ -45,7 +45,7 @@ def run_to_file(flags, path, workdir, data_dir=None, cores=None, diverged_ok=Fal
     path, workdir, command, revision = pathlib.Path(path), pathlib.Path(workdir), ["train.py", *flags], commit()
     places = [f"--workdir={workdir}", *([f"--data_dir={data_dir}"] if data_dir else [])]
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    log = workdir.with_suffix(".log")
+    log = workdir.with_name(f"{workdir.name}.log")
     started = time.perf_counter()
     with open(log, "w") if quiet else open(os.devnull, "w") as file:
         done = subprocess.run(
@@ -81,4 +81,4 @@ def table(header, rows):
 def forget(workdir):
     """Deletes a run's folder and log, when its result file is written."""
     shutil.rmtree(workdir, ignore_errors=True)
-    pathlib.Path(workdir).with_suffix(".log").unlink(missing_ok=True)
+    workdir.with_name(f"{workdir.name}.log").unlink(missing_ok=True)
