@@ -130,7 +130,7 @@ def search():
                 load_recipe_data(recipe, FLAGS.data_dir)  # what is wrong with the data is wrong with every trial
             prepare_directory(directory, settings(name, space))
             if role != WORKER:
-                stack.enter_context(only_one(directory, "search"))
+                stack.enter_context(only_one(directory))
         if FLAGS.workers and role == ALONE:
             status = workers.run_all(FLAGS.workers, deadline, directory)
         else:

@@ -9,33 +9,19 @@ import uuid
 
 from ortho_keras.method.errors import InputError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def only_one(directory, what):
-    """Holds a directory for this process and those that it starts; not on Windows, nor where the file system has no locks.
+def only_one(directory):
+    """Locks a directory, which exists, for this process, or raises `InputError` where another process has locked it."""
+    import filelock
 
-    Args:
-        directory: Path of a directory that exists; gets a file `.lock`.
-        what: What it is of, for the message: "run".
-
-    Raises:
-        InputError: If another process holds it.
-    """
-    with contextlib.ExitStack() as stack:
-        if fcntl is not None:
-            try:
-                fcntl.flock(stack.enter_context(open(directory / LOCK, "a")), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(f"--workdir must be of a {what} that does not run. Received: {str(directory)!r}") from error
-            except OSError:
-                pass
+    try:
+        held = filelock.FileLock(directory / LOCK, timeout=0).acquire()
+    except filelock.Timeout as error:
+        raise InputError(f"--workdir is in use by another process. Received: {str(directory)!r}") from error
+    with held:
         yield
 
 

@@ -61,13 +61,13 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
         ImportError: If a package that only runs need is not installed.
     """
     recipe.check()
-    require("a run", "matplotlib", "tensorboard")
+    require("a run", "filelock", "matplotlib", "tensorboard")
     runtime = runtime or Runtime()
     workdir = pathlib.Path(workdir).expanduser()
     log = log if runtime.is_chief else lambda line: None
     try:
         with contextlib.ExitStack() as stack:
-            hold = functools.cache(lambda: stack.enter_context(only_one(workdir, "run")))  # once
+            hold = functools.cache(lambda: stack.enter_context(only_one(workdir)))  # once
             finished = _agreed(runtime, lambda: _enter_workdir(workdir, recipe, hold) if runtime.is_chief else None)
             if runtime.any(finished is not None):
                 log(f"this run is finished already: {workdir / 'result.json'} (another --workdir or --seed starts a new one)")

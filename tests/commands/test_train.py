@@ -93,7 +93,7 @@ def test_a_folder_is_of_one_run_at_a_time(tmp_path):
     finally:
         running.kill()
         running.communicate()
-    expected = f"train.py: --workdir must be of a run that does not run. Received: '{tmp_path / 'run'}'\n"
+    expected = f"train.py: --workdir is in use by another process. Received: '{tmp_path / 'run'}'\n"
     assert (second.returncode, err) == (2, expected)
 
 

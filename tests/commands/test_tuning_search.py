@@ -281,9 +281,9 @@ def test_a_chief_whose_port_is_taken(monkeypatch, tmp_path, capsys):
 
 
 def test_a_directory_is_of_one_search_at_a_time(alone, capsys):
-    with only_one(alone[0], "search"):
+    with only_one(alone[0]):
         status, _, err = invoke(capsys, *QUICK, "--max_trials=7", f"--workdir={alone[0]}")
-    assert status == 2 and "--workdir must be of a search that does not run. Received: " in err
+    assert status == 2 and "--workdir is in use by another process. Received: " in err
 
 
 def test_the_model_of_a_point_is_the_recipes(tmp_path):
