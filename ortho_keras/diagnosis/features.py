@@ -8,10 +8,10 @@ import numpy as np
 import tensorflow as tf
 
 from ortho_keras.diagnosis.spectra import mean_cosines
+from ortho_keras.method.checks import require
 from ortho_keras.method.files import whole_file
 from ortho_keras.method.graphs import Graph
 from ortho_keras.method.kernels import as_matrices, layer_kernels
-from ortho_keras.method.optional import require
 
 # Pixels.
 MAP, PATCH, GAP, LINE, MARGIN = 72, 36, 4, 20, 12

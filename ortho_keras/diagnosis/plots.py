@@ -4,8 +4,8 @@ import textwrap
 
 import numpy as np
 
+from ortho_keras.method.checks import require
 from ortho_keras.method.files import whole_file
-from ortho_keras.method.optional import require
 
 
 def plot_curves(history, path, title):

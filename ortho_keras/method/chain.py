@@ -6,8 +6,8 @@ import keras
 
 from ortho_keras.method.graphs import Graph
 from ortho_keras.method.kernels import layer_kernels, walk_layers
-from ortho_keras.method.live import steps_taken
 from ortho_keras.method.modulation import ErrorModulation
+from ortho_keras.method.state import steps_taken
 
 
 def modulate(model, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled=True, synchronized=False, layers=None):

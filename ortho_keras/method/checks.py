@@ -1,5 +1,6 @@
-"""Checks of arguments that many functions share: a number in a range, a built model."""
+"""Checks that many functions share: a number in a range, a built model, installed packages."""
 
+import importlib.util
 import math
 import numbers
 
@@ -42,3 +43,11 @@ def check_built(model, name="model"):
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(f"`{name}` must be a built Keras model (call `model.build(...)`). Received: {name}={model!r}")
     return model
+
+
+def require(feature, *packages):
+    """Raises `ImportError` where a feature needs packages, given by import name, that are not installed."""
+    installed_as = {"sklearn": "scikit-learn", "tensorflow_datasets": "tensorflow-datasets"}
+    missing = [installed_as.get(package, package) for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(f"{feature} needs {' and '.join(missing)}: pip install {' '.join(missing)}")

@@ -1,39 +1,41 @@
-"""The orthonormal penalty apart from the loss: a step of its own on the kernels, every few training steps."""
+"""Orthonormal decay: the penalty's gradient step, decoupled from the loss and the optimizer."""
 
-import math
+import contextlib
 
 import keras
 import tensorflow as tf
 
+from ortho_keras.method.checks import check_number
 from ortho_keras.method.kernels import model_kernels
-from ortho_keras.method.live import steps_taken
-from ortho_keras.method.regularizers import OrthonormalRegularizer
+from ortho_keras.method.regularizers import find_regularizer
+from ortho_keras.method.state import steps_taken
 
 
 class OrthonormalDecay(keras.callbacks.Callback):
-    """Moves every kernel towards orthonormal columns, decoupled from the loss and the optimizer: as AdamW's decay is to L2.
+    """Moves every kernel towards orthonormal columns, decoupled from the loss and the optimizer, as AdamW decouples L2.
 
     After every `every` training steps, each trainable kernel W becomes
 
         W - 2 * factor * rate * steps * W (W^T W - I),
 
-    the descent of `factor / 2 * ||W^T W - I||_F^2` by the optimizer's present learning rate, over the steps since the last
-    time. The penalty is not in the loss, so its gradient is not in the optimizer's momentum, nor divided by Adam's second
-    moments, nor paid for at each step.
+    a gradient step on `factor / 2 * ||W^T W - I||_F^2` with the optimizer's current learning rate, times the number of steps
+    since the last update. The penalty is not part of the loss: its gradient does not enter the optimizer's momentum, Adam does
+    not divide it by second moments, and it costs nothing at the training steps in between.
 
-    It is stable at any factor and rate: the step is cut to what leaves each singular value no further from 1 than it was. At
-    its largest it is the Newton-Schulz step `W - W (W^T W - I) / 2`, which makes a nearly orthonormal kernel orthonormal.
+    The update is stable for any factor and learning rate: the step is limited so that no singular value moves away from 1. The
+    largest step is the Newton-Schulz step `W - W (W^T W - I) / 2`, which makes a nearly orthonormal kernel orthonormal. For
+    another `regularizer` the update is `W - factor * rate * steps * gradient of its penalty`, without a limit.
 
-    Kernels read as by `orthonormalize`: all convolution, dense and einsum kernels of the model, by their layers' layouts. Give
-    them no `OrthonormalRegularizer` beside it, or both act.
+    Kernels are read as in `orthonormalize`. Do not also give them a regularizer, or both act.
 
     Args:
-        factor: float, at least 0. The strength; with the momentum m of SGD, `factor / (1 - m)` does in the long run what
-            the penalty does with `factor`.
-        every: int, at least 1. Training steps from one time to the next. What remains at the end of training is made up for.
+        factor: float, at least 0. The strength. With SGD's momentum m, `factor / (1 - m)` has in the long run the effect that
+            the regularizer has with `factor`.
+        every: int, at least 1. Training steps between two updates. The last update is at the end of training.
+        regularizer: See `orthonormalize`.
 
     Raises:
-        ValueError: If an argument is outside its range; in training, if the model has no trainable kernel.
+        ValueError: If an argument is none of the above; in training, if the model has no trainable kernel to update.
 
     Example:
 
@@ -44,22 +46,19 @@ class OrthonormalDecay(keras.callbacks.Callback):
         after Loshchilov and Hutter 2019 ([arXiv:1711.05101](https://arxiv.org/abs/1711.05101)).
     """
 
-    def __init__(self, factor=1e-3, every=10):
+    def __init__(self, factor=1e-3, every=10, regularizer="orthonormal"):
         super().__init__()
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
-            raise ValueError(f"`factor` must be a finite number, at least 0. Received: factor={factor!r}")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"`every` must be an integer, at least 1. Received: every={every!r}")
-        self.factor = float(factor)
-        self.every = every
+        self.factor = check_number("factor", factor, least=0)
+        self.every = check_number("every", every, least=1, integer=True)
+        self.regularizer = find_regularizer(regularizer)
 
     def on_train_begin(self, logs=None):
         self._last = None
-        self._move = _mover(self.model) if self.model.built else None
+        self._update = self._make_update() if self.model.built else None
 
     def on_train_batch_begin(self, batch, logs=None):
         if self._last is None:
-            self._last = steps_taken(self.model)  # not before: another callback's `on_train_begin` may bring steps back
+            self._last = steps_taken(self.model)  # not before: another callback's `on_train_begin` may restore a checkpoint
 
     def on_train_batch_end(self, batch, logs=None):
         if steps_taken(self.model) - self._last >= self.every:
@@ -72,35 +71,36 @@ class OrthonormalDecay(keras.callbacks.Callback):
     def _catch_up(self):
         steps, self._last = steps_taken(self.model) - self._last, steps_taken(self.model)
         if steps:
-            self._move = self._move or _mover(self.model)
+            self._update = self._update or self._make_update()
             rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
-            self._move(tf.constant(4 * self.factor * rate * steps, tf.float32))
+            self._update(tf.constant(self.factor * rate * steps, tf.float32))
+
+    def _make_update(self):
+        """Returns a compiled function of a step size that moves all trainable kernels of the model."""
+        trained = {id(variable) for variable in self.model.trainable_variables}
+        found = []
+        for kernel in model_kernels(self.model):
+            if id(kernel.variable) in trained:
+                with contextlib.suppress(ValueError):  # the regularizer is not defined for this kernel
+                    found.append((kernel.variable, self.regularizer.for_kernel(1.0, kernel)))
+        if not found:
+            raise ValueError(
+                "OrthonormalDecay needs a model with a trainable kernel of a convolution, dense or einsum layer. "
+                f"Received: model={self.model.name!r}, which has none for {self.regularizer.__name__}"
+            )
+
+        def update(step):
+            for kernel, regularizer in found:
+                value = tf.convert_to_tensor(kernel)
+                with tf.GradientTape() as tape:
+                    tape.watch(value)
+                    penalty = regularizer.penalty(value)
+                size = tf.minimum(tf.cast(step, penalty.dtype), regularizer.largest_step(penalty))
+                value -= tf.cast(size, value.dtype) * tape.gradient(penalty, value)
+                kernel.assign(value if kernel.constraint is None else kernel.constraint(value))
+
+        strategy = self.model.distribute_strategy
+        return tf.function(lambda step: strategy.run(update, args=(step,)))
 
     def __deepcopy__(self, memo):
-        return type(self)(self.factor, self.every)
-
-
-def _mover(model):
-    """A compiled function of the share of a Newton-Schulz step that moves all trainable kernels of the model."""
-    trained = {id(variable) for variable in model.trainable_variables}
-    found = [
-        (kernel.variable, OrthonormalRegularizer(layout=kernel.layout, groups=kernel.groups))
-        for kernel in model_kernels(model)
-        if id(kernel.variable) in trained
-    ]
-    if not found:
-        raise ValueError(f"OrthonormalDecay found no trainable kernel (convolution, dense or einsum) in model {model.name!r}")
-
-    def move(share):
-        for kernel, regularizer in found:
-            value = tf.convert_to_tensor(kernel)
-            with tf.GradientTape() as tape:
-                tape.watch(value)
-                penalty = regularizer.penalty(value)  # 1 / 2 * ||D||^2 with D = W^T W - I; its gradient is 2 W D
-            # A singular value s becomes s (1 - share / 2 * (s^2 - 1)): at least s / 2 where share * ||D|| is at most 1.
-            cut = tf.minimum(tf.minimum(tf.cast(share, penalty.dtype), 1), tf.math.rsqrt(2 * penalty))
-            value -= tf.cast(cut / 4, value.dtype) * tape.gradient(penalty, value)
-            kernel.assign(value if kernel.constraint is None else kernel.constraint(value))
-
-    strategy = model.distribute_strategy
-    return tf.function(lambda share: strategy.run(move, args=(share,)))
+        return type(self)(self.factor, self.every, self.regularizer)

@@ -5,7 +5,7 @@ import math
 import keras
 import tensorflow as tf
 
-from ortho_keras.method.live import LiveScalar
+from ortho_keras.method.state import LiveScalar
 
 REFERENCES = ("neighbour", "anchor")
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from ortho_keras.method.checks import check_number
 from ortho_keras.method.kernels import at_least_float32, column_sets, gram_deviation, standardize_groups, standardize_layout
-from ortho_keras.method.live import LiveScalar
+from ortho_keras.method.state import LiveScalar
 
 REGULARIZERS = {}  # name -> subclass of KernelRegularizer
 

@@ -8,8 +8,8 @@ import numpy as np
 from ortho_keras.method.errors import first_line
 from ortho_keras.method.graphs import Graph
 from ortho_keras.method.initializers import DiracInitializer
-from ortho_keras.method.layer_state import copy_rest, copy_state
 from ortho_keras.method.modulation import ErrorModulation
+from ortho_keras.method.state import copy_rest, copy_state
 
 TOLERANCE = 1e-3  # of the largest output, far above rounding: half precision gives back what it rounded
 _SLICE = 32  # inputs that the outputs are compared on at a time

@@ -5,8 +5,8 @@ import numpy as np
 
 from ortho_keras.method.graphs import Graph, has_own_call
 from ortho_keras.method.kernels import layer_kernels
-from ortho_keras.method.layer_state import copy_rest
 from ortho_keras.method.modulation import ErrorModulation
+from ortho_keras.method.state import copy_rest
 from ortho_keras.nets.batchnorm import FusedBatchNormalization
 
 _SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)

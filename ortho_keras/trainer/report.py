@@ -20,10 +20,10 @@ import numpy as np
 from ortho_keras.diagnosis.features import plot_filters
 from ortho_keras.diagnosis.monitor import read_signals
 from ortho_keras.diagnosis.plots import plot_heat_map
+from ortho_keras.method.checks import require
 from ortho_keras.method.errors import InputError, first_line
 from ortho_keras.method.files import whole_file
 from ortho_keras.method.loading import load_model
-from ortho_keras.method.optional import require
 
 STYLE = """
 :root { color-scheme: light; }

@@ -1,11 +1,13 @@
 """What a run came to, and where: the content of its `result.json`."""
 
+import contextlib
+import importlib.metadata
 import pathlib
 import platform
 
 from ortho_keras.method.kernels import model_kernels, orthonormality_error
-from ortho_keras.method.optional import installed_versions
 from ortho_keras.trainer.runtime import cpu_cores, device_names
+from ortho_keras.version import __version__
 
 PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "scikit-learn")
 
@@ -53,18 +55,17 @@ def result_of(name, recipe, data, model, history, test, runtime):
             "processor": processor(),
             "runtime": runtime.describe(),
         },
-        "versions": {
-            "python": platform.python_version(),
-            "ortho_keras": _own_version(),
-            **installed_versions(*PACKAGES),
-        },
+        "versions": {"python": platform.python_version(), "ortho_keras": __version__, **installed_versions(*PACKAGES)},
     }
 
 
-def _own_version():
-    import ortho_keras
-
-    return ortho_keras.__version__
+def installed_versions(*distributions):
+    """Returns `{distribution: version}` of those that are installed."""
+    found = {}
+    for distribution in distributions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[distribution] = importlib.metadata.version(distribution)
+    return found
 
 
 def hardware(device):

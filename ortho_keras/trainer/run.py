@@ -13,10 +13,10 @@ import tensorflow as tf
 from ortho_keras.diagnosis.monitor import SignalMonitor
 from ortho_keras.diagnosis.plots import plot_curves
 from ortho_keras.method.chain import ModulationSwitch
+from ortho_keras.method.checks import require
 from ortho_keras.method.errors import InputError, WorkerLostError, first_line
 from ortho_keras.method.files import check_folder, entries, only_one, whole_file, write_json
 from ortho_keras.method.kernels import layer_kernels
-from ortho_keras.method.optional import require
 from ortho_keras.nets.growth import grow
 from ortho_keras.nets.shifted_relu import shift_for_depth
 from ortho_keras.trainer.build import compiled_model, growth_step

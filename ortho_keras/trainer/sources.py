@@ -11,8 +11,8 @@ import urllib.request
 import numpy as np
 import tensorflow as tf
 
+from ortho_keras.method.checks import require
 from ortho_keras.method.errors import InputError, first_line
-from ortho_keras.method.optional import require
 from ortho_keras.trainer.streaming import ImageFiles, ImageRecords
 
 SPLIT_SEED = 0  # fixed, so that every run has the same validation and test images

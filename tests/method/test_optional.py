@@ -11,7 +11,8 @@ from photographs import write_photographs
 
 import ortho_keras
 import train
-from ortho_keras.method.optional import installed_versions, require
+from ortho_keras.method.checks import require
+from ortho_keras.trainer.result import installed_versions
 from ortho_keras.trainer import report
 from ortho_keras.trainer.data import load_data
 

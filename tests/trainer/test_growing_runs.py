@@ -16,7 +16,7 @@ from ortho_keras import ErrorModulation, grow
 from ortho_keras.diagnosis import monitor as callbacks
 from ortho_keras.diagnosis.monitor import read_signals
 from ortho_keras.method.errors import Interrupted
-from ortho_keras.method.live import steps_taken
+from ortho_keras.method.state import steps_taken
 from ortho_keras.trainer import run as experiment
 from ortho_keras.trainer.run import run
 from ortho_keras.trainer.runtime import Runtime

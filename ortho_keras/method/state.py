@@ -1,0 +1,91 @@
+"""The state of layers and models: settings that compiled graphs read anew, variables, and what Keras keeps besides weights."""
+
+import contextlib
+import tempfile
+
+import keras
+import tensorflow as tf
+
+from ortho_keras.method.kernels import walk_layers
+
+
+class LiveScalar:
+    """A float that can be set between steps and is read by graphs that were traced before.
+
+    A Python float would be frozen into a traced graph, and a Keras variable held by a layer would become one of the model's
+    weights. This is a `tf.Variable` that Keras does not track; the exact Python float is kept for configs.
+
+    Args:
+        value: float.
+    """
+
+    def __init__(self, value):
+        self._value = float(value)
+        with tf.init_scope():
+            self._variable = tf.Variable(
+                self._value, trainable=False, dtype=tf.float32, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA
+            )
+
+    @property
+    def value(self):
+        return self._value
+
+    @value.setter
+    def value(self, value):
+        self._value = float(value)
+        self._variable.assign(self._value)
+
+    def read(self):
+        """Returns the current value, a float32 tensor of shape `()`; in a graph, the value at run time."""
+        return self._variable.read_value()
+
+    def __deepcopy__(self, memo):
+        return LiveScalar(self._value)
+
+    def __reduce__(self):
+        return LiveScalar, (self._value,)
+
+
+def steps_taken(model):
+    """Returns the number of training steps of a model: its optimizer's, and those before the net grew (`first_step`)."""
+    return int(model.optimizer.iterations.numpy()) + getattr(model.optimizer, "first_step", 0)
+
+
+def copy_state(layer, copy):
+    """Copies the state of a layer (or model) to one of the same structure."""
+    copy.set_weights(layer.get_weights())
+    copy_rest(layer, copy)
+
+
+def copy_rest(layer, copy):
+    """Copies what layers keep besides weights, as loading a file would: Normalization's statistics, a lookup's table."""
+    for (one, _), (other, _) in zip(walk_layers(layer), walk_layers(copy)):
+        if isinstance(other, keras.layers.Normalization) and other.input_mean is None:
+            other.finalize_state()
+        if hasattr(one, "save_assets"):
+            with tempfile.TemporaryDirectory() as folder:
+                one.save_assets(folder)
+                other.load_assets(folder)
+
+
+@contextlib.contextmanager
+def unchanged(model):
+    """Restores, at the end, all that a call in training mode changes in a model.
+
+    That is BatchNormalization's averages, dropout's seeds, a SpectralNormalization's kernel, metrics (which `compute_loss`
+    makes at its first call), and the states of stateful recurrent layers, which are not among the model's variables.
+    """
+    recurrent = [layer for layer, _ in walk_layers(model) if isinstance(layer, keras.layers.RNN) and layer.stateful]
+    states = [state for layer in recurrent for state in keras.tree.flatten(layer.states)]
+    before = [(variable, tf.identity(variable.value)) for variable in (*model.variables, *states, *_counters(model))]
+    try:
+        yield
+    finally:
+        known = {id(variable) for variable, _ in before}
+        before += [(new, tf.zeros_like(new.value)) for new in _counters(model) if id(new) not in known]
+        for variable, value in before:
+            variable.assign(value)
+
+
+def _counters(model):
+    return [variable for metric in model.metrics for variable in metric.variables]
