@@ -6,12 +6,14 @@ import numbers
 
 import keras
 
+from ortho_keras.method.errors import InputError
+
 
 def check_number(name, value, least=None, above=None, most=None, below=None, integer=False):
     """Returns a number that lies in a range, as a Python `int` or `float`.
 
     Args:
-        name: Name of the argument, for the message.
+        name: Name of the argument, or of a flag, as "--depth", for the message.
         value: What was passed for it. NumPy's numbers count as numbers; bools do not.
         least: The smallest value allowed.
         above: All allowed values are larger than this.
@@ -20,7 +22,7 @@ def check_number(name, value, least=None, above=None, most=None, below=None, int
         integer: bool. Whether the number must be an integer.
 
     Raises:
-        ValueError: If `value` is no number, not finite or out of range.
+        ValueError: If `value` is no number, not finite or out of range; of a flag, an `InputError`.
     """
     kind = numbers.Integral if integer else numbers.Real
     ranges = [
@@ -34,7 +36,8 @@ def check_number(name, value, least=None, above=None, most=None, below=None, int
     if not is_number or not all(holds(limit) for limit, _, holds in limits):
         what = "an integer" if integer else "a finite number"
         bounds = " and ".join(f"{words} {limit}" for limit, words, _ in limits)
-        raise ValueError(f"`{name}` must be {what}{bounds and ', ' + bounds}. Received: {name}={value!r}")
+        message = f"must be {what}{bounds and ', ' + bounds}. Received: {name}={value!r}"
+        raise InputError(f"{name} {message}") if name.startswith("--") else ValueError(f"`{name}` {message}")
     return int(value) if integer else float(value)
 
 
