@@ -20,11 +20,11 @@ PAGE = ROOT / "docs" / "api.md"
 HEAD = "<!-- Written by docs/make_api.py from the docstrings: change those, then run it. -->\n\n# API\n"
 # Heading -> modules, in the order of the page. A module that is in none of them ends the script.
 GROUPS = {
-    "Orthonormality": "regularizers orthonormalize decay kernels design initializers patch_pca principal_start "
+    "Orthonormality": "regularizers orthonormalize decay kernels design initializers patch_pca "
     "related_regularizers muon",
     "Modulation, callbacks": "modulation callbacks",
     "Where the signal goes": "signal_report signals",
-    "Nets and layers": "models imagenet growth mirror activations batchnorm",
+    "Nets and layers": "networks growth shifted_relu batchnorm",
     "Training, pictures, files": "schedules loss_scale features fold loading",
 }
 SECTIONS = ("Args", "Call arguments", "Returns", "Raises", "Example", "Reference")

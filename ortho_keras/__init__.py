@@ -29,8 +29,7 @@ from ortho_keras.method.related_regularizers import (
 )
 from ortho_keras.nets.batchnorm import BatchNormalizationEstimator, FusedBatchNormalization
 from ortho_keras.nets.growth import grow
-from ortho_keras.nets.imagenet import plain_imagenet, residual_imagenet
-from ortho_keras.nets.models import plain_cnn, residual_cnn
+from ortho_keras.nets.networks import plain_cnn, plain_imagenet, residual_cnn, residual_imagenet
 from ortho_keras.nets.patch_pca import PatchPCAInitializer
 from ortho_keras.nets.shifted_relu import ShiftedReLU, error_growth, shift_for_depth
 from ortho_keras.trainer.fold import fold_batchnorm

@@ -9,8 +9,7 @@ from ortho_keras.method.chain import modulate
 from ortho_keras.method.errors import InputError
 from ortho_keras.method.orthonormalize import orthonormalize
 from ortho_keras.method.regularizers import REGULARIZERS
-from ortho_keras.nets.imagenet import plain_imagenet, residual_imagenet
-from ortho_keras.nets.models import plain_cnn, residual_cnn
+from ortho_keras.nets.networks import plain_cnn, plain_imagenet, residual_cnn, residual_imagenet
 from ortho_keras.nets.patch_pca import PatchPCAInitializer
 from ortho_keras.trainer.loss_scale import AllReplicaLossScaleOptimizer
 from ortho_keras.trainer.muon import Muon

@@ -8,7 +8,7 @@ import pathlib
 
 from ortho_keras.method.errors import InputError
 from ortho_keras.method.regularizers import REGULARIZERS
-from ortho_keras.nets.imagenet import BLOCKS, BOTTLENECK_DEPTHS
+from ortho_keras.nets.networks import BLOCKS, BOTTLENECK_DEPTHS
 from ortho_keras.trainer.schedules import SHAPES
 
 OPTIMIZERS = ("sgd", "nesterov", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "muon")
