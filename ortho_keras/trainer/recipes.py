@@ -1,6 +1,7 @@
 """The named recipes, each with its control, and the figures of the paper that they are held against."""
 
 import dataclasses
+import difflib
 
 from ortho_keras.method.errors import InputError
 from ortho_keras.trainer.recipe import Recipe
@@ -220,5 +221,7 @@ RECIPES = {name: preset for own, base in _PRESETS.items() for name, preset in ((
 def find_preset(name):
     """Returns the `Preset` of this name, or raises `InputError`."""
     if name not in RECIPES:
-        raise InputError(f"--recipe must be one of {', '.join(RECIPES)}. Received: {name!r}")
+        near = difflib.get_close_matches(name, RECIPES, 1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise InputError(f"--recipe must be a name that --list_recipes prints{hint} Received: {name!r}")
     return RECIPES[name]
