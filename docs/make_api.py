@@ -20,8 +20,7 @@ PAGE = ROOT / "docs" / "api.md"
 HEAD = "<!-- Written by docs/make_api.py from the docstrings: change those, then run it. -->\n\n# API\n"
 # Heading -> modules, in the order of the page. A module that is in none of them ends the script.
 GROUPS = {
-    "Orthonormality": "regularizers orthonormalize decay kernels design initializers patch_pca "
-    "related_regularizers muon",
+    "Orthonormality": "regularizers orthonormalize decay kernels design initializers patch_pca related_regularizers muon",
     "Modulation, callbacks": "modulation callbacks",
     "Where the signal goes": "signal_report signals",
     "Nets and layers": "networks growth shifted_relu batchnorm",
@@ -101,7 +100,7 @@ def _markdown(thing):
         parts.append(f"**{title}**")
         text = textwrap.dedent(text).strip()
         if title in LISTS:
-            parts.append(re.sub(r"^(\w+):", r"- `\1`:", re.sub(r"\n +", "\n  ", text), flags=re.MULTILINE))
+            parts.append(re.sub(r"^([\w, ]+):", r"- `\1`:", re.sub(r"\n +", "\n  ", text), flags=re.MULTILINE))
         else:
             parts.append(f"```py\n{text}\n```" if title == "Example" else text)
     return "\n\n".join(parts)
