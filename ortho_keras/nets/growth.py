@@ -14,6 +14,7 @@ from ortho_keras.method.state import copy_rest, copy_state
 
 TOLERANCE = 1e-3  # of the largest output, far above rounding
 _SLICE = 32  # inputs on which the outputs are compared at a time
+_KERNEL_LAYERS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D, keras.layers.Dense)
 _SETTINGS = ("activation", "strides", "padding", "dilation_rate", "groups", "axis", "epsilon")
 
 
@@ -65,12 +66,23 @@ def grow(model, deeper, x):
         for unit, copy in kept:
             for layer, copied in zip(unit, copy):
                 copy_state(layer, copied)
-        _make_identities(deeper, added, x)
+        of_first = {id(unit[0]): unit for unit in added}
+        _visit(deeper, x, lambda layer, inputs: _make_identity(of_first.get(id(layer)), inputs))
         _check_outputs(model, deeper, x)
     except BaseException:
         deeper.set_weights(before)
         copy_rest(deeper, deeper)
         raise
+
+
+def _visit(net, x, visit):
+    """Calls a network on `x`, and `visit(layer, inputs)` before each of its layers."""
+
+    def call(layer, *args, **kwargs):
+        visit(layer, keras.tree.flatten((args, kwargs))[0])
+        return layer(*args, **kwargs)
+
+    Graph(net).run(x, call, training=False)
 
 
 def _units(name, net, x):
@@ -80,25 +92,19 @@ def _units(name, net, x):
     """
     units = []
 
-    def call(layer, *args, **kwargs):
+    def visit(layer, inputs):
         kind = type(layer), *(getattr(layer, setting, None) for setting in _SETTINGS)
         if isinstance(layer, keras.layers.BatchNormalization) and units:
             units[-1][0].append(kind)
             units[-1][1].append(layer)
         elif isinstance(layer, keras.Layer) and layer.weights and not isinstance(layer, ErrorModulation):
-            shapes = [tuple(tensor.shape) for tensor in (_input(args, kwargs), *layer.weights)]
-            units.append(([kind, shapes], [layer]))
-        return layer(*args, **kwargs)
+            units.append(([kind, [tuple(tensor.shape) for tensor in (inputs, *layer.weights)]], [layer]))
 
     try:
-        Graph(net).run(x[:1], call, training=False)
+        _visit(net, x[:1], visit)
     except Exception as error:  # a layer may raise anything
         raise ValueError(f"`x` must suit `{name}`. Received: x of shape {tuple(x.shape)} ({first_line(error)})") from error
     return units
-
-
-def _input(args, kwargs):
-    return keras.tree.flatten((args, kwargs))[0]
 
 
 def _match(units, deeper):
@@ -118,34 +124,23 @@ def _match(units, deeper):
     return kept, added
 
 
-def _make_identities(deeper, added, x):
-    """Makes each of the added lists of layers an identity of its input when the network is called on `x`."""
-    of_first = {id(layers[0]): layers for layers in added}
-
-    def call(layer, *args, **kwargs):
-        if id(layer) in of_first:
-            _make_identity(*of_first[id(layer)], inputs=np.asarray(_input(args, kwargs), np.float64))
-        return layer(*args, **kwargs)
-
-    Graph(deeper).run(x, call, training=False)
-
-
-def _make_identity(layer, *normalizations, inputs):
-    kernels = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D, keras.layers.Dense)
-    keeps = isinstance(layer, kernels) and layer.kernel.shape[-1] == inputs.shape[-1]
-    if keeps and not isinstance(layer, keras.layers.Dense):
-        keeps = layer.groups == 1 and set(layer.strides) == {1} and (layer.padding == "same" or set(layer.kernel_size) == {1})
-    if not keeps or any(not (one.scale and one.center) for one in normalizations):
+def _make_identity(unit, inputs):
+    """Makes a layer and its BatchNormalization the identity of these inputs."""
+    if unit is None:
+        return
+    layer, *normalizations = unit
+    if not isinstance(layer, _KERNEL_LAYERS) or any(not (one.scale and one.center) for one in normalizations):
         raise ValueError(
-            "Each layer that only `deeper` has must be a convolution or Dense that keeps shape and channels, without groups, "
-            f"and its BatchNormalization must have gamma and beta. Received: {layer.name}"
+            "Each layer that only `deeper` has must be a convolution or Dense, and its BatchNormalization must have gamma and "
+            f"beta. Received: {layer.name}"
         )
-    layer.kernel.assign(DiracInitializer()(layer.kernel.shape, layer.kernel.dtype))
+    identity = DiracInitializer(groups=getattr(layer, "groups", 1))
+    layer.kernel.assign(identity(layer.kernel.shape, layer.kernel.dtype))
     if layer.use_bias:
         layer.bias.assign(np.zeros(layer.bias.shape))
     for one in normalizations:
-        axes = tuple(axis for axis in range(inputs.ndim) if axis != one.axis % inputs.ndim)
-        mean, variance = inputs.mean(axes), inputs.var(axes)
+        values = np.moveaxis(np.asarray(inputs, np.float64), one.axis, -1).reshape(-1, inputs.shape[one.axis])
+        mean, variance = values.mean(0), values.var(0)
         one.set_weights([np.sqrt(variance + one.epsilon), mean, mean, variance])
 
 

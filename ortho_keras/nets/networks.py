@@ -91,17 +91,8 @@ def residual_cnn(
     added channels (option A of He et al.). The additions are named `stage1_add01` ...
 
     Args:
-        depth: int, 6n + 2 with n at least 1.
-        input_shape: Tuple `(height, width, channels)`; height and width may be `None`.
-        num_classes: int, at least 2.
-        width: int, at least 1. Filters of the first stage.
-        regularizer: Penalty of every kernel, see `plain_cnn`.
-        initializer: Initializer of every kernel, see `plain_cnn`.
-        stem_initializer: Initializer of the first convolution; `None` is `initializer`.
-        relu_shift: float, at least 0, or `"auto"`. The activations are `max(x, -relu_shift)`.
-        bn_synchronized: bool. Whether BatchNormalization's statistics are those of all replicas.
-        seed: int, at least 0, or `None`. Determines all kernels.
-        preprocessing: Layer applied to the input first, or `None`.
+        depth, input_shape, num_classes, width: As in `plain_cnn`.
+        regularizer, initializer, stem_initializer, relu_shift, bn_synchronized, seed, preprocessing: As in `plain_cnn`.
         name: String. Defaults to `residual<depth>`.
 
     Returns:
@@ -144,13 +135,7 @@ def plain_imagenet(
         input_shape: Tuple `(height, width, channels)`; height and width may be `None`.
         num_classes: int, at least 2.
         width: int, at least 1. Filters of the stem and the first stage.
-        regularizer: Penalty of every kernel, see `plain_cnn`.
-        initializer: Initializer of every kernel, see `plain_cnn`.
-        stem_initializer: Initializer of the first convolution; `None` is `initializer`.
-        relu_shift: float, at least 0, or `"auto"`. The activations are `max(x, -relu_shift)`.
-        bn_synchronized: bool. Whether BatchNormalization's statistics are those of all replicas.
-        seed: int, at least 0, or `None`. Determines all kernels.
-        preprocessing: Layer applied to the input first, or `None`.
+        regularizer, initializer, stem_initializer, relu_shift, bn_synchronized, seed, preprocessing: As in `plain_cnn`.
         name: String. Defaults to `plain<depth>_imagenet`.
 
     Returns:
@@ -189,17 +174,8 @@ def residual_imagenet(
     For 1,000 classes there are 21.8 million trainable parameters with 34 layers, and 44.5 million with 101.
 
     Args:
-        depth: 34 or 101.
-        input_shape: Tuple `(height, width, channels)`; height and width may be `None`.
-        num_classes: int, at least 2.
-        width: int, at least 1. Filters of the stem and the first stage.
-        regularizer: Penalty of every kernel, see `plain_cnn`.
-        initializer: Initializer of every kernel, see `plain_cnn`.
-        stem_initializer: Initializer of the first convolution; `None` is `initializer`.
-        relu_shift: float, at least 0, or `"auto"`. The activations are `max(x, -relu_shift)`.
-        bn_synchronized: bool. Whether BatchNormalization's statistics are those of all replicas.
-        seed: int, at least 0, or `None`. Determines all kernels.
-        preprocessing: Layer applied to the input first, or `None`.
+        depth, input_shape, num_classes, width: As in `plain_imagenet`.
+        regularizer, initializer, stem_initializer, relu_shift, bn_synchronized, seed, preprocessing: As in `plain_cnn`.
         name: String. Defaults to `residual<depth>_imagenet`.
 
     Returns:
@@ -217,7 +193,7 @@ def residual_imagenet(
 
 def _build(family, residual, depth, input_shape, num_classes, width, settings, preprocessing, name):
     imagenet = family == "imagenet"
-    if imagenet and (isinstance(depth, bool) or depth not in BLOCKS):
+    if imagenet and depth not in BLOCKS:
         raise ValueError(f"`depth` must be one of {', '.join(map(str, BLOCKS))}. Received: depth={depth!r}")
     stages = BLOCKS[depth] if imagenet else 3 * (_pairs(depth),)
     kernels = BOTTLENECK if imagenet and depth in BOTTLENECK_DEPTHS else PAIR
