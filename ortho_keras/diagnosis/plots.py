@@ -1,4 +1,4 @@
-"""Pictures: a run's curves, a net's signal."""
+"""Plots as PNG files: a run's curves, a network's signal over the layers, and its error over layers and steps."""
 
 import textwrap
 
@@ -7,122 +7,138 @@ import numpy as np
 from ortho_keras.method.checks import require
 from ortho_keras.method.files import whole_file
 
+_MOST_STEPS, _MOST_NAMES = 12, 22  # tick labels that fit below and beside the heat map
+
 
 def plot_curves(history, path, title):
-    """Draws loss and penalty, accuracy, and learning rate over the steps, from a run's history, as a PNG file.
+    """Plots loss and penalty, accuracy, and learning rate over the steps of a run.
 
     Args:
-        history: List of one dict of figures for each epoch, as `Trainer.run` returns it.
+        history: List of one dict of metrics for each epoch, as `Trainer.run` returns it.
         path: Path of the file.
         title: String.
     """
-
-    def series(name):
-        rows = [(row["step"], row[name]) for row in history if name in row]
-        return np.array(rows, float).reshape(-1, 2).T
-
-    figure, (loss, accuracy, rate) = _figure((12, 3.8), 1, 3)
-    marker = "o" if len(history) == 1 else ""
-    for name, label in (("crossentropy", "training"), ("validation_crossentropy", "validation"), ("penalty", "penalty")):
-        loss.plot(*series(name), marker=marker, label=label if series(name).size else None)
-    loss.set(title="cross-entropy and penalty", xlabel="step", yscale="symlog" if _has_zero(series("penalty")) else "log")
-    loss.legend()
-    for name, label in (("accuracy", "training"), ("validation_accuracy", "validation")):
-        accuracy.plot(*series(name), marker=marker, label=label if series(name).size else None)
-    accuracy.set(title="accuracy", xlabel="step", ylim=(0, 1.02))
-    accuracy.legend()
-    rate.plot(*series("learning_rate"), marker=marker, color="0.3")
-    rate.set(title="learning rate", xlabel="step", ylim=(0, None))
-    for axes in (loss, accuracy, rate):
+    figure = new_figure(12, 3.8)
+    panels = figure.subplots(1, 3)
+    lines = (
+        {"crossentropy": "training", "validation_crossentropy": "validation", "penalty": "penalty"},
+        {"accuracy": "training", "validation_accuracy": "validation"},
+        {"learning_rate": "learning rate"},
+    )
+    for axes, labels in zip(panels, lines):
+        for name, label in labels.items():
+            points = [(row["step"], row[name]) for row in history if name in row]
+            if points:
+                axes.plot(*zip(*points), marker="o" if len(history) == 1 else "", label=label)
+        axes.set(xlabel="step")
         axes.grid(alpha=0.3)
+    has_zero = any(row.get("penalty", 1) <= 0 for row in history)
+    panels[0].set(title="cross-entropy and penalty", ylabel="loss", yscale="symlog" if has_zero else "log")
+    panels[1].set(title="accuracy", ylabel="accuracy", ylim=(0, 1.02))
+    panels[2].set(title="learning rate", ylabel="learning rate", ylim=(0, None))
+    panels[0].legend()
+    panels[1].legend()
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_signals(report, path):
-    """Draws a `SignalReport` over the layers: error and activations, gradients, singular values, and shares, as a PNG file."""
-    figure, ((error, gradient), (values, shares)) = _figure((13, 7.5), 2, 2)
+    """Plots a `SignalReport` over the layers: error and activations, gradients, singular values, and shares."""
+    figure = new_figure(13, 7.5)
+    (error, gradient), (values, shares) = figure.subplots(2, 2)
     at = np.arange(1, len(report.layers) + 1)
 
     def series(name):
         return np.array([getattr(layer, name) for layer in report.layers], float)
 
-    points = {"marker": ".", "markersize": 4}  # a line alone would not show a layer between two that have no figure
-    error.plot(at, series("error_to_top"), label="error, over the top layer's", **points)
+    points = {"marker": ".", "markersize": 4}  # a line alone would not show a layer between two without a value
+    error.plot(at, series("error_to_top"), label="error, over the last layer's", **points)
     error.plot(at, np.sqrt(series("forward_moment")), color="0.5", label="activation", **points)
     fired = series("fired") > 0
-    word = "rescaled by modulation" if report.modulated else "modulation would rescale"
     if fired.any():
-        error.plot(at[fired], series("error_to_top")[fired], "o", color="tab:red", markersize=4, label=word)
-    error.set(title="magnitudes (root mean square)", yscale="log")
+        label = "rescaled by modulation" if report.modulated else "modulation would rescale"
+        error.plot(at[fired], series("error_to_top")[fired], "o", color="tab:red", markersize=4, label=label)
+    error.set(title="magnitudes", ylabel="root mean square", yscale="log")
     gradient.plot(at, series("gradient_ratio"), label="gradient norm / kernel norm", **points)
-    gradient.set(title="kernel gradients", yscale="log")
+    gradient.set(title="kernel gradients and filters", ylabel="gradient norm / kernel norm")
+    if (series("gradient_ratio") > 0).any():
+        gradient.set_yscale("log")
     cosine = gradient.twinx()
     cosine.plot(at, series("mean_abs_cosine"), color="tab:green", label="mean |cosine| of filters", **points)
-    cosine.set_ylim(0, None)
-    cosine.legend(handles=[*gradient.lines, *cosine.lines], loc="upper right")  # where it grows going down, this corner is free
-    for kind, color in (("kernel", "tab:blue"), ("operator", "tab:orange")):
+    cosine.set(ylim=(0, None), ylabel="mean |cosine|")
+    cosine.legend(handles=[*gradient.lines, *cosine.lines], loc="upper right")  # free where gradients grow towards the input
+    for kind, label, color in (("kernel", "W", "tab:blue"), ("operator", "the layer's linear map", "tab:orange")):
         low, high = series(f"{kind}_smallest"), series(f"{kind}_largest")
         if np.isfinite(low).any():
-            label = "W" if kind == "kernel" else "the layer's linear map"
             values.fill_between(at, low, high, color=color, alpha=0.3, label=label)
-            for edge in (low, high):
-                values.plot(at, edge, color=color, linewidth=1, **points)
-    values.set(title="singular values, smallest to largest", ylim=(0, None))
+            values.plot(at, np.stack([low, high], 1), color=color, linewidth=1, **points)
+    values.set(title="singular values, smallest to largest", ylabel="singular value", ylim=(0, None))
     shares.plot(at, 100 * series("image_share"), label="between-image share of the variance", **points)
     shares.plot(at, 100 * series("dead_share"), color="0.3", label="dead channels", **points)
-    shares.set(title="shares, %", ylim=(-2, 102))
+    shares.set(title="shares", ylabel="share, %", ylim=(-2, 102))
     for axes in (error, gradient, values, shares):
-        axes.set(xlabel="layer, from the input up", xlim=(0.5, len(at) + 0.5))
+        axes.set(xlabel="layer, from input to output", xlim=(0.5, len(at) + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if axes is not gradient and axes.get_legend_handles_labels()[0]:
             axes.legend(loc="best")
     figure.suptitle("\n".join(textwrap.wrap(str(report).splitlines()[0], 150)), fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
-_MOST_NAMES, _MOST_STEPS = 22, 12  # what fits beside the map, and under it
+def errors_by_step(rows):
+    """Arranges the lines of a `signals.csv` for `plot_heat_map`.
+
+    Returns:
+        `(steps, names, ratios)`. The layers are in the order of the deepest network, as it was last measured: a network that
+        grows gains layers in between. `ratios` is NaN where there was no such layer yet.
+    """
+    networks = {}
+    for row in rows:
+        networks.setdefault(row["step"], {})[row["name"]] = row["error_to_top"]
+    steps = sorted(networks)
+    deepest = max(steps, key=lambda step: (len(networks[step]), step))
+    names = list(dict.fromkeys([*networks[deepest], *(name for network in networks.values() for name in network)]))
+    return steps, names, np.array([[networks[step].get(name, np.nan) for step in steps] for name in names])
 
 
 def plot_heat_map(steps, names, ratios, path, title):
-    """Draws magnitudes, layer by step, on a logarithmic color scale around 1, as a PNG file.
+    """Plots the errors' magnitudes, layer by step, on a logarithmic colour scale around 1.
 
     Args:
         steps: List of ints.
-        names: List of the layers' names, from the input up.
-        ratios: Array `(layers, steps)`, above 0; others stay white.
+        names: List of the layers' names, from input to output.
+        ratios: Array `(layers, steps)`, at least 0; NaN, where there is no such layer, is light grey.
         path: Path of the file.
         title: String.
     """
-    figure, axes = _figure((10, 5.5), 1, 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    figure = new_figure(10, 5.5)
+    axes = figure.subplots()
+    with np.errstate(divide="ignore"):
         decades = np.log10(np.asarray(ratios, float))
-    decades[~np.isfinite(decades)] = np.nan
-    limit = max(1.0, float(np.nanmax(np.abs(decades)))) if np.isfinite(decades).any() else 1.0
-    image = axes.imshow(decades, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+    limit = max(1.0, np.abs(decades[np.isfinite(decades)]).max(initial=0))
+    decades = decades.clip(-limit, limit)  # an error of 0 has the darkest blue
+    image = axes.imshow(decades, "RdBu_r", aspect="auto", origin="lower", vmin=-limit, vmax=limit, interpolation="nearest")
+    image.set_cmap(image.cmap.with_extremes(bad="0.85"))
     for set_ticks, labels, most in ((axes.set_xticks, steps, _MOST_STEPS), (axes.set_yticks, names, _MOST_NAMES)):
         every = -(-len(labels) // most)
         set_ticks(range(0, len(labels), every), labels[::every])
-    axes.set(xlabel="step", title=title)
-    figure.colorbar(image, label="log10 of the error's magnitude over the top layer's")
-    _save(figure, path)
+    axes.set(xlabel="step", ylabel="layer, from input to output", title=title)
+    figure.colorbar(image, label="log10 of the error's magnitude over the last layer's")
+    save(figure, path)
 
 
-def _figure(size, rows, columns):
-    require("a picture", "matplotlib")
+def new_figure(width, height):
+    """Returns a matplotlib figure of a size in inches that no window shows."""
+    require("a plot", "matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns)
+    return figure
 
 
-def _save(figure, path):
-    with whole_file(path) as own:
-        figure.savefig(own, format="png", dpi=120)
-
-
-def _has_zero(series):
-    return bool((series[1] <= 0).any())
+def save(figure, path, dpi=120):
+    with whole_file(path) as part:
+        figure.savefig(part, format="png", dpi=dpi)

@@ -1,4 +1,4 @@
-"""What a report is given: inputs, targets and loss, held against the model."""
+"""Checks of a report's inputs, targets and loss against the model."""
 
 import keras
 import numpy as np
@@ -8,7 +8,7 @@ from ortho_keras.method.errors import first_line
 
 
 def checked_inputs(model, x):
-    """Returns x as a list of tensors, one for each of the model's inputs, in their types and ranks."""
+    """Returns x as a tensor or, for several inputs, a list in the model's order, in the inputs' types and ranks."""
     expected = list(model.inputs)
     if isinstance(x, dict):
         names = [tensor.name for tensor in expected]
@@ -39,7 +39,7 @@ def checked_inputs(model, x):
 
 
 def _fitted(array, expected):
-    """A tensor of the input's type; a last axis of one channel is added or taken away, as `fit` does."""
+    """A tensor of the input's type; a last axis of one channel is added or removed, as in `fit`."""
     tensor = tf.cast(tf.convert_to_tensor(array), expected.dtype)
     rank = len(expected.shape)
     if len(tensor.shape) == rank - 1 and expected.shape[-1] == 1:
@@ -52,7 +52,7 @@ def _agree(expected, received):
 
 
 def checked_targets(model, y):
-    """Returns y as arrays; for a model of one output a list of numbers is one array, unless the model itself gives a list."""
+    """Returns y as arrays; for a model of one output a list of numbers is one array, unless the model returns a list."""
     if len(model.outputs) > 1 or not isinstance(y, (list, tuple)) or _is_one_in_a_list(y, model, "output"):
         return keras.tree.map_structure(np.asarray, y)
     return np.asarray(y)
@@ -64,18 +64,8 @@ def _is_one_in_a_list(given, model, end):
     return all(isinstance(value, (list, tuple)) and len(value) == 1 for value in (given, getattr(model, end)))
 
 
-class KerasFunction(keras.losses.Loss):
-    """A loss function of Keras's as `compile` takes it: under the mask of the outputs, the mean over the batch."""
-
-    def __init__(self, function):
-        super().__init__(name=function.__name__)
-        self.function = function
-
-    def call(self, y, outputs):
-        return self.function(y, outputs)
-
-
 def checked_loss(loss):
+    """Returns a loss function or object."""
     message = (
         "`loss` must be one Keras loss, its name, or a function of (y, outputs); several are taken from a compiled model. "
         f"Received: loss={loss!r}"
@@ -83,29 +73,25 @@ def checked_loss(loss):
     if loss is None or isinstance(loss, (dict, list, tuple)):
         raise ValueError(message)
     try:
-        own = keras.losses.get(loss)
+        return keras.losses.get(loss)
     except (ValueError, TypeError) as error:
         raise ValueError(message) from error
-    return KerasFunction(own) if is_keras(own) and not isinstance(own, keras.losses.Loss) else own
 
 
 def is_keras(loss):
     """Whether a loss, which may be a name, is one of Keras's own."""
-    return isinstance(loss, (str, KerasFunction)) or (getattr(loss, "__module__", "") or "").startswith("keras.")
+    return isinstance(loss, str) or (getattr(loss, "__module__", "") or "").startswith("keras.")
 
 
 def loss_name(loss):
-    """The name by which a loss is known: as it was given, or a function's."""
-    if isinstance(loss, KerasFunction):
-        return loss.name
     return loss if isinstance(loss, str) else getattr(loss, "__name__", "")
 
 
 def takes_logits_for_probabilities(loss, outputs):
-    """Whether a cross-entropy of Keras's, told nothing of logits, gets some.
+    """Whether a cross-entropy of Keras that expects probabilities receives logits.
 
-    Negative numbers are no probabilities. Of those above 1 `categorical_crossentropy` alone takes the share of their sum; the
-    sparse one cuts them off at 1, and so does the binary one.
+    Negative numbers are no probabilities. Numbers above 1 are divided by their sum in `categorical_crossentropy` alone; the
+    sparse one and the binary one clip them to 1.
     """
     name = (loss_name(loss) or type(loss).__name__).lower()
     if not is_keras(loss) or not name.endswith("crossentropy") or getattr(loss, "from_logits", False):

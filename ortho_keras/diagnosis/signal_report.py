@@ -1,4 +1,4 @@
-"""Where a net loses its signal: one batch on its way up, and its error on the way down."""
+"""Where a network loses its signal: one batch forward and its gradient backward, measured at each parametric layer."""
 
 import math
 
@@ -7,7 +7,6 @@ import numpy as np
 import tensorflow as tf
 
 from ortho_keras.diagnosis.signal_inputs import (
-    KerasFunction,
     checked_inputs,
     checked_loss,
     checked_targets,
@@ -16,29 +15,28 @@ from ortho_keras.diagnosis.signal_inputs import (
     shapes,
     takes_logits_for_probabilities,
 )
-from ortho_keras.diagnosis.signals import LayerSignal, SignalReport, ratio
-from ortho_keras.diagnosis.spectra import kernel_extremes, mean_cosines, operator_extremes
-from ortho_keras.diagnosis.trace import Trace
+from ortho_keras.diagnosis.signals import LayerSignal, SignalReport
+from ortho_keras.diagnosis.trace import Trace, magnitude, ratio
+from ortho_keras.method.checks import check_built
 from ortho_keras.method.errors import first_line
 from ortho_keras.method.graphs import Graph
-from ortho_keras.method.kernels import as_matrices, walk_layers
-from ortho_keras.method.layer_state import unchanged
-from ortho_keras.method.modulation import ErrorModulation, root_mean_square
+from ortho_keras.method.kernels import walk_layers
+from ortho_keras.method.modulation import ErrorModulation
+from ortho_keras.method.state import unchanged
 
-# float16 gradients are taken of the loss times the first of these at which all of them are finite.
+# float16: the loss is multiplied by the first of these factors for which all gradients are finite.
 LOSS_SCALES = (2.0**15, 2.0**11, 2.0**7, 2.0**3, 1.0)
 
 
 def signal_report(model, x, y, loss=None, tolerance=2.0, max_scale=1000.0, reference="anchor", singular_values=True):
-    """Measures one batch on its way up and its error on the way down, at each parametric layer, and changes nothing.
+    """Measures one batch and its backpropagated gradient, the error, at each parametric layer, and changes nothing.
 
-    The model runs as in training (BatchNormalization by the batch's statistics, dropout on); weights, BatchNormalization's
-    averages, the optimizer and the layers' random states are afterwards what they were. (A layer of one's own that draws
-    without a seed generator moves Keras's or TensorFlow's global one.) The error is that of the loss alone, the mean
-    over the batch, without penalties, and it is taken before a layer's own activation, where it has one (behind it in a
-    `TimeDistributed`). A layer that is called more than once has one entry for each call; "next" and "top" go by the order of
-    calls. A layer of one's own, or a subclassed model inside, is one layer. Recurrent layers and embeddings are not measured,
-    but named.
+    The model runs as in training (BatchNormalization uses the batch's statistics, dropout is on). Weights, moving averages,
+    the optimizer and the layers' random states are restored afterwards; only a custom layer that draws without a seed
+    generator moves the global one of Keras or TensorFlow. The error is that of the loss alone, the mean over the batch,
+    without penalties. It is taken before a layer's own activation, where it has one (after it in a `TimeDistributed`). A layer
+    that is called several times has one entry for each call; "next" and "last" follow the order of calls. A custom layer, or a
+    subclassed model inside, counts as one layer. Recurrent layers and embeddings are not measured; the report lists them.
 
     Args:
         model: A built Functional or Sequential Keras model of any shape, nested and branching ones included.
@@ -47,18 +45,18 @@ def signal_report(model, x, y, loss=None, tolerance=2.0, max_scale=1000.0, refer
         loss: A Keras loss, its name, or a function of `(y, outputs)`, which gets `y` of shape `(batch,)` as `(batch, 1)` where
             the outputs are, as in `compile`. Defaults to `None`, what the model is compiled with: one loss or several, their
             weights, and targets as `fit` takes them.
-        tolerance: See `ErrorModulation`; this and the next two say what modulation would do. Where the model has
-            `ErrorModulation` layers, the report shows what they did, and the error behind them.
-        max_scale: See `ErrorModulation`.
-        reference: See `ErrorModulation`.
-        singular_values: bool. Whether to take singular values, the slow part for wide layers on large images.
+        tolerance: float, at least 1. As in `ErrorModulation`, like the next two: the report shows what modulation would do. For
+            a model that has `ErrorModulation` layers it shows what they did, and the error after them.
+        max_scale: float, at least 1.
+        reference: `"anchor"` or `"neighbour"`.
+        singular_values: bool. Whether to compute singular values, the slow part for wide layers on large images.
 
     Returns:
         A `SignalReport`: `.layers`, `.growth`, `.findings`, `.to_csv(path)`, `.to_pandas()`, `.plot(path)`; `print` shows
         a table.
 
     Raises:
-        ValueError: If the model is of another kind, has no parametric layer, or the batch or the loss do not fit it.
+        ValueError: If the model is of another kind or has no parametric layer, or if the batch or the loss does not fit it.
 
     Example:
 
@@ -68,101 +66,78 @@ def signal_report(model, x, y, loss=None, tolerance=2.0, max_scale=1000.0, refer
 
     Reference:
         Xie, Xiong, Pu 2017 ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)): second-order moments of the error (Fig. 3),
-        mean cosine similarity of filters (Fig. 2), the scale of the modulation. The other figures are ours.
+        mean cosine similarity of filters (Fig. 2), the scale of the modulation. The other columns are ours.
     """
     rule = ErrorModulation(tolerance, max_scale, reference)
     return Probe(model, x, y, loss).measure(rule, singular_values)
 
 
 class Probe:
-    """A batch and a model whose graph is recorded, to be measured any number of times.
-
-    Args:
-        model: See `signal_report`.
-        x: See `signal_report`.
-        y: See `signal_report`.
-        loss: See `signal_report`.
-    """
+    """A batch and a model whose graph is recorded, to be measured any number of times. Its arguments are `signal_report`'s."""
 
     def __init__(self, model, x, y, loss=None):
-        if not isinstance(model, keras.Model) or not model.built:
-            raise ValueError(f"`model` must be a built Keras model (call `model.build(...)`). Received: model={model!r}")
+        self.model = check_built(model)
         self.graph = Graph(model)
-        self.model = model
         self.x = checked_inputs(model, x)
         self.y = checked_targets(model, y)
         if loss is None and not model.compiled:
             raise ValueError("`loss` must be given for a model that is not compiled. Received: loss=None")
-        # None: what `compile` made of its losses, which is more than the losses (see `_compiled_loss`).
-        self.loss = None if loss is None and model.loss is not None else checked_loss(loss)
+        self.loss = model.loss if loss is None else checked_loss(loss)
+        self.compiled = model  # whose `compute_loss` gives the loss, as in training; None for a custom loss
+        if loss is not None:
+            self.compiled = None
+            if is_keras(self.loss):
+                self.compiled = keras.Model(model.inputs, model.outputs if len(model.outputs) > 1 else model.outputs[0])
+                self.compiled.compile(loss=self.loss)
         # An output without a loss may have no target.
         sizes = {leaf.shape[:1] for leaf in keras.tree.flatten(self.y) if leaf.shape or leaf.dtype != object}
         size = len(keras.tree.flatten(self.x)[0])
-        if (self.loss is None or isinstance(self.loss, keras.losses.Loss)) and sizes != {(size,)}:
+        if (self.compiled or isinstance(self.loss, keras.losses.Loss)) and sizes != {(size,)}:
             raise ValueError(f"`y` must hold a target for each of the {size} samples. Received: y of shape {shapes(self.y)}")
         self.half = any(getattr(layer, "compute_dtype", "") == "float16" for layer, _ in walk_layers(model))
 
     def measure(self, rule, singular_values=True):
-        """Returns a `SignalReport`.
-
-        Args:
-            rule: `ErrorModulation`, what modulation would do.
-            singular_values: bool.
-        """
+        """Returns a `SignalReport`; `rule` is the `ErrorModulation` of which it shows what it would do."""
         with unchanged(self.model):
-            return self._measure(rule, singular_values)
+            trace = Trace(self.x)
+            with tf.GradientTape(persistent=True) as tape:
+                loss = self._loss(self._outputs(trace))
+            if not trace.calls:
+                raise ValueError(f"`model` must call a convolution, dense or einsum layer. Received: model={self.model.name!r}")
+            self._backpropagate(trace, tape, loss, rule)
+            for call in trace.calls:
+                call.singular_values = singular_values
+            layers = tuple(LayerSignal.of(call) for call in trace.calls)
+        return SignalReport(self.model.name, float(loss), layers, trace.modulated, tuple(trace.unmeasured))
 
-    def _measure(self, rule, singular_values):
-        trace = Trace(self.x)
-        with tf.GradientTape(persistent=True) as tape:
-            # Inside a layer's call, so that layers that take no `training` argument pass it on.
-            outputs = self._outputs(trace)
-            loss = self._loss(outputs)
-        if not trace.calls:
-            raise ValueError(f"`model` must call a convolution, dense or einsum layer. Received: model={self.model.name!r}")
-        calls, variables = trace.calls, {id(k.variable): k.variable.value for call in trace.calls for k in call.kernels}
-        sources = [[getattr(c, name) for c in calls] for name in ("linear", "outputs", "behind")]
-        for scale in LOSS_SCALES if self.half else (1.0,):
-            *errors, gradients = tape.gradient(loss, [*sources, list(variables.values())], tf.constant(scale))
+    def _backpropagate(self, trace, tape, loss, rule):
+        """Sets what the calls of a trace have from the gradients."""
+        calls = trace.calls
+        kernels = {id(kernel.variable): kernel.variable.value for call in calls for kernel in call.kernels}
+        sources = [[getattr(call, name) for call in calls] for name in ("linear", "outputs", "modulated")]
+        for factor in LOSS_SCALES if self.half else (1.0,):
+            *errors, gradients = tape.gradient(loss, [*sources, list(kernels.values())], tf.constant(factor))
             if all(_is_finite(gradient) for gradient in keras.tree.flatten(gradients) if gradient is not None):
                 break
-        linear, outer, behind = ([_magnitude(error, scale) for error in some] for some in errors)
-        # Keras takes the error of a softmax at its logits, past the output.
-        outer = [own if error is None else magnitude for own, error, magnitude in zip(linear, errors[1], outer)]
+        gradients = dict(zip(kernels, gradients))
+        linear, outputs, modulated = ([magnitude(error, factor) for error in some] for some in errors)
+        # Keras takes the gradient of a softmax at its logits, which bypasses the output.
+        outputs = [own if error is None else at_output for own, error, at_output in zip(linear, errors[1], outputs)]
         if trace.modulated:
-            scales = [ratio(own, upper) if own else 1.0 for own, upper in zip(outer, behind)]
-            fired = [scaled != 1.0 for scaled in scales]
+            scales = [ratio(own, before) if own else 1.0 for own, before in zip(outputs, modulated)]
+            rescaled = [(scale, scale != 1.0) for scale in scales]
         elif trace.branches:
-            scales, fired = [math.nan] * len(calls), [False] * len(calls)
+            rescaled = [(math.nan, False)] * len(calls)
         else:
-            scales, fired = _would_scale(rule, outer)
-        gradients = dict(zip(variables, gradients))
-        top = next((own for own in reversed(linear) if own > 0), 0.0)
-        layers = []
-        for index, call in enumerate(calls):
-            own, after = linear[index], linear[min(index + 1, len(calls) - 1)]
-            layers.append(
-                LayerSignal(
-                    name=call.name,
-                    kind=type(call.layer).__name__,
-                    positions=len(call.linear.shape) > 1 + len(call.channels),
-                    forward_moment=_magnitude(call.linear) ** 2,
-                    backward_moment=own**2,
-                    error_to_next=ratio(own, after),
-                    error_to_top=ratio(own, top),
-                    gradient_ratio=_gradient_ratio(call.kernels, gradients, scale),
-                    **dict(zip(("mean_cosine", "mean_abs_cosine"), mean_cosines(map(_matrices, call.kernels)))),
-                    **_extremes(call, singular_values),
-                    image_share=_image_share(call.linear, call.channels),
-                    dead_share=call.dead_share,
-                    scale=scales[index],
-                    fired=fired[index],
-                )
-            )
-        return SignalReport(self.model.name, float(loss), tuple(layers), trace.modulated, tuple(trace.unmeasured))
+            rescaled = _would_rescale(rule, outputs)
+        top = next((error for error in reversed(linear) if error > 0), 0.0)
+        for call, error, next_error, (scale, fired) in zip(calls, linear, [*linear[1:], linear[-1]], rescaled):
+            call.error, call.next_error, call.top_error = error, next_error, top
+            call.gradient_ratio = _gradient_ratio(call.kernels, gradients, factor)
+            call.scale, call.fired = scale, fired
 
     def _outputs(self, trace):
-        probe = _InTraining(self.model, lambda: self.graph.run(self.x, trace.call, training=True), name="probe")
+        probe = _InTraining(self.model, lambda: self.graph.run(self.x, trace.call, training=True))
         try:
             return probe(None, training=True)
         except Exception as error:  # a layer may raise anything
@@ -170,56 +145,49 @@ class Probe:
                 f"`x` must suit the model's layers. Received: x of shape {shapes(self.x)} ({first_line(error)})"
             ) from error
 
-    def _compiled_loss(self, y, outputs):
-        """Targets' ranks, losses' weights, one loss for several outputs: as in training; but without penalties."""
-        held = [(variable, variable.regularizer) for variable in self.model.trainable_variables]
-        try:
-            for variable, _ in held:
-                variable.regularizer = None  # taken away afterwards, a large penalty would take the loss's digits with it
-            added = sum(tf.reduce_sum(tf.cast(own, tf.float32)) for own in self.model.losses)  # by the layers' calls
-            return self.model.compute_loss(x=self.x, y=y, y_pred=outputs, sample_weight=None) - added
-        finally:
-            for variable, regularizer in held:
-                variable.regularizer = regularizer
-
-    def _given_loss(self, y, outputs):
-        ours, targets = is_keras(self.loss), keras.tree.flatten(y)
-        if ours and len(self.model.outputs) == len(targets) == 1:  # in a list or dict, they may be
-            (outputs,), (y,) = keras.tree.flatten(outputs), targets
-        one_each = tf.is_tensor(outputs) and outputs.shape[1:] == (1,)
-        if (
-            one_each
-            and np.ndim(y) == 1
-            and (isinstance(self.loss, KerasFunction) or not isinstance(self.loss, keras.losses.Loss))
-        ):
-            y = y[:, np.newaxis]  # as `compile` does for a function
-        return self.loss(y, outputs)
-
     def _loss(self, outputs):
-        compiled = self.loss is None
-        loss = self.model.loss if compiled else self.loss
-        name = loss_name(loss)
         try:
-            if takes_logits_for_probabilities(loss, outputs):
+            if takes_logits_for_probabilities(self.loss, outputs):
                 raise ValueError("these outputs are logits: give the loss object, with from_logits=True")
-            value = self._compiled_loss(self.y, outputs) if compiled else self._given_loss(self.y, outputs)
+            value = self._compiled_loss(outputs) if self.compiled else self._custom_loss(outputs)
             return tf.reduce_mean(tf.cast(value, tf.float32))
-        except Exception as error:  # a loss of one's own may raise anything
+        except Exception as error:  # a custom loss may raise anything
             raise ValueError(
                 f"`y` and `loss` must suit the model's outputs {shapes(outputs)}. Received: y of shape {shapes(self.y)}, "
-                f"loss={name or loss!r} ({first_line(error)})"
+                f"loss={loss_name(self.loss) or self.loss!r} ({first_line(error)})"
             ) from error
+
+    def _compiled_loss(self, outputs):
+        """The loss of training, with the ranks of the targets and the weights of several losses, but without penalties."""
+        model, y = self.compiled, self.y
+        if len(model.outputs) == len(keras.tree.flatten(y)) == 1 and model is not self.model:
+            (outputs,), (y,) = keras.tree.flatten(outputs), keras.tree.flatten(y)
+        variables = [(variable, variable.regularizer) for variable in model.trainable_variables]
+        try:
+            for variable, _ in variables:
+                variable.regularizer = None  # subtracting a large penalty afterwards would cost the loss its digits
+            added = sum(tf.reduce_sum(tf.cast(loss, tf.float32)) for loss in model.losses)  # by the layers' calls
+            return model.compute_loss(x=self.x, y=y, y_pred=outputs, sample_weight=None) - added
+        finally:
+            for variable, regularizer in variables:
+                variable.regularizer = regularizer
+
+    def _custom_loss(self, outputs):
+        y, is_function = self.y, not isinstance(self.loss, keras.losses.Loss)
+        if is_function and np.ndim(y) == 1 and tf.is_tensor(outputs) and outputs.shape[1:] == (1,):
+            y = y[:, np.newaxis]  # as `compile` does
+        return self.loss(y, outputs)
 
 
 class _InTraining(keras.Layer):
-    """Calls a function in the context of a layer that is called with `training=True`.
+    """Calls a function as a layer with `training=True`, so that layers that take no such argument pass it on.
 
-    The model is a layer of it: so Keras forgets what the model's layers added to its losses in the call before, which may be
+    The model is its sublayer: so Keras clears the losses that the model's layers added in an earlier call, which may be
     tensors of `fit`'s graph.
     """
 
-    def __init__(self, model, function, name):
-        super().__init__(name=name, autocast=False)
+    def __init__(self, model, function):
+        super().__init__(name="probe", autocast=False)
         self.model = model
         self.function = function
 
@@ -227,23 +195,18 @@ class _InTraining(keras.Layer):
         return self.function()
 
 
-def _magnitude(tensor, scale=1.0):
-    return 0.0 if tensor is None else float(root_mean_square(tf.convert_to_tensor(tensor), False)) / scale
-
-
 def _is_finite(tensor):
     return bool(tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(tensor))))
 
 
-def _would_scale(rule, magnitudes):
-    """What a rule would do to errors of these magnitudes, from the bottom up: scales, and whether it fires."""
-    above, passed, scales, fires = tf.constant(0.0), 1.0, [], []
+def _would_rescale(rule, magnitudes):
+    """Pairs `(scale, fired)`: what a rule would do to errors of these magnitudes, layer by layer from the input."""
+    above, passed, rescaled = tf.constant(0.0), 1.0, []
     for own in reversed(magnitudes):
         scale, fired, above = rule.decide(tf.constant(own * passed, tf.float32), above)
-        scales.append(float(scale))
-        fires.append(bool(fired))
-        passed *= scales[-1]  # the error is linear in the error above it
-    return scales[::-1], fires[::-1]
+        rescaled.append((float(scale), bool(fired)))
+        passed *= float(scale)  # the error is linear in the error of the next layer
+    return rescaled[::-1]
 
 
 def _gradient_ratio(kernels, gradients, factor):
@@ -253,27 +216,3 @@ def _gradient_ratio(kernels, gradients, factor):
         return math.nan
     norms = [math.sqrt(sum(float(tf.reduce_sum(tf.square(tensor))) for tensor in tensors)) for tensors in zip(*pairs)]
     return ratio(norms[1] / factor, norms[0])
-
-
-def _matrices(kernel):
-    return np.asarray(as_matrices(np.asarray(kernel.variable, np.float64), kernel.layout, kernel.groups))
-
-
-def _extremes(call, wanted):
-    kernel, operator = (math.nan, math.nan), (math.nan, math.nan)
-    if wanted:
-        each = [kernel_extremes(k.variable, k.layout, k.groups) for k in call.kernels]
-        kernel = min(low for low, _ in each), max(high for _, high in each)
-        operator = operator_extremes(call.inner, call.input_shape)
-    names = ("kernel_smallest", "kernel_largest", "operator_smallest", "operator_largest")
-    return dict(zip(names, (*kernel, *operator)))
-
-
-def _image_share(outputs, channels):
-    """The share of variance over images and positions that lies between images at one position; NaN without positions."""
-    if len(outputs.shape) <= 1 + len(channels):
-        return math.nan
-    outputs = tf.cast(outputs, tf.float64)
-    others = [axis for axis in range(len(outputs.shape)) if axis not in channels]
-    between = float(tf.reduce_mean(tf.math.reduce_variance(outputs, 0)))
-    return ratio(between, float(tf.reduce_mean(tf.math.reduce_variance(outputs, others))))

@@ -1,21 +1,32 @@
-"""One pass through a model's layers, with what parametric layers were given and returned kept for backpropagation."""
+"""One pass through a model's layers that records what each parametric layer received and returned."""
 
 import contextlib
+import functools
 import math
 import re
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from ortho_keras.method.kernels import layer_kernels, walk_layers
-from ortho_keras.method.modulation import ErrorModulation
+from ortho_keras.diagnosis.spectra import kernel_extremes, mean_cosines, operator_extremes
+from ortho_keras.method.kernels import as_matrices, layer_kernels, walk_layers
+from ortho_keras.method.modulation import ErrorModulation, root_mean_square
 from ortho_keras.nets.shifted_relu import ShiftedReLU
 
 _ACTIVATIONS = (keras.layers.Activation, keras.layers.ReLU, ShiftedReLU)
 
 
 class Call:
-    """One call of a parametric layer: what it was given, what came out, what became of it."""
+    """One call of a parametric layer. What comes from backpropagation is set after the pass.
+
+    `linear` is the output before the layer's own activation; `modulated` is the output after the `ErrorModulation` that
+    follows it, if one does.
+    """
+
+    singular_values = True  # whether the report takes them
+    error = next_error = top_error = gradient_ratio = scale = math.nan  # error: root mean square of the gradient at `linear`
+    fired = False
 
     def __init__(self, layer, name, kernels, inputs, linear, outputs):
         self.layer = layer
@@ -24,11 +35,46 @@ class Call:
         self.kernels = kernels
         timed = isinstance(layer, keras.layers.TimeDistributed)
         self.input_shape = inputs.shape[:1] + inputs.shape[2:] if timed else inputs.shape  # of the inner layer
-        self.linear = linear  # the output before the layer's own activation, or the output
-        self.outputs = outputs
+        self.linear = linear
+        self.outputs = self.modulated = outputs
         self.channels = _channel_axes(self.inner, len(outputs.shape), int(timed))
-        self.behind = outputs  # the same, behind the call's ErrorModulation
         self.dead_share = math.nan
+
+    @property
+    def has_positions(self):
+        return len(self.linear.shape) > 1 + len(self.channels)
+
+    @property
+    def forward_moment(self):
+        return magnitude(self.linear) ** 2
+
+    @property
+    def image_share(self):
+        """The share of the variance over images and positions that lies between images; NaN without positions."""
+        if not self.has_positions:
+            return math.nan
+        outputs = tf.cast(self.linear, tf.float64)
+        others = [axis for axis in range(len(outputs.shape)) if axis not in self.channels]
+        between = float(tf.reduce_mean(tf.math.reduce_variance(outputs, 0)))
+        return ratio(between, float(tf.reduce_mean(tf.math.reduce_variance(outputs, others))))
+
+    @functools.cached_property
+    def cosines(self):
+        kernels = [(np.asarray(kernel.variable, np.float64), kernel.layout, kernel.groups) for kernel in self.kernels]
+        return mean_cosines(np.asarray(as_matrices(*kernel)) for kernel in kernels)
+
+    @functools.cached_property
+    def kernel_values(self):
+        """The smallest and the largest singular value of the kernels."""
+        if not self.singular_values:
+            return math.nan, math.nan
+        lows, highs = zip(*(kernel_extremes(kernel.variable, kernel.layout, kernel.groups) for kernel in self.kernels))
+        return min(lows), max(highs)
+
+    @functools.cached_property
+    def operator_values(self):
+        """The smallest and the largest singular value of the layer's linear map."""
+        return operator_extremes(self.inner, self.input_shape) if self.singular_values else (math.nan, math.nan)
 
 
 class Trace:
@@ -42,35 +88,32 @@ class Trace:
         self.calls = []
         self.branches = False
         self.modulated = False
-        self.unmeasured = []  # names of layers with weights that are no kernels: recurrent ones, embeddings
+        self.unmeasured = []  # names of layers whose weights are no kernels: recurrent ones, embeddings
         self.kernels = {}  # id of a layer -> the LayerKernels in it
-        # id of a tensor -> [the tensor, index of the call it comes from or None, whether it was taken]
+        # id of a tensor -> [the tensor, index of the call it comes from or None, whether a layer has received it]
         self.tensors = {id(tensor): [tensor, None, False] for tensor in keras.tree.flatten(inputs)}
 
     def call(self, layer, *args, **kwargs):
-        given = keras.tree.flatten((args, kwargs))
-        taken = [self.tensors[id(value)] for value in given if id(value) in self.tensors]
-        self.branches = self.branches or len(taken) > 1 or any(used for _, _, used in taken)
-        for entry in taken:
+        received = keras.tree.flatten((args, kwargs))
+        known = [self.tensors[id(value)] for value in received if id(value) in self.tensors]
+        self.branches = self.branches or len(known) > 1 or any(used for _, _, used in known)
+        for entry in known:
             entry[2] = True
-        source = max((index for _, index, _ in taken if index is not None), default=None)
-        with _own_activation(layer) as linear:
+        source = max((index for _, index, _ in known if index is not None), default=None)
+        with _recorded_activation(layer) as linear:
             outputs = layer(*args, **kwargs)
         first = keras.tree.flatten(outputs)[0]
         kernels = self._kernels(layer)
         if kernels:
-            names = {call.name for call in self.calls}
-            name, again = layer.name, 2
-            while name in names:  # one layer called again, or a namesake in another nested model
-                name, again = f"{layer.name} ({again})", again + 1
-            inputs = next(value for value in given if hasattr(value, "shape"))  # flags given by name may come first
-            self.calls.append(Call(layer, name, kernels, inputs, linear[0] if len(linear) == 1 else first, first))
+            inputs = next(value for value in received if hasattr(value, "shape"))  # flags may come first, by keyword
+            linear_outputs = linear[0] if len(linear) == 1 else first
+            self.calls.append(Call(layer, self._call_name(layer), kernels, inputs, linear_outputs, first))
             source = len(self.calls) - 1
         elif isinstance(layer, ErrorModulation) and source is not None:
-            self.calls[source].behind, self.modulated = first, True
+            self.calls[source].modulated, self.modulated = first, True
         elif isinstance(layer, keras.Layer) and any(len(weight.shape) > 1 for weight in layer.trainable_weights):
             self.unmeasured += [layer.name] * (layer.name not in self.unmeasured)
-        # The operations of keras.ops and keras.activations are no layers: they tell by their names.
+        # The operations of keras.ops and keras.activations are no layers: they are known by name.
         activates = bool(linear) or isinstance(layer, _ACTIVATIONS) or type(layer).__name__.lower() in ("relu", "relu6")
         if activates and source is not None and math.isnan(self.calls[source].dead_share):
             self.calls[source].dead_share = _constant_share(first, self.calls[source].channels)
@@ -84,10 +127,30 @@ class Trace:
             self.kernels[id(layer)] = [kernel for each, _ in inner for kernel in layer_kernels(each)]
         return self.kernels[id(layer)]
 
+    def _call_name(self, layer):
+        """The layer's name, numbered where the layer is called again or another nested model has one of the same name."""
+        names = {call.name for call in self.calls}
+        name, number = layer.name, 2
+        while name in names:
+            name, number = f"{layer.name} ({number})", number + 1
+        return name
+
+
+def magnitude(tensor, scale=1.0):
+    """Returns a tensor's root mean square over `scale`, a float; 0 for `None`, a gradient that does not exist."""
+    return 0.0 if tensor is None else float(root_mean_square(tf.convert_to_tensor(tensor), False)) / scale
+
+
+def ratio(numerator, denominator):
+    """Returns the ratio of two magnitudes; NaN for 0 / 0."""
+    if denominator == 0:
+        return math.inf if numerator > 0 else math.nan
+    return numerator / denominator
+
 
 @contextlib.contextmanager
-def _own_activation(layer):
-    """Collects, in a list, what a convolution, dense or einsum layer, in a wrapper or not, hands to its own activation."""
+def _recorded_activation(layer):
+    """Collects, in a list, what a convolution, dense or einsum layer, wrapped or not, passes to its own activation."""
     layer = _unwrapped(layer)
     linear, activation = [], getattr(layer, "activation", None)
     if activation in (None, keras.activations.linear) or not isinstance(layer, keras.Layer) or not layer_kernels(layer):
@@ -118,15 +181,15 @@ def _channel_axes(layer, rank, leading):
     if isinstance(layer, keras.layers.EinsumDense):
         inputs, _, outputs = re.split(r",|->", layer.equation.replace(" ", "").replace("...", "."))
         new = [at for at, letter in enumerate(outputs) if letter not in inputs]
-        behind = rank - len(outputs)  # how far the axes behind an ellipsis are from where the equation has them
-        return tuple(at + (behind if "." in outputs[:at] else leading) for at in new) or (rank - 1,)
+        shift = rank - len(outputs)  # how far the axes after an ellipsis are from their place in the equation
+        return tuple(at + (shift if "." in outputs[:at] else leading) for at in new) or (rank - 1,)
     return (rank - 1,)
 
 
 def _constant_share(outputs, channels):
     """The share of channels that are the same for all images and positions: no signal, and no gradient, passes."""
     rank = len(outputs.shape)
-    channels = channels if max(channels) < rank else (rank - 1,)  # flattened since
+    channels = channels if max(channels) < rank else (rank - 1,)  # flattened in between
     others = [axis for axis in range(rank) if axis not in channels]
     constant = tf.equal(tf.reduce_max(outputs, others), tf.reduce_min(outputs, others))
     return float(tf.reduce_mean(tf.cast(constant, tf.float32)))

@@ -18,8 +18,8 @@ import keras
 import numpy as np
 
 from ortho_keras.diagnosis.features import plot_filters
-from ortho_keras.diagnosis.monitor import read_signals
-from ortho_keras.diagnosis.plots import plot_heat_map
+from ortho_keras.diagnosis.plots import errors_by_step, plot_heat_map
+from ortho_keras.diagnosis.signals import read_signals
 from ortho_keras.method.checks import require
 from ortho_keras.method.errors import InputError, first_line
 from ortho_keras.method.files import whole_file
@@ -206,14 +206,9 @@ def _heat_maps(runs):
     pictures = []
     for label, run in runs.items():
         if run.signals:
-            steps = sorted({row["step"] for row in run.signals})
-            names = list(dict.fromkeys(row["name"] for row in run.signals))
-            ratios = np.full((len(names), len(steps)), np.nan)
-            for row in run.signals:
-                ratios[names.index(row["name"]), steps.index(row["step"])] = row["error_to_top"]
             with tempfile.TemporaryDirectory() as folder:
                 path = pathlib.Path(folder, "signals.png")
-                plot_heat_map(steps, names, ratios, path, label)
+                plot_heat_map(*errors_by_step(run.signals), path, label)
                 pictures.append(_embedded(path.read_bytes(), "png", f"{label}: the error on its way down"))
     return f'<div class="pictures">{"".join(pictures)}</div>' if pictures else ""
 
