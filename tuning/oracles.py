@@ -1,22 +1,21 @@
-"""keras-tuner's oracles, which choose the trials, made to go on after a kill and to agree over processes."""
+"""keras-tuner's oracles, which choose the trials, made to survive a kill and to agree across processes."""
 
 import itertools
 import os
 import warnings
 
 import keras_tuner
-from keras_tuner.engine import trial as trials
+from keras_tuner.engine.trial import TrialStatus
 from keras_tuner.src.engine.stateful import Stateful
 from sklearn.exceptions import ConvergenceWarning
 
 from ortho_keras.method.files import whole_file
 
 OBJECTIVE = keras_tuner.Objective("validation_accuracy", "max")
-NO_LIMIT = 10**9
 
 
 class _Lasting:
-    """What all oracles here add: files that are whole, ended trials that stay ended, and no end because trials failed.
+    """Writes complete files, keeps ended trials ended, and never gives up because trials failed.
 
     keras-tuner 1.4.8 writes its files in place, one after the other, leaves the last trial among the ongoing ones in them, and
     gives up after three failed trials in a row.
@@ -39,18 +38,18 @@ class _Lasting:
         super().reload()
         for number in set(self.trials) - set(self.start_order):
             del self.trials[number]  # killed before the oracle's own file was written: it will be chosen again
-        self._retry_queue = [number for number in self._retry_queue if self.trials[number].status == trials.TrialStatus.RUNNING]
+        self._retry_queue = [number for number in self._retry_queue if self.trials[number].status == TrialStatus.RUNNING]
 
 
 class _DefaultsFirst(_Lasting):
-    """The first trial is the recipe itself, so that a search says what it gained."""
+    """The first trial is the recipe itself, so that a search shows what it gained."""
 
     def populate_space(self, trial_id):
         if self.trials:
             return super().populate_space(trial_id)
         space = self.get_space()
         values = {hp.name: hp.default for hp in space.space if space.is_active(hp)}
-        return {"status": trials.TrialStatus.RUNNING, "values": values}
+        return {"status": TrialStatus.RUNNING, "values": values}
 
 
 class RandomSearch(_DefaultsFirst, keras_tuner.oracles.RandomSearchOracle):
@@ -62,17 +61,15 @@ class BayesianOptimization(_DefaultsFirst, keras_tuner.oracles.BayesianOptimizat
 
     def populate_space(self, trial_id):
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", ConvergenceWarning
-            )  # few trials bound no length scale: nothing that a user could mend
+            warnings.simplefilter("ignore", ConvergenceWarning)  # few trials do not determine every length scale
             return super().populate_space(trial_id)
 
 
 class Hyperband(_Lasting, keras_tuner.oracles.HyperbandOracle):
-    """Many short trials, of which the best are run again and longer (Li et al. 2018).
+    """Many short trials, the best of which are repeated for longer (Li et al. 2018).
 
-    Begins with the bracket of the shortest trials that `max_trials` is enough for. A failed trial counts as the worst
-    (keras-tuner would wait for another in its place, and end the bracket early).
+    Starts with the bracket of the shortest trials that `max_trials` can complete. A failed trial counts as the worst:
+    keras-tuner would wait for a replacement, and end the bracket early.
     """
 
     def __init__(self, max_trials, **arguments):
@@ -87,27 +84,26 @@ class Hyperband(_Lasting, keras_tuner.oracles.HyperbandOracle):
 
     @keras_tuner.synchronized
     def end_trial(self, trial):
-        if trial.status in (trials.TrialStatus.FAILED, trials.TrialStatus.INVALID):
+        if trial.status in (TrialStatus.FAILED, TrialStatus.INVALID):
             self.update_trial(trial.trial_id, {OBJECTIVE.name: 0.0})
-            trial.status = trials.TrialStatus.COMPLETED
+            trial.status = TrialStatus.COMPLETED
         super().end_trial(trial)
 
 
 class Grid(_Lasting, keras_tuner.oracles.GridSearchOracle):
-    """Every combination in turn, the recipe's own first; a range is ten values.
+    """Every combination in turn, the recipe's own first; a range has ten values.
 
-    The k-th trial is the k-th combination. (keras-tuner's own order is in no file: a search that goes on ends at once.)
+    The k-th trial is the k-th combination. (keras-tuner does not save its own order, so that a resumed search ends at once.)
     """
 
     def populate_space(self, trial_id):
         for values in itertools.islice(self._combinations(), len(self.trials), None):
-            return {"status": trials.TrialStatus.RUNNING, "values": values}
-        return {"status": trials.TrialStatus.STOPPED, "values": None}
+            return {"status": TrialStatus.RUNNING, "values": values}
+        return {"status": TrialStatus.STOPPED, "values": None}
 
     def _combinations(self):
-        space = self.get_space()
+        space, seen = self.get_space(), set()
         every = [[hp.default, *sorted(value for value in hp.values if value != hp.default)] for hp in space.space]
-        seen = set()
         for combination in itertools.product(*every):
             space.values = {hp.name: value for hp, value in zip(space.space, combination)}
             active = {hp.name: space.values[hp.name] for hp in space.space if space.is_active(hp)}
@@ -117,23 +113,23 @@ class Grid(_Lasting, keras_tuner.oracles.GridSearchOracle):
                 yield active
 
 
+TUNERS = {"hyperband": Hyperband, "bayesian": BayesianOptimization, "random": RandomSearch, "grid": Grid}
+
+
 def make_oracle(tuner, hyperparameters, max_trials, seed, max_epochs):
     """Returns the oracle of a `--tuner`."""
-    common = {
+    arguments = {
         "objective": OBJECTIVE,
         "max_trials": max_trials,
         "hyperparameters": hyperparameters,
         "allow_new_entries": False,
-        "seed": seed + 1,  # 0 would be taken for none
-        "max_consecutive_failed_trials": NO_LIMIT,
+        "seed": seed + 1,  # keras-tuner takes 0 for None
+        "max_consecutive_failed_trials": 10**9,
     }
     if tuner == "hyperband":
-        common["max_epochs"] = max_epochs
-    if tuner == "bayesian":  # keras-tuner would have most of a small search at random
-        common["num_initial_points"] = max(4, min(max_trials // 3, 3 * len(hyperparameters.space)))
-    oracle = TUNERS[tuner](**common)
+        arguments["max_epochs"] = max_epochs
+    if tuner == "bayesian":  # keras-tuner's default makes most trials of a small search random
+        arguments["num_initial_points"] = max(4, min(max_trials // 3, 3 * len(hyperparameters.space)))
+    oracle = TUNERS[tuner](**arguments)
     oracle.verbose = 0
     return oracle
-
-
-TUNERS = {"hyperband": Hyperband, "bayesian": BayesianOptimization, "random": RandomSearch, "grid": Grid}

@@ -1,16 +1,16 @@
-"""The search space: which of a recipe's values are searched, over what, and how a point of it becomes a recipe."""
+"""The search space: which of a recipe's values are searched, in which range, and how a point becomes a recipe."""
 
 import dataclasses
 
 from ortho_keras.method.errors import InputError
 from ortho_keras.trainer.recipe import READ_FOR, Recipe
 
-DIGITS = 4  # significant digits of a sampled value: enough to search by, few enough to paste
+DIGITS = 4  # significant digits of a sampled value
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Every number from `low` to `high`, sampled by its logarithm."""
+    """Every number from `low` to `high`, sampled uniformly in its logarithm."""
 
     low: float
     high: float
@@ -26,6 +26,13 @@ class Range:
 
     def with_value(self, value):
         return Range(min(self.low, value), max(self.high, value)) if value > 0 else self
+
+    def narrowed(self, text):
+        """Returns the part of this range that `"LOW:HIGH"` describes, or raises `ValueError`."""
+        low, high = (float(part) for part in text.split(":"))
+        if not (low < high and low in self and high in self):
+            raise ValueError(text)
+        return Range(low, high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +53,18 @@ class Choices:
         return min(self.values, key=lambda own: abs(own - value))
 
     def with_value(self, value):
-        if value in self.values:
-            return self
-        values = (*self.values, value)
+        values = self.values if value in self.values else (*self.values, value)
         return Choices(values if isinstance(value, str) else tuple(sorted(values)))
 
+    def narrowed(self, text):
+        """Returns the choices that `"VALUE|VALUE"` lists, or raises `ValueError`."""
+        values = tuple(dict.fromkeys(type(self.values[0])(part) for part in text.split("|")))
+        if not all(value in self for value in values):
+            raise ValueError(text)
+        return Choices(values)
 
-# The one place where the space is declared. `learning_rate` is a recipe's flag, so it may stand for another depth.
+
+# The one place where the space is declared.
 SPACE = {
     "learning_rate": Range(1e-4, 1.0),
     "factor": Range(1e-6, 10.0),
@@ -78,10 +90,10 @@ class SearchSpace:
     parameters: dict
 
     def recipe(self, hp):
-        """Returns the recipe of a `keras_tuner.HyperParameters`, which it declares there if they are not yet.
+        """Returns the recipe of a `keras_tuner.HyperParameters`, in which it declares the hyperparameters.
 
-        Fresh hyperparameters give `base`. Hyperband's number of epochs, if there is one, takes the place of the recipe's, and
-        a net that grows does so after the same share of them.
+        Fresh hyperparameters give `base`. Hyperband's number of epochs, if there is one, replaces the recipe's; a network
+        that grows does so after the same share of them.
         """
         values = {}
         for name, allowed in self.parameters.items():
@@ -93,7 +105,7 @@ class SearchSpace:
                 values[name] = self._value(hp, name, allowed)
         if "tuner/epochs" in hp.values:
             epochs = values["epochs"] = int(hp.values["tuner/epochs"])
-            if self.base.start_depth:  # its share of the epochs; one epoch is all of the depth
+            if self.base.start_depth:  # a single epoch has the full depth
                 share = round(self.base.grow_epoch * epochs / self.base.epochs)
                 values |= {"grow_epoch": min(max(share, 1), epochs - 1), "start_depth": self.base.start_depth * (epochs > 1)}
         return dataclasses.replace(self.base, **values)
@@ -115,9 +127,9 @@ class SearchSpace:
 def search_space(recipe, fixed=(), narrowed=()):
     """Returns the `SearchSpace` around a recipe.
 
-    A value of the recipe that `SPACE` does not have is added to it, and one that a narrowed space does not have gives way to
-    the nearest that it has. What cannot matter is not searched: modulation's values where it is off, modulation in a net with
-    shortcuts, the factor where there is no penalty.
+    A value of the recipe that `SPACE` lacks is added to it; one that a narrowed space lacks is replaced by the nearest that it
+    has. Values without effect are not searched: modulation's where it is off, modulation itself in a residual network, the
+    factor where there is no penalty.
 
     Args:
         recipe: `Recipe`, whose values the search starts from.
@@ -131,21 +143,28 @@ def search_space(recipe, fixed=(), narrowed=()):
         value, allowed = getattr(recipe, name), SPACE[name]
         numbers = isinstance(value, (int, float)) and not isinstance(allowed, Range)
         if not (min(allowed.values) <= value <= max(allowed.values) if numbers else value in allowed):
-            raise InputError(f"--{name} must lie in the space that is searched, {allowed}. Received: {value!r}")
-    parameters = _of_use({name: SPACE[name] for name in SPACE if name not in fixed}, recipe)
+            raise InputError(f"--{name} must lie in the search space, {allowed}. Received: {value!r}")
+    parameters = _with_effect({name: SPACE[name] for name in SPACE if name not in fixed}, recipe)
     parameters = {name: allowed.with_value(getattr(recipe, name)) for name, allowed in parameters.items()}
     for text in narrowed:
-        name, allowed = _narrowed(text, parameters)
-        parameters[name] = allowed
-        recipe = dataclasses.replace(recipe, **{name: allowed.nearest(getattr(recipe, name))})
-    parameters = _of_use(parameters, recipe)
+        name, _, values = text.partition("=")
+        if name not in parameters:
+            raise InputError(f"--narrow must name one of the searched values, {', '.join(parameters)}. Received: {text!r}")
+        allowed = parameters[name]
+        try:
+            parameters[name] = allowed.narrowed(values)
+        except ValueError as error:
+            form = f"{name}=LOW:HIGH within" if isinstance(allowed, Range) else f"{name}=VALUE|VALUE of"
+            raise InputError(f"--narrow must be {form} {allowed}. Received: {text!r}") from error
+        recipe = dataclasses.replace(recipe, **{name: parameters[name].nearest(getattr(recipe, name))})
+    parameters = _with_effect(parameters, recipe)
     if not parameters:
         raise InputError("--narrow and the fixed values must leave something to search. Received: every value is fixed")
     return SearchSpace(recipe.check(), parameters)
 
 
-def _of_use(parameters, recipe):
-    """Leaves out what has a single choice, or cannot matter in this recipe."""
+def _with_effect(parameters, recipe):
+    """Leaves out what has a single choice or no effect in this recipe."""
     left_out = [name for name, allowed in parameters.items() if isinstance(allowed, Choices) and len(allowed.values) == 1]
     if recipe.network == "residual":
         left_out.append("modulation")
@@ -154,26 +173,3 @@ def _of_use(parameters, recipe):
     if recipe.modulation == "off" and ("modulation" not in parameters or "modulation" in left_out):
         left_out += OF_MODULATION
     return {name: allowed for name, allowed in parameters.items() if name not in left_out}
-
-
-def _narrowed(text, parameters):
-    """Reads one `--narrow`."""
-    name, _, values = text.partition("=")
-    if name not in parameters:
-        raise InputError(f"--narrow must name one of the searched values, {', '.join(parameters)}. Received: {text!r}")
-    allowed = parameters[name]
-    try:
-        if isinstance(allowed, Range):
-            low, high = (float(part) for part in values.split(":"))
-            good = low < high and low in allowed and high in allowed
-            narrowed = Range(low, high)
-        else:
-            kind = type(allowed.values[0])
-            narrowed = Choices(tuple(dict.fromkeys(kind(part) for part in values.split("|"))))
-            good = all(value in allowed for value in narrowed.values)
-    except ValueError:
-        good = False
-    if not good:
-        form = f"{name}=LOW:HIGH within" if isinstance(allowed, Range) else f"{name}=VALUE|VALUE of"
-        raise InputError(f"--narrow must be {form} {allowed}. Received: {text!r}")
-    return name, narrowed

@@ -1,4 +1,8 @@
-"""What a search knows of its trials: one file each, written as the trial begins and as it ends, read at any time."""
+"""The outcome of each trial, in a file of its own, which is written when the trial starts and when it ends.
+
+keras-tuner's trial.json cannot replace it: gRPC carries no message to the chief, which writes that file, so that a worker's
+reason of a failure is lost; and a worker that is killed leaves no trace of its start there.
+"""
 
 import dataclasses
 import json
@@ -14,17 +18,17 @@ SEARCH_FILE, TRIAL_FILE = "search.json", "outcome.json"
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One point of the space and what became of it.
+    """One point of the search space and its outcome.
 
     Attributes:
         number: int, from 1.
-        state: `"running"` (or stopped before its end), `"finished"`, `"hopeless"` (stopped early), `"failed"`.
+        state: `"running"` (or interrupted), `"finished"`, `"hopeless"` (stopped early) or `"failed"`.
         recipe: `Recipe` that it trains.
-        score: Validation accuracy; chance where it is hopeless; `None` where there is none.
-        crossentropy: On the validation images; tells trials of equal accuracy apart. `None` where there is none.
-        seconds: float, how long it took.
+        score: Validation accuracy; chance where the trial is hopeless; `None` where there is none.
+        crossentropy: On the validation images, which decides between trials of equal accuracy; `None` where there is none.
+        seconds: float, the time it took.
         reason: Why it was stopped or failed.
-        starts: int, how often it was begun since it last ended in an orderly way.
+        starts: int, number of starts since its last checkpoint or orderly end.
     """
 
     number: int
@@ -58,17 +62,13 @@ def read_trials(directory):
 
 
 def best_trial(trials):
-    """Returns the best of the finished trials that trained longest, or `None`: by score, then by cross-entropy."""
+    """Returns the best finished trial of those that trained longest, by score, then by cross-entropy; or `None`."""
     finished = [trial for trial in trials if trial.state == FINISHED]
     return max(finished, key=lambda trial: (trial.recipe.epochs, trial.score, -trial.crossentropy), default=None)
 
 
 def read_search(directory):
-    """Returns what a search was started with, the content of its `search.json`.
-
-    Raises:
-        InputError: If the directory holds no search.
-    """
+    """Returns the content of a search's `search.json`, or raises `InputError` where the directory holds no search."""
     try:
         content = json.loads((pathlib.Path(directory) / SEARCH_FILE).read_text())
         Recipe.from_json(content["base"]), dict(content["parameters"]), str(content["recipe_name"])
