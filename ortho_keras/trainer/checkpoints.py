@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: one file each, written whole or not at all, that holds numbers and nothing else."""
+"""Checkpoints of a training run: one file each, written whole or not at all, that contains only arrays and one JSON text."""
 
 import json
 import os
@@ -17,16 +17,16 @@ def state_variables(model):
 
 
 def save_checkpoint(directory, model, step, history, keep=2):
-    """Writes the state after `step` steps, and keeps the last `keep` checkpoints up to it.
+    """Writes the state after `step` steps, and deletes all but the last `keep` checkpoints up to it.
 
-    The file is a `.npz` (a zip with a checksum for each array, read without pickle). It is written under another name and
-    renamed, so a kill at any moment leaves the one before it good.
+    The file is a `.npz` (a zip with a checksum for each array, read without pickle). It is written under another name, then
+    renamed, so that a kill at any moment leaves the previous one intact.
 
     Args:
         directory: Path; made if missing.
         model: Compiled Keras model whose optimizer is built.
         step: int, steps trained.
-        history: JSON-serializable list, what to give back with it.
+        history: JSON-serializable list, stored with it.
         keep: int, at least 1.
     """
     directory = pathlib.Path(directory)
@@ -39,27 +39,27 @@ def save_checkpoint(directory, model, step, history, keep=2):
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    found = _found(directory)  # one of a later step is of a run that could not go on from it
-    for old in [*found[: found.index(path)], *found[found.index(path) + keep :]]:
+    found = _found(directory)
+    at = found.index(path)
+    for old in [*found[:at], *found[at + keep :]]:  # later steps are of a run that could not resume from them
         old.unlink()
 
 
 def restore_checkpoint(directory, model, log=print):
-    """Sets the model to the newest checkpoint that is whole, and returns `(step, history)`, or `None` where there is none.
+    """Sets the model to the newest intact checkpoint and returns `(step, history)`, or `None` where there is none.
 
-    A checkpoint that is truncated or damaged is named by `log`, and the one before it is used.
+    A truncated or damaged checkpoint is logged, and the previous one is used.
     """
     variables = state_variables(model)
     for path in _found(pathlib.Path(directory)):
         try:
             with np.load(path, allow_pickle=False) as file:
+                arrays = [file[name] for name in sorted(file.files) if name != "history"]
                 history = json.loads(str(file["history"]))
-                names = sorted(name for name in file.files if name != "history")
-                arrays = [file[name] for name in names]
             if [array.shape for array in arrays] != [tuple(v.shape) for v in variables]:
                 raise ValueError("it belongs to another model")
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-            log(f"checkpoint {path.name} cannot be used ({error}); trying the one before it")
+            log(f"checkpoint {path.name} cannot be used ({error}); trying the previous one")
             continue
         for variable, array in zip(variables, arrays):
             variable.assign(array)
@@ -69,4 +69,4 @@ def restore_checkpoint(directory, model, log=print):
 
 def _found(directory):
     """The checkpoints in a directory, newest first."""
-    return sorted((p for p in directory.glob("*.npz") if _NAME.fullmatch(p.name)), reverse=True)
+    return sorted((path for path in directory.glob("*.npz") if _NAME.fullmatch(path.name)), reverse=True)

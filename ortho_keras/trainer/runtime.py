@@ -1,4 +1,4 @@
-"""Where a run computes: devices, strategy and determinism. The same loop runs on one CPU and on many machines."""
+"""Where a run computes: devices, strategy and determinism."""
 
 import dataclasses
 import functools
@@ -6,6 +6,7 @@ import json
 import os
 import time
 
+import numpy as np
 import tensorflow as tf
 
 from ortho_keras.method.errors import InputError
@@ -15,7 +16,7 @@ STRATEGIES = ("auto", "none", "mirrored", "multi_worker")
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """A started runtime. `Runtime()` is the plain one: this process, TensorFlow's default device.
+    """What `start` has set up. `Runtime()` is this process on TensorFlow's default device.
 
     Attributes:
         strategy: The `tf.distribute.Strategy`.
@@ -37,9 +38,8 @@ class Runtime:
 
     @property
     def worker(self):
-        """This process's number; worker 0, the chief, writes files and prints."""
-        resolver = self.strategy.cluster_resolver
-        return resolver.task_id if self.workers > 1 else 0
+        """This process's number; worker 0, the chief, writes files and logs."""
+        return self.strategy.cluster_resolver.task_id if self.workers > 1 else 0
 
     @property
     def workers(self):
@@ -49,26 +49,30 @@ class Runtime:
     def is_chief(self):
         return self.worker == 0
 
-    def sum(self, vector):
-        """Returns the sum of a float64 vector over the workers, a NumPy array; each worker gives its own."""
-        vector = tf.convert_to_tensor(vector, tf.float64)
-        return (vector if self.workers == 1 else self._sum(vector)).numpy()
-
-    @functools.cached_property  # one function for all calls: TensorFlow warns of those that are traced again and again
-    def _sum(self):
-        @tf.function
-        def reduce(vector):
-            def own():
-                first = tf.distribute.get_replica_context().replica_id_in_sync_group % self.local_replicas == 0
-                return tf.where(first, vector, tf.zeros_like(vector))  # once for each worker
-
-            return self.strategy.reduce(tf.distribute.ReduceOp.SUM, self.strategy.run(own), axis=None)
-
-        return reduce
-
     def any(self, flag):
         """Returns whether `flag` is true on any worker."""
-        return bool(self.sum([float(flag)])[0])
+        return bool(self._sum([float(flag)])[0])
+
+    def from_chief(self, arrays):
+        """Returns the chief's arrays on every worker, as a list of float64 arrays, which hold all types of a state exactly."""
+        arrays = [np.asarray(array, np.float64) for array in arrays]
+        own = np.concatenate([array.ravel() for array in arrays])
+        parts = np.split(self._sum(own * self.is_chief), np.cumsum([array.size for array in arrays])[:-1])
+        return [part.reshape(array.shape) for part, array in zip(parts, arrays)]
+
+    def _sum(self, vector):
+        """The sum of the workers' float64 vectors, a NumPy array."""
+        vector = tf.convert_to_tensor(vector, tf.float64)
+        return (vector if self.workers == 1 else self._reduce(vector)).numpy()
+
+    @functools.cached_property  # one function for all calls: TensorFlow warns of functions that are traced repeatedly
+    def _reduce(self):
+        def own(vector):
+            first = tf.distribute.get_replica_context().replica_id_in_sync_group % self.local_replicas == 0
+            return tf.where(first, vector, tf.zeros_like(vector))  # once for each worker
+
+        strategy = self.strategy
+        return tf.function(lambda vector: strategy.reduce("SUM", strategy.run(own, args=(vector,)), axis=None))
 
     def describe(self):
         """Returns what the run computes on, one line for the log."""
@@ -83,10 +87,10 @@ class Runtime:
 
 
 def start(strategy="auto", devices="", jit_compile=False, deterministic=False, tf32=False):
-    """Starts the runtime; to be called once, before TensorFlow touches a device.
+    """Starts the runtime; to be called once, before TensorFlow uses a device.
 
     Args:
-        strategy: `"auto"`: `"multi_worker"` where TF_CONFIG names a cluster, `"mirrored"` where there are several GPUs, else
+        strategy: `"auto"`: `"multi_worker"` where TF_CONFIG defines a cluster, `"mirrored"` where there are several GPUs, else
             `"none"`. `"mirrored"`: a `MirroredStrategy` over this machine's devices. `"multi_worker"`: a
             `MultiWorkerMirroredStrategy` over the machines in TF_CONFIG.
         devices: Which devices of this machine: a number of them, or names, `"GPU:0,GPU:2"`. Empty: all GPUs, or the CPU. A
@@ -103,22 +107,27 @@ def start(strategy="auto", devices="", jit_compile=False, deterministic=False, t
     """
     if strategy not in STRATEGIES:
         raise InputError(f"--strategy must be one of {', '.join(STRATEGIES)}. Received: {strategy!r}")
-    cluster = _cluster(strategy)
+    cluster = _cluster()
     names = read_devices(devices)
-    gpus = tf.config.list_physical_devices("GPU")
     if strategy == "auto":
-        several = len(names) > 1 if names else len(gpus) > 1
+        several = len(names or tf.config.list_physical_devices("GPU")) > 1
         strategy = "multi_worker" if cluster else "mirrored" if several else "none"
+    if strategy == "multi_worker" and not cluster:
+        raise InputError(
+            "--strategy multi_worker needs the environment variable TF_CONFIG, "
+            '\'{"cluster": {"worker": ["host0:port", "host1:port"]}, "task": {"type": "worker", "index": 0}}\'. '
+            f"Received: TF_CONFIG is {os.environ.get('TF_CONFIG') or 'not set'}"
+        )
+    most = {"none": 1, "multi_worker": 0}.get(strategy)
+    if most is not None and len(names) > most:
+        expected = "one device" if most else "empty, as each worker uses all its devices,"
+        raise InputError(f"--devices must be {expected} with --strategy {strategy}. Received: {devices!r}")
     if strategy != "multi_worker":
         os.environ.pop("TF_CONFIG", None)  # MirroredStrategy would read it, an empty one too
-    if strategy == "none" and len(names) > 1:
-        raise InputError(f"--devices must be one device with --strategy none. Received: {devices!r}")
     if deterministic:
         tf.config.experimental.enable_op_determinism()
     tf.config.experimental.enable_tensor_float_32_execution(tf32)
     if strategy == "multi_worker":
-        if names:
-            raise InputError(f"--devices must be empty with --strategy multi_worker: a worker takes all. Received: {devices!r}")
         started = tf.distribute.MultiWorkerMirroredStrategy()
     elif strategy == "mirrored":
         started = tf.distribute.MirroredStrategy(names or None)
@@ -137,10 +146,10 @@ def device_names():
 
 
 def slowdown(dtype):
-    """Returns how many times as long as in float32 the gradients of a small convolution take in a type, on the default device.
+    """Returns how many times as long as in float32 the gradients of a small convolution take, on the default device.
 
-    A processor without instructions for a type computes some operations in it by far slower code: without AVX-512,
-    TensorFlow's (2.21) gradients of a bfloat16 convolution take four to twenty times as long as in float32.
+    A processor without instructions for a type computes it by far slower code: without AVX-512, TensorFlow's (2.21)
+    gradients of a bfloat16 convolution take four to twenty times as long as in float32.
     """
 
     def seconds(dtype):
@@ -159,71 +168,48 @@ def slowdown(dtype):
     return seconds(dtype) / seconds("float32")
 
 
-def _cluster(strategy):
+def _cluster():
     """The cluster in TF_CONFIG, a dict of job to addresses; empty if there is none."""
-    text = os.environ.get("TF_CONFIG", "")
-    if not text:
-        if strategy == "multi_worker":
-            raise InputError(
-                "--strategy multi_worker needs the environment variable TF_CONFIG, "
-                '\'{"cluster": {"worker": ["host0:port", "host1:port"]}, "task": {"type": "worker", "index": 0}}\'. '
-                "Received: TF_CONFIG is not set"
-            )
-        return {}
+    text = os.environ.get("TF_CONFIG") or "{}"
     try:
         config = json.loads(text)
         cluster, task = config.get("cluster", {}), config.get("task", {})
         hosts = cluster.get("worker", [])
-        good = not cluster or (
-            set(cluster) == {"worker"} and task.get("type") == "worker" and 0 <= int(task["index"]) < len(hosts)
-        )
+        if not cluster or (set(cluster) == {"worker"} and task["type"] == "worker" and 0 <= int(task["index"]) < len(hosts)):
+            return cluster
     except (ValueError, KeyError, TypeError, AttributeError):
-        good = False
-    if not good:
-        raise InputError(
-            "TF_CONFIG must be JSON with a cluster of workers and this task's index among them (worker 0 is the chief). "
-            f"Received: {text!r}"
-        )
-    if strategy == "multi_worker" and not cluster:
-        raise InputError(f"--strategy multi_worker needs a cluster in TF_CONFIG. Received: {text!r}")
-    return cluster
+        pass
+    raise InputError(
+        "TF_CONFIG must be JSON with a cluster of workers and this task's index among them (worker 0 is the chief). "
+        f"Received: {text!r}"
+    )
 
 
 def read_devices(text):
     """Reads --devices: `["GPU:0", ...]`, or an empty list for TensorFlow's own choice. Raises `InputError`."""
     if not text:
         return []
-    gpus = len(tf.config.list_physical_devices("GPU"))
-    if text.isdecimal():
-        kind = "GPU" if gpus else "CPU"
-        names = [f"{kind}:{index}" for index in range(int(text))]
-    else:
-        names = [name.strip() for name in text.upper().split(",")]
-    kinds = {name.partition(":")[0] for name in names}
-    indices = [name.partition(":")[2] for name in names]
-    good = names and len(kinds) == 1 and kinds <= {"GPU", "CPU"} and all(i.isdecimal() for i in indices)
-    if good and kinds == {"GPU"}:
-        good = all(int(index) < gpus for index in indices)
-    if not good or len(set(names)) != len(names):
+    available = {"GPU": len(tf.config.list_physical_devices("GPU")), "CPU": 2**31}  # CPUs can be logical ones
+    kind = "GPU" if available["GPU"] else "CPU"
+    numbered = [f"{kind}:{index}" for index in range(int(text))] if text.isdecimal() else text.upper().split(",")
+    names = [name.strip() for name in numbered]
+    kinds, _, indices = zip(*(name.partition(":") for name in names)) if names else ((), (), ())
+    good = len(set(kinds)) == 1 and kinds[0] in available and all(index.isdecimal() for index in indices)
+    if not good or len(set(names)) < len(names) or max(map(int, indices)) >= available[kinds[0]]:
         raise InputError(
             "--devices must be a number of devices or names of one kind, GPU:0,GPU:1, that this machine has "
-            f"({gpus} GPU(s)). Received: {text!r}"
+            f"({available['GPU']} GPU(s)). Received: {text!r}"
         )
-    if kinds == {"CPU"}:
-        _make_logical_cpus(1 + max(map(int, indices)), text)
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    count = 1 + max(map(int, indices)) if kinds[0] == "CPU" else 0
+    if len(tf.config.get_logical_device_configuration(cpu) or [None]) < count:
+        try:
+            tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
+        except RuntimeError as error:
+            raise InputError(f"--devices must be set before TensorFlow is used. Received: {text!r} ({error})") from error
     return names
 
 
-def _make_logical_cpus(count, text):
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    if len(tf.config.get_logical_device_configuration(cpu) or [None]) >= count:
-        return
-    try:
-        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
-    except RuntimeError as error:
-        raise InputError(f"--devices must be set before TensorFlow is used. Received: {text!r} ({error})") from error
-
-
 def cpu_cores():
-    """The cores that this process may use, which can be fewer than the machine has."""
+    """Returns the number of cores that this process may use, which can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

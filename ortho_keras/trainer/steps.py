@@ -2,12 +2,11 @@
 
 import tensorflow as tf
 
-SUM = tf.distribute.ReduceOp.SUM
 TOP = 5  # of top-5 accuracy
 
 
 def train_function(model, batch_size, label_smoothing, runtime):
-    """One training step: `(images, labels, stop)` to sums over replicas `[smoothed, cross-entropy, correct, penalty, stop]`."""
+    """A training step from `(images, labels, stop)` to sums over replicas `[smoothed, cross-entropy, correct, penalty, stop]`."""
     optimizer, replicas, strategy = model.optimizer, runtime.replicas, runtime.strategy
 
     def step(images, labels, stop):
@@ -25,16 +24,16 @@ def train_function(model, batch_size, label_smoothing, runtime):
 
     @tf.function
     def train(images, labels, stop):
-        return strategy.reduce(SUM, strategy.run(step, args=(images, labels, stop)), axis=None)
+        return strategy.reduce("SUM", strategy.run(step, args=(images, labels, stop)), axis=None)
 
     return lambda images, labels, stop: train(images, labels, tf.constant(stop, tf.float32))
 
 
 def score_function(model, runtime, mirrored=False):
-    """One evaluation step: `(images, labels, weights)` to sums over replicas, float32.
+    """An evaluation step from `(images, labels, weights)` to sums over replicas `[cross-entropy, correct, in top 5, weight]`.
 
-    They are `[cross-entropy, correct, among five, weight]`; and with `mirrored` one more, correct by the mean of the logits for
-    each image and for its mirror image (left to right), as Krizhevsky, Sutskever and Hinton 2012 average over reflections.
+    With `mirrored` there is one more, correct by the mean of the logits of each image and of its mirror image (left to right),
+    as Krizhevsky, Sutskever and Hinton 2012 average over reflections.
     """
 
     def step(images, labels, weights):
@@ -49,13 +48,13 @@ def score_function(model, runtime, mirrored=False):
 
     @tf.function(reduce_retracing=True)
     def score(images, labels, weights):
-        return runtime.strategy.reduce(SUM, runtime.strategy.run(step, args=(images, labels, weights)), axis=None)
+        return runtime.strategy.reduce("SUM", runtime.strategy.run(step, args=(images, labels, weights)), axis=None)
 
     return score
 
 
 def scores(labels, logits, label_smoothing=0.0):
-    """Cross-entropy, correctness, and cross-entropy against smoothed labels of each image: three float32 tensors `(batch,)`."""
+    """Each image's cross-entropy, correctness and cross-entropy against smoothed labels: three float32 tensors `(batch,)`."""
     logits = tf.cast(logits, tf.float32)
     crossentropy = smoothed = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
     if label_smoothing:
