@@ -20,7 +20,7 @@ from measured import write_result
 from runs import ROOT
 
 from ortho_keras import OrthonormalRegularizer
-from ortho_keras.trainer.data import Split, load_data, training_batches
+from ortho_keras.trainer.data import BatchSettings, MemorySplit, load_data, training_batches
 from ortho_keras.trainer.runtime import cpu_cores
 
 FLAGS = flags.FLAGS
@@ -37,7 +37,8 @@ flags.DEFINE_string("results", str(RESULTS), "Folder of the result file.")
 
 def pipeline_rate(split):
     """Images a second of the pipeline alone, from its second batch on."""
-    batches = iter(training_batches(split, BATCH, "crop_flip", SEED, 0, FLAGS.batches + 1, split.images.mean((0, 1, 2))))
+    settings = BatchSettings(BATCH, "crop_flip", SEED, mean=split.images.mean((0, 1, 2)))
+    batches = iter(training_batches(split, settings, stop=FLAGS.batches + 1))
     next(batches)
     started = time.perf_counter()
     count = sum(len(labels) for _, labels in batches)
@@ -46,7 +47,7 @@ def pipeline_rate(split):
 
 def step_rate(step, split):
     """Images a second of training steps on one batch."""
-    images, labels = next(iter(training_batches(split, BATCH, "none", SEED)))
+    images, labels = next(iter(training_batches(split, BatchSettings(BATCH, seed=SEED))))
     step(images, labels)
     started, count = time.perf_counter(), 5
     for _ in range(count):
@@ -71,7 +72,7 @@ def decoding_rate(folder):
 def main(_):
     rng = np.random.default_rng(SEED)
     pixels = rng.integers(256, size=(FLAGS.images, SIZE, SIZE, 3), dtype=np.uint8)
-    memory = Split(pixels, rng.integers(10, size=FLAGS.images))
+    memory = MemorySplit(pixels, rng.integers(10, size=FLAGS.images))
     with tempfile.TemporaryDirectory() as folder:
         decoded, files = decoding_rate(folder)
     rates = {f"{name}, {precision}": [] for name in ("memory", "folder") for precision in ("float32", "mixed_bfloat16")}

@@ -19,7 +19,7 @@ from runs import ROOT
 
 from ortho_keras import BatchNormalizationEstimator, plain_cnn
 from ortho_keras.method.kernels import gram_deviations, matrix_shape, model_kernels
-from ortho_keras.trainer.data import load_data, training_batches
+from ortho_keras.trainer.data import BatchSettings, load_data, training_batches
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "orthogonality"
@@ -54,7 +54,8 @@ def train(arm, factor, seed, data):
     step = training_step(model, callbacks)
 
     def batches(count):
-        return ((images / 255.0, labels) for images, labels in training_batches(data.train, BATCH, "none", seed, 0, count))
+        found = training_batches(data.train, BatchSettings(BATCH, seed=seed), stop=count)
+        return ((images / 255.0, labels) for images, labels in found)
 
     for batch in batches(FLAGS.steps):
         if not np.isfinite(step(*batch)):

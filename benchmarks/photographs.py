@@ -17,7 +17,7 @@ from arms import SEED
 from measured import write_result
 from runs import ROOT
 
-from ortho_keras.trainer.data import evaluation_batches, load_data, training_batches
+from ortho_keras.trainer.data import BatchSettings, evaluation_batches, load_data, training_batches
 from ortho_keras.trainer.runtime import cpu_cores
 
 FLAGS = flags.FLAGS
@@ -56,10 +56,10 @@ def whole_files(paths, size=0):
 
 def ways_of(split, paths):
     """Name -> a function that makes the batches of `split`, or of the whole files in the size of its images."""
-    size, steps = split.image_size, len(split) // BATCH
+    size, steps, settings = split.image_shape[0], len(split) // BATCH, BatchSettings(BATCH, "resized_crop", SEED)
     return {
         f"whole files, decoded and resized to {size}": lambda: whole_files(paths, size),
-        f"random parts of {size}": lambda: training_batches(split, BATCH, "resized_crop", SEED, 0, steps),
+        f"random parts of {size}": lambda: training_batches(split, settings, stop=steps),
         f"central parts of {size}": lambda: evaluation_batches(split, BATCH),
     }
 
@@ -76,7 +76,7 @@ def rate(batches):
 def main(_):
     with tempfile.TemporaryDirectory() as folder:
         write_files(folder)
-        splits = [load_data(f"folder:{folder}", image_size=size, hold_out=False, stream=True).train for size in (224, 64)]
+        splits = [load_data(f"folder:{folder}", image_size=size, hold_out=False, storage="disk").train for size in (224, 64)]
         paths = [splits[0].source.paths[number] for number in splits[0].numbers]
         ways = {WHOLE: lambda: whole_files(paths)}
         for split in splits:

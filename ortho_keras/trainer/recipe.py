@@ -9,7 +9,7 @@ from ortho_keras.method.checks import check_number
 from ortho_keras.method.errors import InputError
 from ortho_keras.method.regularizers import REGULARIZERS
 from ortho_keras.nets.networks import BLOCKS, BOTTLENECK_DEPTHS
-from ortho_keras.trainer.schedules import SHAPES
+from ortho_keras.trainer.optimizers import SHAPES
 
 OPTIMIZERS = ("sgd", "nesterov", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "muon")
 INITIALIZERS = ("orthonormal", "delta_orthonormal", "dirac", "he_normal", "glorot_uniform")
@@ -47,9 +47,12 @@ class Recipe:
     hold_out: bool = _field(True, "hold out a tenth of the training images for validation where the data has no such split")
     augment: str = _field(
         "none",
-        "crop: random crop of the padded image; crop_flip: and horizontal flip; resized_crop: a random part of a photograph, "
-        "read from the disk and resized to image_size, and flip",
+        "crop: random crop of the padded image; crop_flip: and horizontal flip; resized_crop: a random part of the image, "
+        "resized, and flip",
         ("none", "crop", "crop_flip", "resized_crop"),
+    )
+    storage: str = _field(
+        "memory", "where the images are held; disk: every step decodes its images, at image_size", ("memory", "disk")
     )
     padding: str = _field("mean", "padding before the crop: the mean pixel, or the mirrored border", ("mean", "symmetric"))
     crop_border: int = _field(0, "pixels of padding on each side; 0: an eighth of the side (4 of 32)", least=0)
@@ -124,7 +127,8 @@ class Recipe:
                 f"at least 1 and less than --epochs, {self.epochs}, with --start_depth",
             ),
             ("momentum", self.optimizer == "muon" and self.momentum == 1, "below 1 with --optimizer muon"),
-            ("image_size", self.augment == "resized_crop" and not self.image_size, "at least 1 with --augment resized_crop"),
+            ("image_size", self.storage == "disk" and not self.image_size, "at least 1 with --storage disk"),
+            ("storage", self.storage == "disk" and self.dataset == "digits", "memory for --dataset digits"),
             ("modulation", residual and self.modulation != "off", "off for --network residual: shortcuts break its chain"),
         ):
             if wrong:
@@ -163,6 +167,8 @@ class Recipe:
             ValueError: If a value is unknown, or retired and not at its default.
         """
         kept = {name: value for name, value in values.items() if name not in RETIRED or value != RETIRED[name]}
+        if kept.get("augment") == "resized_crop":
+            kept.setdefault("storage", "disk")  # as before `storage` was a value of its own
         unknown = sorted(set(kept) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             shown = ", ".join(f"{name}={kept[name]!r}" for name in unknown)

@@ -81,6 +81,7 @@ _IMAGENET = Recipe(
     image_size=224,
     hold_out=False,
     augment="resized_crop",
+    storage="disk",
     family="imagenet",
     depth=34,
     width=64,

@@ -20,7 +20,7 @@ from ortho_keras import AllReplicaLossScaleOptimizer, ErrorModulation
 from ortho_keras.method.errors import InputError
 from ortho_keras.trainer.build import compiled_model
 from ortho_keras.trainer.checkpoints import state_variables
-from ortho_keras.trainer.data import evaluation_batches, load_data, training_batches
+from ortho_keras.trainer.data import BatchSettings, evaluation_batches, load_data, training_batches
 from ortho_keras.trainer.loop import Trainer
 from ortho_keras.trainer.recipes import find_preset
 from ortho_keras.trainer.run import run
@@ -125,8 +125,9 @@ def test_moments_of_all_replicas_or_of_each(two_replicas, synchronized):
 
 def test_shares_of_all_replicas_are_the_batch():
     split = load_data("digits").train
-    whole = list(training_batches(split, 12, "crop_flip", 3, start=105, stop=109))
-    shares = [list(training_batches(split, 12, "crop_flip", 3, 105, 109, replicas=3, own=own)) for own in ([0, 1], [2])]
+    settings = BatchSettings(12, "crop_flip", 3)
+    whole = list(training_batches(split, settings, 105, 109))
+    shares = [list(training_batches(split, settings, 105, 109, replicas=3, own=own)) for own in ([0, 1], [2])]
     for step, (images, labels) in enumerate(whole):
         parts = [*shares[0][2 * step : 2 * step + 2], shares[1][step]]
         np.testing.assert_array_equal(np.concatenate([part[0] for part in parts]), images)
@@ -181,7 +182,7 @@ def test_modulation_commutes_with_the_loss_scale():
         model, _ = compiled_model(recipe, data)
         model.optimizer.initial_scale = scale
         model.optimizer.build(model.trainable_variables)
-        images, labels = next(iter(training_batches(data.train, 64, "none", 0)))
+        images, labels = next(iter(training_batches(data.train, BatchSettings(64))))
         with tf.GradientTape() as tape:
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, model(images, training=True))
             loss = model.optimizer.scale_loss(tf.reduce_mean(losses))

@@ -7,7 +7,7 @@ import pytest
 from ortho_keras.method.errors import InputError
 from ortho_keras.trainer.recipe import OPTIMIZERS, Recipe, read_recipe
 from ortho_keras.trainer.recipes import RECIPES, Preset, find_preset
-from ortho_keras.trainer.schedules import LearningRate
+from ortho_keras.trainer.optimizers import LearningRate
 
 METHODS = [name for name in RECIPES if not name.endswith("_l2")]
 PAPER = ["plain44_cifar10", "plain110_cifar10", "resnet44_cifar10", "resnet110_cifar10"]
@@ -120,9 +120,7 @@ def test_imagenet_recipes_run_90_epochs_with_drops_at_30_and_60(name):
 
 
 def test_photographs_need_a_size_and_a_depth_of_theirs():
-    assert refusal(augment="resized_crop") == (
-        "--image_size must be given with --augment resized_crop, which resizes to it. Received: 0"
-    )
+    assert refusal(storage="disk") == "--image_size must be at least 1 with --storage disk. Received: 0"
     expected = "--depth must be one of 34, 44, 101 with --family imagenet. Received: 50"
     assert refusal(family="imagenet", depth=50) == expected
     for depth in (34, 44, 101):

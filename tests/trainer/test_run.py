@@ -23,7 +23,7 @@ from ortho_keras.trainer import loop as training
 from ortho_keras.trainer import run as experiment
 from ortho_keras.trainer import runtime
 from ortho_keras.trainer.build import build_model, compiled_model, make_optimizer
-from ortho_keras.trainer.data import load_data, training_batches
+from ortho_keras.trainer.data import BatchSettings, load_data, training_batches
 from ortho_keras.trainer.loop import Trainer
 from ortho_keras.trainer.recipe import OPTIMIZERS
 from ortho_keras.trainer.recipes import find_preset
@@ -192,8 +192,8 @@ def test_training_step_equals_a_plain_loop(tmp_path, regularizer, smoothing):
     by_hand.set_weights(model.get_weights())
     history = Trainer(model, recipe, data, tmp_path, total_steps, log=lambda line: None).run()
     crossentropies, smoothed = [], []
-    augmented = {"pad": "symmetric", "border": 2, "cutout": 3, "fill": data.channel_statistics[0]}
-    for images, labels in training_batches(data.train, 64, recipe.augment, recipe.seed, 0, 3, **augmented):
+    settings = BatchSettings(64, recipe.augment, recipe.seed, "symmetric", 2, 3, data.channel_statistics[0])
+    for images, labels in training_batches(data.train, settings, 0, 3):
         with tf.GradientTape() as tape:
             logits = by_hand(images, training=True)
             targets = (1 - smoothing) * tf.one_hot(labels, 10) + smoothing / 10

@@ -1,0 +1,94 @@
+"""Crops of photographs, resized: a random part of the image for training, the central one for evaluation."""
+
+import tensorflow as tf
+
+# Random parts after Szegedy et al. 2015: a share of the area, and width over height. TensorFlow's sampling, with which most
+# ImageNet nets in it were trained, takes the height uniformly, so that small parts are more frequent than with a uniform area.
+AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
+CENTRE = 224 / 256  # evaluation: the central share of the shorter side, as by resizing it to 256 and cropping 224
+MIRROR = (0, 1 << 62)  # added to the seed of the window, so that mirroring is independent of it
+DECODED_AT = (1, 2, 4, 8)  # libjpeg decodes at the full resolution divided by these
+EXACT = "INTEGER_ACCURATE"  # as other readers of JPEG; TensorFlow's default deviates by several levels
+END_OF_JPEG = b"\xff\xd9"
+
+
+def resized_crop(image, key, size):
+    """Returns a crop of a decoded image, resized to `size`, `(height, width)`; float32.
+
+    Args:
+        image: uint8 `(height, width, channels)`.
+        key: int64 `(2,)`, the seed of a random part that is mirrored in half of the cases; `None` for the central part.
+        size: Height and width of what is returned.
+    """
+    top, left, height, width = tf.unstack(_window(tf.shape(image), key))
+    crop = tf.image.resize(image[top : top + height, left : left + width], size, antialias=True)
+    return _mirrored(crop, key)
+
+
+def decoded_crop(encoded, key, size):
+    """Returns a crop of a JPEG or PNG file as float32 RGB, as `resized_crop`.
+
+    Of a JPEG file nothing outside of the crop is decoded, and no more of the resolution than is needed.
+    """
+    jpeg, ends = tf.io.is_jpeg(encoded), tf.equal(tf.strings.substr(encoded, -2, 2), END_OF_JPEG)
+
+    def decoded_whole():
+        # A JPEG file that was cut off would decode as far as the crop goes; one with more bytes after its end is whole.
+        complete = tf.size(tf.strings.split(encoded, END_OF_JPEG)) > 1
+        with tf.control_dependencies([tf.debugging.Assert(complete | ~jpeg, ["a JPEG file without its end"])]):
+            image = tf.io.decode_image(encoded, 3, expand_animations=False)
+        return resized_crop(image, key, size)
+
+    image = tf.cond(jpeg & ends, lambda: _mirrored(_jpeg_crop(encoded, key, size), key), decoded_whole)
+    return tf.ensure_shape(image, (*size, 3))
+
+
+def _jpeg_crop(encoded, key, size):
+    """Decodes a crop at the lowest resolution that has `size` pixels of it; the rest, a factor below 2, is bilinear."""
+    shape = tf.io.extract_jpeg_shape(encoded)
+    window = _window(shape, key)
+    side = max(size)
+    fraction = tf.reduce_sum(tf.cast(tf.reduce_min(window[2:]) >= [side * ratio for ratio in DECODED_AT[1:]], tf.int32))
+
+    def reduced(ratio):
+        """The window's edges lie between the pixels of the reduced resolution: its values are interpolated at their places."""
+        begin = window[:2] // ratio
+        extent = tf.minimum(-(-(window[:2] + window[2:]) // ratio), -(-shape[:2] // ratio)) - begin
+        image = tf.io.decode_and_crop_jpeg(encoded, tf.concat([begin, extent], 0), 3, ratio, dct_method=EXACT)
+        pixels = tf.constant(size, tf.float32)
+        spacing = tf.cast(window[2:], tf.float32) / (pixels * ratio)
+        first = tf.cast(window[:2], tf.float32) / ratio - tf.cast(begin, tf.float32) + (spacing - 1) / 2
+        box = tf.stack([first, first + (pixels - 1) * spacing]) / tf.cast(tf.maximum(extent - 1, 1), tf.float32)
+        return tf.image.crop_and_resize(image[tf.newaxis], tf.reshape(box, (1, 4)), [0], size)[0]
+
+    def full():
+        return tf.image.resize(tf.io.decode_and_crop_jpeg(encoded, window, 3, dct_method=EXACT), size)
+
+    return tf.switch_case(fraction, [full, *(lambda ratio=ratio: reduced(ratio) for ratio in DECODED_AT[1:])])
+
+
+def _window(shape, key):
+    """The crop of an image `(height, width, channels)`: `(top, left, height, width)`."""
+    if key is None:
+        side = tf.cast(tf.round(CENTRE * tf.cast(tf.reduce_min(shape[:2]), tf.float32)), tf.int32)
+        side = tf.maximum(side, 1)
+        return tf.stack([(shape[0] - side) // 2, (shape[1] - side) // 2, side, side])
+    begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
+        shape,
+        tf.zeros((1, 0, 4)),
+        key,
+        min_object_covered=0.0,
+        aspect_ratio_range=ASPECT,
+        area_range=AREA,
+        max_attempts=10,
+        use_image_if_no_bounding_boxes=True,
+    )
+    return tf.concat([begin[:2], extent[:2]], 0)
+
+
+def _mirrored(image, key):
+    """Mirrors an image horizontally in half of the cases, by the seed."""
+    if key is None:
+        return image
+    mirrored = tf.random.stateless_uniform((), tf.add(key, MIRROR)) < 0.5
+    return tf.cond(mirrored, lambda: tf.reverse(image, [1]), lambda: image)

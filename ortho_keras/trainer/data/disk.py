@@ -1,0 +1,176 @@
+"""Images of one split that stay on the disk: read, cropped and decoded when a step needs them."""
+
+import os
+
+import numpy as np
+import tensorflow as tf
+
+from ortho_keras.method.errors import InputError
+from ortho_keras.trainer.data.crops import decoded_crop
+from ortho_keras.trainer.runtime import cpu_cores
+
+SAMPLE = 512  # images from which the pixels' mean and variance are estimated
+
+
+class DiskSplit:
+    """Images of one split that stay on the disk; the counterpart of `MemorySplit`.
+
+    Args:
+        source: `ImageFiles` or `ImageRecords`.
+        image_size: int, pixels a side of the decoded crops.
+        numbers: The images' numbers in the source, an int64 array; all of them by default.
+
+    Attributes:
+        skipped: Dict of the names of images that could not be read or decoded so far.
+    """
+
+    parallel_batches = 2  # each batch is decoded by all cores
+
+    def __init__(self, source, image_size, numbers=None):
+        self.source = source
+        self.image_shape = (image_size, image_size, 3)
+        self.numbers = np.arange(len(source), dtype=np.int64) if numbers is None else numbers
+        with tf.device("CPU:0"):
+            self._numbers = tf.constant(self.numbers)  # outside of any graph, which takes it by reference
+        self.skipped = {}
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def take(self, indices):
+        return DiskSplit(self.source, self.image_shape[0], self.numbers[indices])
+
+    def sample(self, count=SAMPLE):
+        """Returns the central parts of `count` images that decode (uint8), and their labels: always the same ones.
+
+        They are drawn from the whole split: the first images of a folder would be of one class.
+        """
+        order = tf.data.Dataset.from_tensor_slices(np.random.default_rng(SAMPLE).permutation(len(self)))
+        images, labels = [], []
+        for batch, its_labels, decoded in order.batch(min(count, 64)).map(self.read).as_numpy_iterator():
+            images.extend(batch[decoded])
+            labels.extend(its_labels[decoded])
+            if len(labels) >= count:
+                break
+        if not labels:
+            raise InputError(f"{self.source.flag} must contain images that decode. Received: {len(self)} that do not")
+        return np.clip(np.round(images[:count]), 0, 255).astype(np.uint8), np.array(labels[:count])
+
+    def read(self, indices, keys=None, replace=False):
+        """Returns float32 images, labels, and whether each was decoded, of `(n,)` indices in this split; in a graph.
+
+        Args:
+            indices: int64 `(n,)`.
+            keys: int64 `(n, 2)`, the seeds of random crops (see `decoded_crop`); `None` for the central parts.
+            replace: bool. Whether the next image that decodes takes the place of one that does not.
+        """
+        if not replace:
+            return self._decoded(indices, keys)
+
+        def replaced(images, labels, decoded, indices, tries):
+            indices = (indices + 1) % len(self)
+            with tf.control_dependencies([tf.debugging.Assert(tries < len(self), ["no image decodes"])]):
+                rows = tf.where(~decoded)
+            new = self._decoded(tf.gather_nd(indices, rows), None if keys is None else tf.gather_nd(keys, rows))
+            old = (images, labels, decoded)
+            return *[tf.tensor_scatter_nd_update(*values) for values in zip(old, [rows] * 3, new)], indices, tries + 1
+
+        state = (*self._decoded(indices, keys), indices, 0)
+        return tf.while_loop(lambda _, __, decoded, *rest: ~tf.reduce_all(decoded), replaced, state)[:3]
+
+    def _decoded(self, indices, keys):
+        count, size = tf.size(indices, tf.int64), self.image_shape[:2]
+        numbers = tf.gather(self._numbers, indices)
+        seeds = tf.zeros((count, 2), tf.int64) if keys is None else keys
+
+        def decode(row, number, handle, seed):
+            encoded, label = self.source.open(handle, number)
+            return row, decoded_crop(encoded, None if keys is None else seed, size), label
+
+        slices = (tf.range(count), numbers, self.source.handles(numbers), seeds)
+        one_by_one = tf.data.Dataset.from_tensor_slices(slices)
+        good = one_by_one.map(decode, num_parallel_calls=cpu_cores(), deterministic=True).ignore_errors()
+        # `get_single_element` needs one element: with an extra row there is one also where nothing was decoded.
+        extra = (count, tf.zeros(self.image_shape), tf.zeros((), tf.int64))
+        good = good.concatenate(tf.data.Dataset.from_tensors(extra)).batch(count + 1)
+        rows, images, labels = (values[:-1] for values in good.get_single_element())
+        decoded = tf.scatter_nd(rows[:, tf.newaxis], tf.ones_like(rows), [count]) > 0
+        with tf.control_dependencies([tf.numpy_function(self._note, [tf.boolean_mask(numbers, ~decoded)], [])]):
+            images = tf.scatter_nd(rows[:, tf.newaxis], images, tf.stack([count, *self.image_shape]))
+        labels = tf.scatter_nd(rows[:, tf.newaxis], labels, [count])
+        shapes = [indices.shape + self.image_shape, indices.shape, indices.shape]
+        return [tf.ensure_shape(*pair) for pair in zip((images, labels, decoded), shapes)]
+
+    def _note(self, numbers):
+        for number in numbers:
+            self.skipped[self.source.name(number)] = True
+
+
+class ImageFiles:
+    """Image files with their labels, two lists; `flag` names the data in messages, and `root` is left out of the names."""
+
+    def __init__(self, flag, root, paths, labels):
+        self.flag, self.root, self.paths = flag, root, [str(path) for path in paths]
+        with tf.device("CPU:0"):
+            self._paths, self._labels = tf.constant(self.paths, tf.string), tf.constant(labels, tf.int64)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def handles(self, numbers):
+        """What `open` needs of each image, a string tensor."""
+        return tf.gather(self._paths, numbers)
+
+    def open(self, handle, number):
+        """The encoded image and its label."""
+        return tf.io.read_file(handle), tf.gather(self._labels, number)
+
+    def name(self, number):
+        return os.path.relpath(self.paths[number], self.root)
+
+
+class ImageRecords:
+    """Encoded images in a TFDS split's TFRecord files, with the interface of `ImageFiles`; `features` are the set's."""
+
+    def __init__(self, flag, files, features):
+        self.flag, self.files, self.features = flag, [str(path) for path in files], features
+        places = [self._record_places(number) for number in range(len(self.files))]
+        self.places = np.concatenate([np.zeros((0, 3), np.int64), *places])  # file, offset, length
+
+    def __len__(self):
+        return len(self.places)
+
+    def handles(self, numbers):
+        return tf.ensure_shape(tf.numpy_function(self._read, [numbers], tf.string), (None,))
+
+    def open(self, handle, number):
+        import tensorflow_datasets as tfds
+
+        example = self.features.deserialize_example(handle, decoders={"image": tfds.decode.SkipDecoding()})
+        return example["image"], tf.cast(example["label"], tf.int64)
+
+    def name(self, number):
+        file, offset, _ = self.places[number]
+        return f"{os.path.basename(self.files[file])}, record at byte {offset}"
+
+    def _read(self, numbers):
+        records = []
+        for file, offset, length in self.places[numbers]:
+            with open(self.files[file], "rb", buffering=0) as opened:
+                opened.seek(offset)
+                records.append(opened.read(length))
+        return np.array(records, object)
+
+    def _record_places(self, number):
+        """Reads the lengths of a file's records: each has its length (8 bytes), a checksum (4), the data, a checksum (4)."""
+        path, places, at = self.files[number], [], 0
+        size = os.path.getsize(path)
+        with open(path, "rb", buffering=0) as opened:
+            while at + 12 <= size:
+                opened.seek(at)
+                length = int.from_bytes(opened.read(8), "little")
+                places.append((number, at + 12, length))
+                at += length + 16
+        if at != size:
+            raise InputError(f"{self.flag} must be complete. Received: {path}, of {size} bytes where its records end at {at}")
+        return np.array(places, np.int64).reshape(-1, 3)

@@ -1,0 +1,201 @@
+"""Where images come from: scikit-learn's digits, a folder, TFDS. A source is one subclass of `Source`."""
+
+import pathlib
+import random
+
+import numpy as np
+import tensorflow as tf
+
+from ortho_keras.method.checks import require
+from ortho_keras.method.errors import InputError, first_line
+from ortho_keras.trainer.data.disk import ImageFiles, ImageRecords
+
+SOURCES = {}  # by the data set's name, or by the part of it up to its colon
+VALIDATION_NAMES = ("validation", "val", "valid")
+SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+class Source:
+    """A data set for image classification, whose images are read into memory or from the disk as they are needed.
+
+    A subclass is available by its name, `class Digits(Source, name="digits")`, or by a prefix, `name="folder:"`. The keys
+    of its splits are `"train"` and, where the data has them, `"test"` and `"validation"`.
+
+    Args:
+        name: The name of the data set, as `load_data` takes it.
+        data_dir: Path of a folder of prepared data, or `None`.
+
+    Attributes:
+        class_names: Names of the classes by label, a list.
+        path: Where the data is, for error messages.
+    """
+
+    def __init_subclass__(cls, name=None, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            SOURCES[name] = cls
+
+    def __init__(self, name, data_dir=None):
+        self.flag = f"--dataset {name}"
+
+    def examples(self):
+        """Returns `{split: iterable of pairs of a uint8 image (height, width, channels) and a label}`."""
+        raise NotImplementedError
+
+    def on_disk(self):
+        """Returns `{split: ImageFiles or ImageRecords}`."""
+        raise InputError(f"{self.flag} must be used with --storage memory. Received: --storage disk")
+
+
+def find_source(name, data_dir=None):
+    """Returns the `Source` of a data set: the registered one of this name or prefix, or else TFDS's."""
+    return SOURCES.get("".join(name.partition(":")[:2]), TfdsDataset)(name, data_dir)
+
+
+class Digits(Source, name="digits"):
+    """Scikit-learn's handwritten digits: 1,797 grayscale images of 8x8 pixels, a fifth of them for the test."""
+
+    path = "scikit-learn"
+
+    def examples(self):
+        require(self.flag, "sklearn")
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        self.class_names = [str(name) for name in digits.target_names]
+        images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., np.newaxis]
+        parts = train_test_split(np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=0)
+        return {key: zip(images[part], digits.target[part]) for key, part in zip(("train", "test"), parts)}
+
+
+class ImageFolder(Source, name="folder:"):
+    """A folder of class folders with JPEG and PNG files, or of `train`, `test` and `val` with class folders in each."""
+
+    def __init__(self, name, data_dir=None):
+        super().__init__(name)
+        path = name.removeprefix("folder:")
+        self.path = pathlib.Path(path).expanduser()
+        try:
+            if not path or not self.path.is_dir():
+                raise InputError(f"{self.flag} must be a folder that exists. Received: {path!r}")
+            folders = {split: _class_folders(folder) for split, folder in self._split_folders().items()}
+            paths = {split: [path for folder in found for path in _images(folder)] for split, found in folders.items()}
+        except OSError as error:
+            raise InputError(f"{self.flag} must be readable. Received: {first_line(error)}") from error
+        if not paths["train"]:
+            raise InputError(
+                f"{self.flag} must contain one folder of JPEG or PNG images for each class, or train/ and test/ with such "
+                f"folders in each. Received: no image in {sum(map(len, folders.values()))} folder(s)"
+            )
+        self.class_names = sorted({folder.name for found in folders.values() for folder in found})
+        labels = {name: label for label, name in enumerate(self.class_names)}
+        self.files = {split: [(path, labels[path.parent.name]) for path in found] for split, found in paths.items() if found}
+
+    def _split_folders(self):
+        """Returns `{split: folder}`. `train` is a split only if it contains folders itself; otherwise it is a class."""
+        train = self.path / "train"
+        if not train.is_dir() or not _class_folders(train):
+            return {"train": self.path}
+        names = {"train": ["train"], "test": ["test"], "validation": VALIDATION_NAMES}
+        found = {split: [self.path / name for name in names[split] if (self.path / name).is_dir()] for split in names}
+        return {split: folders[0] for split, folders in found.items() if folders}
+
+    def examples(self):
+        return {split: self._decoded(split) for split in self.files}
+
+    def on_disk(self):
+        return {split: ImageFiles(self.flag, self.path, *zip(*pairs)) for split, pairs in self.files.items()}
+
+    def _decoded(self, split):
+        """Decodes a split's files to RGB in the order of TFDS's `ImageFolder`, which mixes the classes."""
+        pairs = list(self.files[split])
+        random.Random(split).shuffle(pairs)
+        for path, label in pairs:
+            try:
+                yield tf.io.decode_image(path.read_bytes(), channels=3, expand_animations=False).numpy(), label
+            except tf.errors.InvalidArgumentError as error:
+                raise InputError(
+                    f"{self.flag} must contain images that decode. Received: {path.relative_to(self.path)}, which does not "
+                    f"({first_line(error)})"
+                ) from error
+
+
+def _class_folders(folder):
+    """Hidden folders (`.ipynb_checkpoints`) are not classes."""
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _images(folder):
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+class TfdsDataset(Source):
+    """A classification data set of TFDS, downloaded first if it is not prepared yet."""
+
+    def __init__(self, name, data_dir=None):
+        super().__init__(name)
+        require(self.flag, "tensorflow_datasets")
+        import tensorflow_datasets as tfds
+
+        try:
+            self.builder = tfds.builder(name, data_dir=data_dir)
+        except Exception as error:  # depending on the form of the name, TFDS raises almost anything
+            raise InputError(
+                f"--dataset must be digits, folder:PATH or the name of a TFDS data set. Received: {name!r} "
+                f"({first_line(error)})"
+            ) from error
+        features = self.builder.info.features
+        if "image" not in features or "label" not in features or not hasattr(features["label"], "names"):
+            raise InputError(f"{self.flag} must have an image and a class label in each example. Received: {list(features)}")
+        self.path, self.class_names = self.builder.data_path, features["label"].names
+        if not self.builder.is_prepared():
+            self._prepare()
+        names = list(self.builder.info.splits)
+        validation = next((split for split in VALIDATION_NAMES if split in names), None)
+        test = "test" if "test" in names else validation
+        if "train" not in names or test is None:
+            raise InputError(f"{self.flag} must have a training and a test split. Received: the splits {names}")
+        self.splits = {"train": "train", "test": test}
+        if validation not in (None, test):
+            self.splits["validation"] = validation
+
+    def _prepare(self):
+        """Downloads and prepares the data. Without a network TFDS retries for minutes: one request fails within seconds."""
+        import requests
+
+        instructions = self.builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+        try:
+            urls = [url for url in self.builder.url_infos or () if url.startswith("http")]
+            if urls and not instructions:
+                requests.head(urls[0], timeout=10)
+            self.builder.download_and_prepare()
+        except Exception as error:  # TFDS passes on whatever its downloader raises
+            manual = f"; its files must be downloaded manually: {' '.join(instructions.split())}" if instructions else ""
+            raise InputError(
+                f"{self.flag} must be prepared in --data_dir or downloadable. Received: nothing prepared in {self.path}, "
+                f"and the download failed ({first_line(error)}){manual}"
+            ) from error
+
+    def examples(self):
+        dtype = np.dtype(self.builder.info.features["image"].np_dtype)
+        if dtype != np.uint8:
+            raise InputError(f"{self.flag} must have images of 8 bits. Received: {dtype.name}")
+        return {key: self._decoded(split) for key, split in self.splits.items()}
+
+    def _decoded(self, split):
+        examples = self.builder.as_dataset(split=split, shuffle_files=False).prefetch(tf.data.AUTOTUNE)
+        for example in examples.as_numpy_iterator():
+            yield example["image"], example["label"]
+
+    def on_disk(self):
+        info = self.builder.info
+        kind = info.file_format.value
+        if kind != "tfrecord":
+            raise InputError(f"{self.flag} must be prepared as TFRecord files for --storage disk. Received: {kind}")
+        splits = {key: ImageRecords(self.flag, info.splits[name].filepaths, info.features) for key, name in self.splits.items()}
+        if "validation" in splits and len(splits["test"]):
+            first = splits["test"].handles(np.zeros(1, np.int64))[0]
+            if splits["test"].open(first, 0)[1] < 0:
+                splits["test"] = splits.pop("validation")  # as ImageNet's, whose test labels are not public
+        return splits
