@@ -20,11 +20,11 @@ PAGE = ROOT / "docs" / "api.md"
 HEAD = "<!-- Written by docs/make_api.py from the docstrings: change those, then run it. -->\n\n# API\n"
 # Heading -> modules, in the order of the page. A module that is in none of them ends the script.
 GROUPS = {
-    "Orthonormality": "regularizers orthonormalize decay kernels design initializers patch_pca related_regularizers muon",
+    "Orthonormality": "regularizers orthonormalize decay kernels design initializers patch_pca related_regularizers",
     "Modulation, callbacks": "modulation callbacks",
     "Where the signal goes": "signal_report signals",
     "Nets and layers": "networks growth shifted_relu batchnorm",
-    "Training, pictures, files": "schedules loss_scale features fold loading",
+    "Training, pictures, files": "optimizers features fold loading",
 }
 SECTIONS = ("Args", "Call arguments", "Returns", "Raises", "Example", "Reference")
 LISTS = ("Args", "Call arguments", "Raises")  # of `name: text` items

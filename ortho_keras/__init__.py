@@ -33,9 +33,7 @@ from ortho_keras.nets.networks import plain_cnn, plain_imagenet, residual_cnn, r
 from ortho_keras.nets.patch_pca import PatchPCAInitializer
 from ortho_keras.nets.shifted_relu import ShiftedReLU, error_growth, shift_for_depth
 from ortho_keras.trainer.fold import fold_batchnorm
-from ortho_keras.trainer.loss_scale import AllReplicaLossScaleOptimizer
-from ortho_keras.trainer.muon import Muon
-from ortho_keras.trainer.schedules import LearningRate
+from ortho_keras.trainer.optimizers import AllReplicaLossScaleOptimizer, LearningRate, Muon
 from ortho_keras.version import __version__
 
 __all__ = [

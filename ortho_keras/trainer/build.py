@@ -11,9 +11,7 @@ from ortho_keras.method.orthonormalize import orthonormalize
 from ortho_keras.method.regularizers import REGULARIZERS
 from ortho_keras.nets.networks import plain_cnn, plain_imagenet, residual_cnn, residual_imagenet
 from ortho_keras.nets.patch_pca import PatchPCAInitializer
-from ortho_keras.trainer.loss_scale import AllReplicaLossScaleOptimizer
-from ortho_keras.trainer.muon import Muon
-from ortho_keras.trainer.schedules import LearningRate
+from ortho_keras.trainer.optimizers import AllReplicaLossScaleOptimizer, LearningRate, Muon
 
 STEM_PIXELS = 5000 * 32 * 32  # whose patches are enough for their principal components
 BUILDERS = {

@@ -1,0 +1,223 @@
+"""Learning rates worked out by hand, and Muon against NumPy in float64."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import ortho_keras
+from ortho_keras import AllReplicaLossScaleOptimizer, LearningRate, Muon
+
+L = keras.layers
+
+
+def rates(schedule, steps):
+    return [float(schedule(step)) for step in steps]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (LearningRate(0.5, 8, "step"), [0.5] * 4 + [0.05] * 2 + [0.005] * 4),
+        (LearningRate(0.5, 6, "thirds"), [0.5] * 2 + [0.05] * 2 + [0.005] * 4),
+        (LearningRate(0.25, 5, "constant"), [0.25] * 9),
+        (LearningRate(0.5, 6, "cosine"), [0.5, (2 + 3**0.5) / 8, 0.375, 0.25, 0.125, (2 - 3**0.5) / 8, 0, 0, 0]),
+        (LearningRate(0.5, 8, "constant", 4), [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]),
+        (LearningRate(1.0, 8, "step", 10), [0.1, 0.2, 0.3, 0.4, 0.05, 0.06, 0.007, 0.008, 0.009, 0.01]),  # through both drops
+        (LearningRate(1.0, 4, "cosine", 3), [1 / 3, (2 + 2**0.5) / 4 * 2 / 3, 0.5, (2 - 2**0.5) / 4, 0]),
+    ],
+)
+def test_learning_rates_by_hand(schedule, expected):
+    np.testing.assert_allclose(rates(schedule, range(len(expected))), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 5, 7, 1295, 63999, 64000, 64001, 3_000_000])
+def test_drops_fall_on_the_exact_step(total):
+    steps = np.arange(total)
+    expected = np.where(2 * steps < total, 1.0, np.where(4 * steps < 3 * total, 0.1, 0.01))  # in whole numbers
+    np.testing.assert_allclose(LearningRate(1.0, total, "step")(steps), expected, rtol=1e-6)
+    expected = np.where(3 * steps < total, 1.0, np.where(3 * steps < 2 * total, 0.1, 0.01))
+    np.testing.assert_allclose(LearningRate(1.0, total, "thirds")(steps), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", ["cosine", "step", "thirds", "constant"])
+def test_a_second_optimizer_continues_the_shape_and_warms_up_again(shape):
+    whole, second = LearningRate(0.5, 20, shape), LearningRate(0.5, 20, shape, 4, first_step=7)
+    expected = np.array(rates(whole, range(7, 21))) * np.minimum(np.arange(1, 15) / 4, 1)
+    np.testing.assert_allclose(rates(second, range(14)), expected, rtol=1e-6)
+
+
+def test_an_optimizer_applies_the_rate_of_each_step():
+    variable = keras.Variable(np.zeros(1, "float32"))
+    optimizer = keras.optimizers.SGD(LearningRate(0.5, 4, "step", 2))
+    at = [0.0]
+    for _ in range(4):
+        optimizer.apply([tf.ones(1)], [variable])
+        at.append(float(variable.numpy()[0]))
+    np.testing.assert_allclose(-np.diff(at), [0.25, 0.5, 0.05, 0.005], rtol=1e-5)
+    rate = tf.function(LearningRate(0.5, 8, "cosine", 2))(tf.constant(3, "int64"))
+    assert rate.dtype == tf.float32 and rate.shape == ()
+    np.testing.assert_allclose(rate, 0.25 * (1 + math.cos(math.pi * 3 / 8)), rtol=1e-6)
+
+
+def orthonormal(gradient):
+    """Five iterations of Jordan et al.'s quintic on the singular values of a matrix of norm 1, in float64."""
+    u, values, v = np.linalg.svd(gradient.reshape(-1, gradient.shape[-1]), full_matrices=False)
+    values = values / np.linalg.norm(values)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return ((u * values) @ v).reshape(gradient.shape)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 4, 8), (3, 3, 2, 30), (7, 7), (2, 2, 2, 3, 5), (1, 1, 3, 64)])
+def test_a_step_is_orthonormal_whatever_the_size_of_the_gradient(shape):
+    gradient = np.random.default_rng(0).normal(size=shape)
+    scales = (1.0, 1e-30, 1e30, 0.0)
+    kernels = [keras.Variable(np.zeros(shape, "float32")) for _ in scales]
+    Muon(0.5, momentum=0).apply([tf.constant(gradient * scale, tf.float32) for scale in scales], kernels)
+    expected = -0.5 * orthonormal(gradient)
+    for kernel in kernels[:3]:
+        np.testing.assert_allclose(kernel, expected, atol=2e-5)
+    np.testing.assert_array_equal(kernels[3], 0)
+    values = np.linalg.svd(2 * np.asarray(kernels[0]).reshape(-1, shape[-1]), compute_uv=False)
+    assert values[-1] > 0.3 and values[0] < 1.135
+
+
+def test_steps_equal_numpy():
+    rng = np.random.default_rng(1)
+    kernel, bias = keras.Variable(rng.normal(size=(2, 3, 2))), keras.Variable(rng.normal(size=(2,)))
+    w, b = kernel.numpy().astype(np.float64), bias.numpy().astype(np.float64)
+    optimizer = Muon(0.1, momentum=0.8, vector_rate=0.5, beta_2=0.9, epsilon=1e-2)
+    m, first, second = np.zeros_like(w), np.zeros_like(b), np.zeros_like(b)
+    for step in range(1, 5):
+        g, h = rng.normal(size=w.shape), 0.01 * rng.normal(size=b.shape)
+        optimizer.apply([tf.constant(g, tf.float32), tf.constant(h, tf.float32)], [kernel, bias])
+        m = 0.8 * m + g
+        w -= 0.1 * orthonormal(g + 0.8 * m)
+        first, second = 0.8 * first + 0.2 * h, 0.9 * second + 0.1 * h**2
+        b -= 0.1 * 0.5 * first / (1 - 0.8**step) / (np.sqrt(second / (1 - 0.9**step)) + 1e-2)
+        np.testing.assert_allclose(kernel.numpy(), w, atol=1e-5)
+        np.testing.assert_allclose(bias.numpy(), b, atol=1e-6)
+    # Momenta first, then Adam's squares: the order in which checkpoints of earlier versions hold them.
+    assert [tuple(v.shape) for v in optimizer.variables] == [(), (), (2, 3, 2), (2,), (2,)]
+
+
+def test_adam_trains_biases_and_embeddings_whose_gradients_may_be_sparse():
+    words, y = np.array([[1, 5, 1], [0, 2, 5]]), np.array([[0.5, -1.0], [2.0, 0.0]])
+
+    class OneHot(L.Embedding):
+        def call(self, inputs):
+            return keras.ops.one_hot(inputs, 7) @ self.embeddings
+
+    def trained(first):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((3,), dtype="int32"), first, L.Flatten(), L.Dense(2)])
+        model.compile(Muon(0.01), "mse")
+        model.layers[0].set_weights([np.random.default_rng(0).normal(size=(7, 4))])
+        model.fit(words, y, epochs=2, verbose=0)
+        with_adam = {v.name for v in model.trainable_variables if model.optimizer._should_use_adamw(v)}
+        assert with_adam == {"embeddings", "bias"}
+        return model.get_weights()
+
+    for sparse, dense in zip(trained(L.Embedding(7, 4)), trained(OneHot(7, 4))):
+        np.testing.assert_allclose(sparse, dense, atol=1e-6)
+
+
+def test_float16_without_gradients_stays_finite():
+    variables = [keras.Variable(np.ones(shape), dtype="float16") for shape in ((3,), (2, 2))]
+    optimizer = Muon(0.01)
+    optimizer.apply([tf.zeros(v.shape, "float16") for v in variables], variables)
+    assert all((np.asarray(v) == 1).all() for v in variables)
+    optimizer.apply([tf.fill(v.shape, tf.constant(1e-4, "float16")) for v in variables], variables)  # its square is 0
+    assert all(0.9 < np.asarray(v).min() < 1 for v in variables)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_trains_nearly_as_float32_does(policy):
+    x, y = np.random.default_rng(0).normal(size=(2, 32, 6))
+    inner = Muon(0.05)
+
+    def losses(optimizer):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((6,)), L.Dense(6, "relu"), L.BatchNormalization(), L.Dense(6)])
+        model.compile(optimizer, "mse")
+        return model.fit(x, y, batch_size=32, epochs=5, verbose=0).history["loss"]
+
+    expected = losses(Muon(0.05))
+    keras.config.set_dtype_policy(policy)
+    found = losses(AllReplicaLossScaleOptimizer(inner, 2.0**4) if policy == "mixed_float16" else inner)
+    np.testing.assert_allclose(found, expected, rtol=0.02)
+    assert expected[-1] < 0.9 * expected[0]
+
+
+def small(optimizer):
+    keras.utils.set_random_seed(0)
+    layers = [L.Conv2D(3, 3, use_bias=False), L.BatchNormalization(synchronized=True), L.ReLU(), L.Flatten(), L.Dense(10)]
+    model = keras.Sequential([keras.Input((6, 6, 1)), *layers])
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+def test_two_replicas_step_as_one(two_replicas):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(16, 6, 6, 1)).astype("float32"), rng.integers(10, size=16)
+    alone = small(Muon(0.01))
+    with two_replicas.scope():
+        shared = small(Muon(0.01))
+    for model in (alone, shared):
+        model.fit(x, y, batch_size=16, epochs=3, shuffle=False, verbose=0)
+    for mine, theirs in zip(alone.get_weights(), shared.get_weights()):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def test_a_saved_model_trains_on_as_the_one_in_memory(tmp_path):
+    model = small(Muon(LearningRate(0.5, 4, "step", 2), momentum=0.7))
+    x, y = np.random.default_rng(0).normal(size=(8, 6, 6, 1)).astype("float32"), np.arange(8)
+    for _ in range(3):
+        model.train_on_batch(x, y)
+    model.save(tmp_path / "model.keras")
+    loaded = ortho_keras.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.get_config() == model.optimizer.get_config()
+    config = loaded.optimizer.get_config()["learning_rate"]["config"]
+    assert config == {"peak": 0.5, "total_steps": 4, "shape": "step", "warmup_steps": 2, "first_step": 0}
+    np.testing.assert_allclose(float(loaded.optimizer.learning_rate), 0.005, rtol=1e-6)  # both drops lie before it
+    assert loaded.train_on_batch(x, y) == model.train_on_batch(x, y)
+    for mine, theirs in zip(model.get_weights(), loaded.get_weights()):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
+
+
+def test_a_config_of_an_earlier_version_loads():
+    """As written when Muon inherited from `keras.optimizers.Optimizer` and lay in another module."""
+    own = {"momentum": 0.8, "vector_rate": 0.5, "beta_2": 0.95, "epsilon": 1e-6, "exclude": ["bias"]}
+    keras_own = {"weight_decay": 0.1, "clipnorm": None, "global_clipnorm": None, "clipvalue": 2.0, "use_ema": False}
+    keras_own |= {"ema_momentum": 0.99, "ema_overwrite_frequency": None, "loss_scale_factor": None}
+    config = {"name": "muon", "learning_rate": 0.01, "gradient_accumulation_steps": None, **keras_own, **own}
+    written = {"module": "ortho_keras.muon", "class_name": "Muon", "config": config, "registered_name": "ortho_keras>Muon"}
+    optimizer = keras.optimizers.deserialize(written)
+    assert type(optimizer) is Muon
+    kept = optimizer.get_config()
+    assert kept == {**config, "exclude": ("bias",), "learning_rate": kept["learning_rate"]}
+    before = [np.full((2, 2), 3.0), np.full(2, 3.0)]
+    variables = [keras.Variable(value) for value in before]
+    optimizer.apply([tf.zeros((2, 2)), tf.zeros(2)], variables)
+    for variable, value in zip(variables, before):  # weight decay alone, for both kinds
+        np.testing.assert_allclose(variable, value * (1 - 0.1 * 0.01), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"momentum": 1.0}, "`momentum` must be a finite number, at least 0 and below 1. Received: momentum=1.0"),
+        ({"beta_2": -0.1}, "`beta_2` must be a finite number, at least 0 and below 1"),
+        ({"vector_rate": None}, "`vector_rate` must be a finite number, at least 0"),
+        ({"epsilon": 0}, "`epsilon` must be a finite number, above 0"),
+        ({"exclude": "embeddings"}, "`exclude` must be a list or tuple of names of variables. Received: exclude='embeddings'"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Muon(**arguments)
+    with pytest.raises(ValueError, match="`shape` must be one of"):
+        LearningRate(0.1, 100, "linear")
