@@ -20,14 +20,7 @@ def save_checkpoint(directory, model, step, history, keep=2):
     """Writes the state after `step` steps, and deletes all but the last `keep` checkpoints up to it.
 
     The file is a `.npz` (a zip with a checksum for each array, read without pickle). It is written under another name, then
-    renamed, so that a kill at any moment leaves the previous one intact.
-
-    Args:
-        directory: Path; made if missing.
-        model: Compiled Keras model whose optimizer is built.
-        step: int, steps trained.
-        history: JSON-serializable list, stored with it.
-        keep: int, at least 1.
+    renamed, so that a kill at any moment leaves the previous one intact. `history` is JSON-serializable.
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

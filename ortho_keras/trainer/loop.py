@@ -67,24 +67,21 @@ class Trainer:
                 self.model.optimizer.build(self.model.trainable_variables)
         self._train = train_function(self.model, self.recipe.batch_size, self.recipe.label_smoothing, self.runtime)
         self._score = score_function(self.model, self.runtime)
-        self._reported, self._pace_logged = set(), sys.stdout.isatty()  # where the progress bar shows it
+        self._reported, self._draw_after = set(), time.monotonic() + DRAW_EVERY
+        self._pace_logged = sys.stdout.isatty()  # where a progress bar shows it
 
     def run(self, begun=None):
         """Trains to the last step and returns the history: a list of one dict of metrics per epoch.
 
-        Args:
-            begun: What `restore` returned; or the same of the shallower net that the model has grown from.
-
-        Raises:
-            NonFiniteLossError: At the first step whose loss is inf or NaN, or where float16 finds no scale for the gradients.
-            Interrupted: After SIGINT or SIGTERM on any worker, when the checkpoint is written.
+        `begun` is what `restore` returned. Raises `NonFiniteLossError` at the first step whose loss is inf or NaN, and
+        `Interrupted` after SIGINT or SIGTERM on any worker, when the checkpoint is written.
         """
         callbacks = keras.callbacks.CallbackList(list(self.callbacks), model=self.model, epochs=self.epochs)
         step, history, epoch = begun or (0, [], new_epoch())
         make_writer = tf.summary.create_file_writer if self.runtime.is_chief else lambda _: tf.summary.create_noop_writer()
-        writer, drawn = make_writer(str(self.directory / "tensorboard")), time.monotonic()
+        writer = make_writer(str(self.directory / "tensorboard"))
         with writer.as_default(), _stop_requests() as stop, contextlib.ExitStack() as stack:
-            stack.callback(lambda: self._write_history(history))
+            stack.callback(self._write_history, history)
             batches = iter(self._training_batches(step, self.end_step))
             callbacks.on_train_begin()
             while step < self.end_step and not self.model.stop_training:
@@ -94,10 +91,7 @@ class Trainer:
                 if ended:
                     history.append(self._epoch_metrics(step, epoch))
                     epoch = new_epoch()
-                    self._write_summary(history[-1])
-                    draw = time.monotonic() > drawn + DRAW_EVERY
-                    drawn = time.monotonic() if draw else drawn
-                    self._write_history(history, draw)
+                    self._write_history(history, last=False)
                 self._save(step, history, epoch)
                 if ended:
                     callbacks.on_epoch_end(history[-1]["epoch"] - 1, history[-1])
@@ -138,11 +132,7 @@ class Trainer:
         return np.concatenate([images.numpy() for images, _ in batches])[:count]
 
     def restore(self):
-        """Sets the model on all workers to the chief's newest checkpoint.
-
-        Returns:
-            Steps, history and the sums of the epoch that was begun; `None` where there is no checkpoint.
-        """
+        """Sets the model on all workers to the chief's newest checkpoint; returns where it was, or `None` without one."""
         step, history, epoch = -1, [], new_epoch()
         restored = restore_checkpoint(self.checkpoints, self.model, self.log) if self.runtime.is_chief else None
         if restored:
@@ -203,20 +193,14 @@ class Trainer:
                 first, traced = step, now  # the first step's time includes the tracing of the graph
             else:
                 logs["images/s"] = (step - first) * batch_size / (now - traced)
-                if now - traced > PACE_AFTER:
-                    self._log_pace(step, (now - traced) / (step - first))
+                if now - traced > PACE_AFTER and not self._pace_logged:  # without a bar, an epoch can be hours of silence
+                    self._pace_logged, seconds, left = True, (now - traced) / (step - first), self.end_step - step
+                    time_left = datetime.timedelta(seconds=round(left * seconds))
+                    self.log(f"{seconds:.3g} s a step: {left} steps of {self.recipe.depth} layers take about {time_left} more")
             bar.update(step - begin, [(name, logs[name]) for name in names if name in logs])
             callbacks.on_train_batch_end(step - 1, logs)
             epoch |= {"seconds": now - started, "logs": logs}
         return step, stopped
-
-    def _log_pace(self, step, seconds):
-        """Logs once how long the rest takes: without a progress bar, an epoch can be hours of silence."""
-        if not self._pace_logged:
-            self._pace_logged, left = True, self.end_step - step
-            time_left = datetime.timedelta(seconds=round(left * seconds))
-            which = "" if self.end_step == self.total_steps else f" with {self.recipe.depth} layers"
-            self.log(f"{seconds:.3g} s a step: the remaining {left} steps{which} take about {time_left}")
 
     def _epoch_metrics(self, step, epoch):
         number = -(-step // self.steps_per_epoch)
@@ -237,6 +221,8 @@ class Trainer:
         shown += ["learning_rate", "loss_scale"]
         parts = [f"{name} {metrics[name]:.4g}" for name in shown if name in metrics]
         self.log(" - ".join([f"epoch {number}/{self.epochs}", f"step {step}", f"{metrics['seconds']:.1f}s", *parts]))
+        for name in metrics.keys() - {"epoch", "step"}:
+            tf.summary.scalar(name.replace("validation_", "validation/"), metrics[name], step=step)
         return metrics
 
     def _report_skipped(self):
@@ -246,16 +232,12 @@ class Trainer:
         for name in new:
             self.log(f"skipped, does not decode: {name}")
 
-    def _write_history(self, history, draw=True):
+    def _write_history(self, history, last=True):
         if history and self.runtime.is_chief:
             write_json(self.directory / "history.json", history)
-            if draw:
+            if last or time.monotonic() > self._draw_after:
                 plot_curves(history, self.directory / "curves.png", self.title)
-
-    def _write_summary(self, metrics):
-        for name, value in metrics.items():
-            if name not in ("epoch", "step"):
-                tf.summary.scalar(name.replace("validation_", "validation/"), value, step=metrics["step"])
+                self._draw_after = time.monotonic() + DRAW_EVERY
 
 
 def new_epoch():

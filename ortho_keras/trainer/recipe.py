@@ -116,8 +116,8 @@ class Recipe:
         bottlenecks = self.family == "imagenet" and self.depth in BOTTLENECK_DEPTHS
         for name, wrong, expected in (
             ("relu_shift", -1 < self.relu_shift < 0, "at least 0, or -1"),
-            ("depth", not self._has_net(self.depth), self._depths(self.depth)),
-            ("start_depth", start and not self._has_net(start), self._depths(start)),
+            ("depth", self._other_depths(self.depth), self._other_depths(self.depth)),
+            ("start_depth", start and self._other_depths(start), self._other_depths(start)),
             ("start_depth", start and residual, "0 for --network residual"),
             ("start_depth", start and bottlenecks, f"0 for --depth {self.depth} of imagenet"),
             ("start_depth", start >= self.depth, f"less than --depth, {self.depth}"),
@@ -135,14 +135,12 @@ class Recipe:
                 raise InputError(f"--{name} must be {expected}. Received: {getattr(self, name)!r}")
         return self
 
-    def _has_net(self, depth):
-        return depth in BLOCKS if self.family == "imagenet" else depth >= 8 and depth % 6 == 2
-
-    def _depths(self, depth):
+    def _other_depths(self, depth):
+        """Which depths the family has, in words; `None` where `depth` is one of them."""
         if self.family == "imagenet":
-            return f"one of {', '.join(map(str, BLOCKS))} with --family imagenet"
+            return None if depth in BLOCKS else f"one of {', '.join(map(str, BLOCKS))} with --family imagenet"
         below = max(depth - (depth - 2) % 6, 8)
-        return f"6n + 2; the nearest are {below} and {below + 6}"
+        return None if depth == below else f"6n + 2; the nearest are {below} and {below + 6}"
 
     def without_effect(self):
         """Returns `{name: why}` of the values that the other values leave unread, as `{"momentum": "--optimizer adam"}`."""

@@ -33,9 +33,8 @@ SLOW = 2.0  # a type that takes so many times as long as float32 is worth a warn
 def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), keep_checkpoints=2, signal_every=0, log=print):
     """Trains and evaluates a recipe; resumes where an earlier call with the same arguments was stopped.
 
-    Writes into `workdir`: `run.json` (the recipe, at the start), `checkpoints/`, `tensorboard/`, `history.json` after each
-    epoch and `curves.png` now and then, at the end `final.keras` and `result.json`; with `signal_every`, `SignalMonitor`'s
-    files too.
+    Writes into `workdir`: `run.json` (the recipe, at the start), `checkpoints/`, `tensorboard/`, `history.json` and
+    `curves.png` (after an epoch), `final.keras` and `result.json` (at the end); with `signal_every`, `SignalMonitor`'s files.
 
     Args:
         recipe: `Recipe`.
@@ -45,8 +44,7 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
         runtime: `Runtime`, or `None` for this process on TensorFlow's default device.
         callbacks: List of `keras.callbacks.Callback`.
         keep_checkpoints: int, at least 1.
-        signal_every: int, at least 0. Steps from one measurement of `SignalMonitor` to the next, on the first training images;
-            0 for none.
+        signal_every: int, steps from one measurement of `SignalMonitor` on the first training images to the next; 0: none.
         log: Function that takes a line of progress.
 
     Returns:
@@ -115,8 +113,7 @@ def load_recipe_data(recipe, data_dir=None, replicas=1):
     """Returns the recipe's `ImageData`, or raises `InputError` where the recipe's values do not fit it or the replicas."""
     if recipe.batch_size % replicas:
         raise InputError(f"--batch_size must be divisible by the {replicas} replicas. Received: {recipe.batch_size}")
-    storage = "disk" if recipe.augment == "resized_crop" else "memory"
-    data = load_data(recipe.dataset, data_dir, recipe.image_size, recipe.hold_out, storage)
+    data = load_data(recipe.dataset, data_dir, recipe.image_size, recipe.hold_out, recipe.storage)
     if len(data.class_names) < 2:
         raise InputError(f"--dataset {recipe.dataset} must have at least 2 classes. Received: {', '.join(data.class_names)}")
     side, crops, grown = min(data.image_shape[:2]), recipe.augment.startswith("crop"), growth_step(recipe, data)
@@ -137,9 +134,8 @@ def _device_errors(recipe, runtime):
     try:
         yield
     except tf.errors.ResourceExhaustedError as error:
-        raise InputError(
-            f"--batch_size must fit the device's memory. Received: {recipe.batch_size} ({first_line(error)})"
-        ) from error
+        received = f"{recipe.batch_size} ({first_line(error)})"
+        raise InputError(f"--batch_size must fit the device's memory. Received: {received}") from error
     except tf.errors.OpError as error:
         if runtime.workers == 1:
             raise
@@ -154,8 +150,7 @@ def _agreed(runtime, prepare):
         value = prepare()
     except InputError as caught:
         error = caught
-    refused = runtime.any(error is not None)
-    if refused:
+    if runtime.any(error is not None):
         raise error or InputError("another worker refused the run; its own message says why")
     return value
 

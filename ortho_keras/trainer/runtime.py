@@ -16,17 +16,11 @@ STRATEGIES = ("auto", "none", "mirrored", "multi_worker")
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """What `start` has set up. `Runtime()` is this process on TensorFlow's default device.
-
-    Attributes:
-        strategy: The `tf.distribute.Strategy`.
-        jit_compile: bool. Compiles the training step by XLA.
-        deterministic: bool. Two runs with one seed are equal to the bit.
-    """
+    """What `start` has set up. `Runtime()` is this process on TensorFlow's default device."""
 
     strategy: tf.distribute.Strategy = dataclasses.field(default_factory=tf.distribute.get_strategy)
-    jit_compile: bool = False
-    deterministic: bool = False
+    jit_compile: bool = False  # compiles the training step by XLA
+    deterministic: bool = False  # two runs with one seed are equal to the bit
 
     @property
     def replicas(self):
@@ -87,23 +81,16 @@ class Runtime:
 
 
 def start(strategy="auto", devices="", jit_compile=False, deterministic=False, tf32=False):
-    """Starts the runtime; to be called once, before TensorFlow uses a device.
+    """Returns a `Runtime`, or raises `InputError`; to be called once, before TensorFlow uses a device.
 
     Args:
-        strategy: `"auto"`: `"multi_worker"` where TF_CONFIG defines a cluster, `"mirrored"` where there are several GPUs, else
-            `"none"`. `"mirrored"`: a `MirroredStrategy` over this machine's devices. `"multi_worker"`: a
-            `MultiWorkerMirroredStrategy` over the machines in TF_CONFIG.
-        devices: Which devices of this machine: a number of them, or names, `"GPU:0,GPU:2"`. Empty: all GPUs, or the CPU. A
-            number without a GPU, or CPU names, makes logical CPUs (to try a distributed run without hardware).
-        jit_compile: See `Runtime`; with one replica only.
-        deterministic: See `Runtime`.
+        strategy: `"mirrored"`: this machine's devices; `"multi_worker"`: the machines in TF_CONFIG; `"auto"`:
+            `"multi_worker"` where TF_CONFIG defines a cluster, `"mirrored"` where there are several devices, else `"none"`.
+        devices: A number of this machine's devices, or names, `"GPU:0,GPU:2"`. Empty: all GPUs, or the CPU. A number without
+            a GPU, or CPU names, makes logical CPUs (to try a distributed run without hardware).
+        jit_compile: bool. Compiles the training step by XLA; with one replica only.
+        deterministic: bool. Makes two runs with one seed equal to the bit.
         tf32: bool. Lets GPUs round float32 matrix products to TF32. TensorFlow's default is on; ours is off.
-
-    Returns:
-        A `Runtime`.
-
-    Raises:
-        InputError: If a value does not fit the machine or TF_CONFIG.
     """
     if strategy not in STRATEGIES:
         raise InputError(f"--strategy must be one of {', '.join(STRATEGIES)}. Received: {strategy!r}")
@@ -118,9 +105,8 @@ def start(strategy="auto", devices="", jit_compile=False, deterministic=False, t
             '\'{"cluster": {"worker": ["host0:port", "host1:port"]}, "task": {"type": "worker", "index": 0}}\'. '
             f"Received: TF_CONFIG is {os.environ.get('TF_CONFIG') or 'not set'}"
         )
-    most = {"none": 1, "multi_worker": 0}.get(strategy)
-    if most is not None and len(names) > most:
-        expected = "one device" if most else "empty, as each worker uses all its devices,"
+    if (strategy == "none" and len(names) > 1) or (strategy == "multi_worker" and names):
+        expected = "one device" if strategy == "none" else "empty, as each worker uses all its devices,"
         raise InputError(f"--devices must be {expected} with --strategy {strategy}. Received: {devices!r}")
     if strategy != "multi_worker":
         os.environ.pop("TF_CONFIG", None)  # MirroredStrategy would read it, an empty one too
@@ -189,20 +175,19 @@ def read_devices(text):
     """Reads --devices: `["GPU:0", ...]`, or an empty list for TensorFlow's own choice. Raises `InputError`."""
     if not text:
         return []
-    available = {"GPU": len(tf.config.list_physical_devices("GPU")), "CPU": 2**31}  # CPUs can be logical ones
-    kind = "GPU" if available["GPU"] else "CPU"
-    numbered = [f"{kind}:{index}" for index in range(int(text))] if text.isdecimal() else text.upper().split(",")
-    names = [name.strip() for name in numbered]
-    kinds, _, indices = zip(*(name.partition(":") for name in names)) if names else ((), (), ())
-    good = len(set(kinds)) == 1 and kinds[0] in available and all(index.isdecimal() for index in indices)
-    if not good or len(set(names)) < len(names) or max(map(int, indices)) >= available[kinds[0]]:
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    kind = "GPU" if gpus else "CPU"
+    names = [f"{kind}:{index}" for index in range(int(text))] if text.isdecimal() else text.upper().replace(" ", "").split(",")
+    kind = names[0][:3] if names else ""
+    indices = [int(name[4:]) for name in names if name.startswith(f"{kind}:") and name[4:].isdecimal()]
+    count = 1 + max(indices, default=0)
+    if not names or len(set(indices)) < len(names) or kind not in ("GPU", "CPU") or (kind == "GPU" and count > gpus):
         raise InputError(
             "--devices must be a number of devices or names of one kind, GPU:0,GPU:1, that this machine has "
-            f"({available['GPU']} GPU(s)). Received: {text!r}"
+            f"({gpus} GPU(s)). Received: {text!r}"
         )
     cpu = tf.config.list_physical_devices("CPU")[0]
-    count = 1 + max(map(int, indices)) if kinds[0] == "CPU" else 0
-    if len(tf.config.get_logical_device_configuration(cpu) or [None]) < count:
+    if kind == "CPU" and len(tf.config.get_logical_device_configuration(cpu) or [None]) < count:
         try:
             tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
         except RuntimeError as error:

@@ -6,7 +6,7 @@ TOP = 5  # of top-5 accuracy
 
 
 def train_function(model, batch_size, label_smoothing, runtime):
-    """A training step from `(images, labels, stop)` to sums over replicas `[smoothed, cross-entropy, correct, penalty, stop]`."""
+    """A training step: `(images, labels, stop)` to `[smoothed, cross-entropy, correct, penalty, stop]` over all replicas."""
     optimizer, replicas, strategy = model.optimizer, runtime.replicas, runtime.strategy
 
     def step(images, labels, stop):
