@@ -8,61 +8,27 @@ On two machines, run the same command on each, with index 0 on the first (which 
 TF_CONFIG='{"cluster": {"worker": ["host0:5000", "host1:5000"]}, "task": {"type": "worker", "index": 0}}' python train.py
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
-import platform
-import re
 import signal
 import statistics
 import sys
-import tempfile
 
-from absl import app, flags, logging
+from absl import app, flags
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides TensorFlow's notes on its build
-if platform.machine().lower() in ("x86_64", "amd64"):  # halves the time of convolutions where TensorFlow leaves it off
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # several runs can share a GPU's memory
-_NOTES = re.compile(r"before absl::InitializeLog|oneDNN custom operations|Could not find cuda drivers|failed call to cuInit")
+import start_up  # noqa: F401 - TensorFlow's settings, before anything imports it
+from ortho_keras.method.errors import InputError, Interrupted, NonFiniteLossError, WorkerLostError
+from ortho_keras.trainer import runtime
+from ortho_keras.trainer.export import check_export, deploy
+from ortho_keras.trainer.recipe import Recipe, read_recipe
+from ortho_keras.trainer.recipes import RECIPES, Preset, find_preset
+from ortho_keras.trainer.result import hardware
+from ortho_keras.trainer.run import run
+
 DEFAULT_RECIPE = "digits"
 LONGEST_NAME = 200  # bytes of a folder's name; file systems allow 255
-
-
-@contextlib.contextmanager
-def without_start_up_notes():
-    """Hides what TensorFlow logs on a machine without a GPU before its log level takes effect."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as caught:
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            caught.seek(0)
-            for line in caught.read().decode(errors="replace").splitlines():
-                if not _NOTES.search(line):
-                    print(line, file=sys.stderr)
-
-
-with without_start_up_notes():
-    import tensorflow as tf
-
-    tf.config.list_physical_devices()
-    logging.set_verbosity(logging.WARNING)
-    tf.get_logger().setLevel("WARNING")
-    from ortho_keras.method.errors import InputError, Interrupted, NonFiniteLossError, WorkerLostError
-    from ortho_keras.trainer import runtime
-    from ortho_keras.trainer.export import check_export, deploy
-    from ortho_keras.trainer.recipe import Recipe, read_recipe
-    from ortho_keras.trainer.recipes import RECIPES, Preset, find_preset
-    from ortho_keras.trainer.result import hardware
-    from ortho_keras.trainer.run import run
 
 FLAGS = flags.FLAGS
 RESULTS = pathlib.Path(__file__).resolve().parent / "benchmarks" / "results" / "recipes"
@@ -141,7 +107,7 @@ def list_recipes():
     for name, preset in RECIPES.items():
         base = name.removesuffix("_l2")
         base, own = (base, RECIPES[base]) if base != name else ("the defaults", Preset(Recipe(), ""))
-        paper = f"paper: {preset.paper} %; " if preset.paper else ""
+        paper = f"paper, %: {preset.paper}; " if preset.paper else ""
         print(f"{name}: {preset.about}\n    {paper}measured: {measured(name, preset)}")
         print(f"    differs from {base} in {' '.join(own.changes(preset.recipe))}")
 

@@ -19,6 +19,8 @@ import pathlib
 import queue
 import sys
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import start_up  # noqa: F401 - TensorFlow's settings as in train.py; the processes inherit them
 from absl import app, flags
 from paper_cells import ARMS, BASE, CHANCE_STEPS, FACTORS, FIRST_DEPTH, RESULTS, Table
 from runs import KEPT, commit, forget
@@ -148,5 +150,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as train.py sets it; the processes inherit it
     app.run(main)

@@ -1,292 +1,198 @@
-"""Searches as a user runs them: to their end, stopped, killed, over processes, and with what is wrong."""
+"""Searches as a user runs them: to their end, stopped, killed, over processes, and with wrong input."""
 
 import json
 import os
 import pathlib
 import shlex
+import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
 
 import keras
-import keras_tuner
 import numpy as np
 import pytest
-from absl.testing import flagsaver
+from command_lines import TINY, start, wait_for
+from command_lines import invoke as invoke_command
 
-import train
 from ortho_keras.method.files import only_one, write_json
 from ortho_keras.trainer.recipe import read_recipe
-from ortho_keras.trainer.recipes import RECIPES
 from tuning import search
-from tuning.hypermodel import RecipeHyperModel
+from tuning.report import main as report_main
 from tuning.report import report
-from tuning.space import search_space
 from tuning.trials import FAILED, FINISHED, HOPELESS, RUNNING, Trial, best_trial, read_trials
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-SMALL = ["--recipe=digits", "--image_size=8", "--augment=none", "--depth=8", "--width=4", "--epochs=2", "--bn_batches=2"]
-QUICK = [*SMALL, "--tuner=random", "--narrow=learning_rate=0.003:0.3"]
 
 
 def invoke(capsys, *arguments):
-    """Runs the command in this process; returns status, stdout and stderr."""
-    with flagsaver.flagsaver():
-        try:
-            train.parse_flags(["tuning.search", *arguments], "tuning.search")
-            status = search.main(None)
-        except SystemExit as error:
-            status = error.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def start(*arguments):
-    command = [sys.executable, "-m", "tuning.search", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(condition, seconds=120):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end
-        time.sleep(0.05)
+    return invoke_command(capsys, *arguments, main=search.main, program="tuning.search")
 
 
 def states(directory):
     return [(trial.number, trial.state) for trial in read_trials(directory)]
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A whole search in one process, and what it printed."""
-    directory = tmp_path_factory.mktemp("alone") / "search"
-    process = start(*QUICK, "--max_trials=6", f"--workdir={directory}")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and err == ""
-    return directory, out
-
-
-def test_a_search_and_its_best_command_run_by_hand(alone, tmp_path):
-    directory, out = alone
+def test_a_search_and_its_best_command_run_by_hand(search_of_two, tmp_path, capsys):
+    _, directory, out = search_of_two
     trials, best = read_trials(directory), best_trial(read_trials(directory))
-    assert [trial.number for trial in trials] == [1, 2, 3, 4, 5, 6] and len({trial.recipe for trial in trials}) == 6
+    assert states(directory) == [(1, FINISHED), (2, FINISHED)] and trials[0].recipe != trials[1].recipe
     assert trials[0].recipe.learning_rate == 0.03 and trials[0].recipe.depth == 8  # the recipe itself
-    assert all(f"trial {trial.number} of 6: " in out for trial in trials) and f"best so far {best.score:.4f}" in out
+    assert all(f"trial {trial.number} of 2: " in out for trial in trials) and f"best so far {best.score:.4f}" in out
     command = next(line for line in out.splitlines() if line.startswith("    python train.py --recipe=digits"))
-    for index, given in enumerate((command, f"python train.py --recipe_file={directory}/best.json")):
-        workdir = tmp_path / str(index)
-        arguments = [sys.executable, *shlex.split(given)[1:], f"--workdir={workdir}"]
-        subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True, timeout=120)
-        result = json.loads((workdir / "result.json").read_text())
-        assert result["validation_accuracy"] == pytest.approx(best.score, abs=1e-6)
-        assert read_recipe(workdir / "run.json")[1] == best.recipe
+    assert read_recipe(directory / "best.json") == ("digits", best.recipe)
+    status, *_ = invoke_command(capsys, *shlex.split(command)[2:], f"--workdir={tmp_path / 'run'}")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert status == 0 and result["validation_accuracy"] == pytest.approx(best.score, abs=1e-6)
+    assert read_recipe(tmp_path / "run" / "run.json")[1] == best.recipe
     assert (directory / "search.png").stat().st_size > 10_000
 
 
-def test_a_search_that_is_over_is_reported_again_and_one_with_more_trials_goes_on(alone, capsys):
-    directory, _ = alone
+def test_a_search_that_is_over_is_reported_again_and_one_with_more_trials_resumes(search_of_two, tmp_path, capsys):
+    given, directory, _ = search_of_two
+    directory = shutil.copytree(directory, tmp_path / "search")
     before = {path: path.stat().st_mtime_ns for path in directory.glob("trial_*/outcome.json")}
-    status, out, err = invoke(capsys, *QUICK, "--max_trials=6", f"--workdir={directory}")
-    assert (status, err) == (0, "") and "holds 6 trials" in out and "best: trial" in out and "trial 6 of 6" not in out
-    status, out, err = invoke(capsys, *QUICK, "--max_trials=7", f"--workdir={directory}")
-    assert (status, err) == (0, "") and "trial 7 of 7: " in out
-    assert all(path.stat().st_mtime_ns == at for path, at in before.items()) and len(read_trials(directory)) == 7
+    status, out, err = invoke(capsys, *given, "--max_trials=2", f"--workdir={directory}")
+    assert (status, err) == (0, "") and "holds 2 trials" in out and "best: trial" in out and "trial 2 of 2" not in out
+    status, out, err = invoke(capsys, *given, "--max_trials=3", f"--workdir={directory}")
+    assert (status, err) == (0, "") and "trial 3 of 3: " in out
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items()) and len(read_trials(directory)) == 3
 
 
-def test_two_workers_of_which_one_is_killed_find_what_one_process_finds(alone, tmp_path):
+def test_a_killed_worker_is_restarted_and_two_find_what_one_process_finds(search_of_two, tmp_path):
+    """The workers are processes; one is killed while it trains."""
+    given, alone, _ = search_of_two
     directory = tmp_path / "search"
-    process = start(*QUICK, "--max_trials=6", "--workers=2", f"--workdir={directory}")
-    wait_for(lambda: (2, RUNNING) in states(directory))
-    worker = next(
-        int(folder.name)
-        for folder in pathlib.Path("/proc").iterdir()
-        if folder.name.isdecimal() and b"KERASTUNER_TUNER_ID=worker1" in _environment(folder) and _parent(folder) == process.pid
-    )
-    os.kill(worker, signal.SIGKILL)
+    process = start("-m", "tuning.search", *given, "--max_trials=2", "--workers=2", f"--workdir={directory}")
+    wait_for(lambda: len(states(directory)) == 2)
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    environments = {child: pathlib.Path("/proc", child, "environ").read_bytes() for child in children}
+    (worker,) = (child for child, text in environments.items() if b"KERASTUNER_TUNER_ID=worker1" in text)
+    os.kill(int(worker), signal.SIGKILL)
     out, err = process.communicate(timeout=400)
-    assert process.returncode == 0 and err == ""
-    assert "worker1 was ended by signal 9; it is started again" in out and "best: trial" in out and "neighbour\n" not in out
-    mine, expected = read_trials(directory), read_trials(alone[0])[:6]
-    assert [(trial.number, trial.state, trial.recipe) for trial in mine] == [
-        (trial.number, trial.state, trial.recipe) for trial in expected
-    ]
-    assert [trial.score for trial in mine] == pytest.approx([trial.score for trial in expected], abs=1e-6)
+    assert (process.returncode, err) == (0, "")
+    assert "worker1 ended with signal 9; it is restarted" in out and "best: trial" in out and "neighbour\n" not in out
+    pairs = list(zip(read_trials(directory), read_trials(alone), strict=True))
+    assert all((mine.number, mine.state, mine.recipe) == (own.number, own.state, own.recipe) for mine, own in pairs)
+    assert [mine.score for mine, _ in pairs] == pytest.approx([own.score for _, own in pairs], abs=1e-6)
 
 
-def _environment(folder):
-    try:
-        return (folder / "environ").read_bytes()
-    except OSError:
-        return b""
-
-
-def _parent(folder):
-    return int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-
-
-@pytest.mark.parametrize(
-    ("workers", "signum"), [(0, signal.SIGTERM), (0, signal.SIGKILL), (1, signal.SIGTERM), (1, signal.SIGKILL)]
-)
-def test_a_search_that_is_stopped_in_a_trial_goes_on_in_it(tmp_path, workers, signum):
+def test_a_search_that_is_stopped_in_a_trial_resumes_in_it(tmp_path, capsys):
+    """First by SIGTERM to launcher, which ends chief and worker, then twice by its budget."""
     directory = tmp_path / "search"
-    long = [*SMALL, "--epochs=400", "--tuner=random", "--max_trials=2", f"--workdir={directory}", f"--workers={workers}"]
-    process = start(*long)
+    given = [*TINY, "--epochs=4000", "--tuner=random", "--max_trials=2", f"--workdir={directory}"]
+    process = start("-m", "tuning.search", *given, "--workers=1")
     log = directory / "trial_0" / "log.txt"
-    wait_for(lambda: log.exists() and "epoch 3/" in log.read_text())  # so the second epoch's checkpoint is there
-    family = {int(f.name) for f in pathlib.Path("/proc").iterdir() if f.name.isdecimal() and str(directory) in _command(f)}
-    assert len(family) == 1 + 2 * workers  # with the chief
-    process.send_signal(signum)
+    wait_for(lambda: log.exists() and "epoch 3/" in log.read_text())
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.terminate()
     _, err = process.communicate(timeout=120)
-    wait_for(lambda: not any(pathlib.Path("/proc", str(pid)).exists() for pid in family))
+    assert process.returncode == 128 + signal.SIGTERM and "the same command resumes from there" in err
+    assert "Traceback" not in err and len(children) == 2
+    assert not any(pathlib.Path("/proc", child).exists() for child in children)
     (trial,) = read_trials(directory)
-    if signum == signal.SIGTERM:
-        assert process.returncode == 128 + signal.SIGTERM
-        assert "the same command goes on from there" in err and "Traceback" not in err
-    if (workers, signum) != (0, signal.SIGKILL):  # the trial itself was asked, by a signal or by its launcher's end
-        assert (trial.state, trial.starts) == (RUNNING, 0) and "stopped after step" in trial.reason
-    again = start(*long)
-    wait_for(lambda: "epoch" in log.read_text().partition("resuming after step")[2])
-    again.send_signal(signal.SIGTERM)
-    assert again.communicate(timeout=120)[1].count("the same command goes on from there") == 1
-    assert again.returncode == 128 + signal.SIGTERM
-
-
-def test_a_budget_ends_a_search_in_a_trial(tmp_path, capsys):
-    directory = tmp_path / "search"
-    long = [*SMALL, "--epochs=4000", "--max_trials=2", f"--workdir={directory}"]
-    status, out, err = invoke(capsys, *long, "--budget_minutes=0.1")
-    assert (status, err) == (0, "") and "the budget is used up; the same command goes on from there" in out
+    assert (trial.state, trial.starts) == (RUNNING, 0) and "stopped after step" in trial.reason
+    for _ in range(2):
+        status, out, err = invoke(capsys, *given, "--budget_minutes=0.1")
+        assert (status, err) == (0, "") and "the budget is used up; the same command resumes from there" in out
     assert states(directory) == [(1, RUNNING)] and "1 trials (1 unfinished)" in report(directory)
+    resumed = log.read_text().split("resuming after step ")[1:]
+    assert len(resumed) == 2 and 0 < int(resumed[0].split()[0]) < int(resumed[1].split()[0])
 
 
-def _command(folder):
-    try:
-        return (folder / "cmdline").read_bytes().decode(errors="replace")
-    except OSError:
-        return ""
-
-
-def test_hopeless_and_failed_trials_are_told_and_do_not_end_a_search(tmp_path, capsys):
-    hopeless = [*SMALL, "--epochs=6", "--learning_rate=0.0001", "--rate_depth=0", "--chance_steps=20", "--max_trials=3"]
-    status, out, err = invoke(capsys, *hopeless, "--narrow=initializer=orthonormal", f"--workdir={tmp_path / 'chance'}")
+def test_hopeless_and_failed_trials_do_not_end_a_search(tmp_path, capsys):
+    hopeless = [*TINY, "--epochs=3", "--learning_rate=0.00001", "--rate_depth=0", "--chance_steps=20", "--max_trials=1"]
+    hopeless += ["--narrow=initializer=orthonormal", f"--workdir={tmp_path / 'chance'}"]
+    status, out, err = invoke(capsys, *hopeless)
     assert (status, err) == (0, "") and "hopeless: training accuracy" in out and "where chance is 0.100" in out
-    stopped = [trial for trial in read_trials(tmp_path / "chance") if trial.state == HOPELESS]
-    assert stopped and all(trial.score == pytest.approx(0.1) for trial in stopped)
+    (stopped,) = read_trials(tmp_path / "chance")
+    assert stopped.state == HOPELESS and stopped.score == pytest.approx(0.1)
     for name in "ab":  # images of one colour, in which no patch differs from another
         (tmp_path / "grey" / name).mkdir(parents=True)
         for index in range(20):
             keras.utils.save_img(tmp_path / "grey" / name / f"{index}.png", np.full((8, 8, 3), 99), scale=False)
-    grey = [*QUICK, f"--dataset=folder:{tmp_path / 'grey'}", "--stem_initializer=pca", "--batch_size=4"]
+    grey = [*TINY, f"--dataset=folder:{tmp_path / 'grey'}", "--stem_initializer=pca", "--batch_size=4"]
     status, out, err = invoke(capsys, *grey, "--max_trials=5", f"--workdir={tmp_path / 'failed'}")
-    assert (status, err) == (0, "") and "no trial is finished yet" in out
+    assert (status, err) == (0, "") and "no trial has finished yet" in out
     assert states(tmp_path / "failed") == [(number, FAILED) for number in range(1, 6)]
-    assert (
-        out.count("failed: --stem_initializer=pca must have images with patches that differ") == 10
-    )  # as it ends, in the table
+    assert out.count("failed: --stem_initializer=pca must have images with patches that differ") == 10  # line and table
 
 
-def test_a_trial_that_kills_its_process_again_and_again_is_given_up(tmp_path, capsys):
-    directory = tmp_path / "search"
-    arguments = [*QUICK, "--max_trials=2", f"--workdir={directory}"]
-    assert invoke(capsys, *arguments)[0] == 0
+def test_a_trial_that_kills_its_process_again_and_again_is_given_up(search_of_two, tmp_path, capsys):
+    given, directory, _ = search_of_two
+    directory = shutil.copytree(directory, tmp_path / "search")
     kept, oracle = (json.loads((directory / name).read_text()) for name in ("trial_1/trial.json", "oracle.json"))
     Trial(2, RUNNING, read_trials(directory)[1].recipe, starts=3).write(directory / "trial_1")
+    shutil.rmtree(directory / "trial_1" / "run")
     write_json(directory / "trial_1" / "trial.json", {**kept, "status": "RUNNING"})
     write_json(directory / "oracle.json", {**oracle, "ongoing_trials": {"tuner0": "1"}, "end_order": ["0"]})
-    status, out, _ = invoke(capsys, *arguments)
-    assert status == 0 and "trial 2 of 2: failed: its process ended 3 times without a word" in out
+    status, out, _ = invoke(capsys, *given, "--max_trials=2", f"--workdir={directory}")
+    assert status == 0 and "trial 2 of 2: failed: its process ended 3 times without a message" in out
     assert states(directory) == [(1, FINISHED), (2, FAILED)]
 
 
+CHIEF = {"KERASTUNER_TUNER_ID": "chief", "KERASTUNER_ORACLE_IP": "127.0.0.1"}
+
+
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "variables", "message"),
     [
-        (["--tuner=annealing"], "--tuner must be one of hyperband, bayesian, random, grid. Received: 'annealing'"),
-        (["--max_trials=0"], "--max_trials must be at least 1. Received: 0"),
-        (["--budget_minutes=-1"], "--budget_minutes must be at least 0. Received: -1.0"),
-        (["--budget_minutes=nan"], "--budget_minutes must be at least 0. Received: nan"),
-        (["--workers=-1"], "--workers must be at least 0. Received: -1"),
-        (["--factor=100"], "--factor must lie in the space that is searched, 1e-06:10. Received: 100.0"),
-        (["--factor=-1"], "--factor must be at least 0. Received: -1.0"),
-        (["--narrow=factor=5"], "--narrow must be factor=LOW:HIGH within 1e-06:10. Received: 'factor=5'"),
-        (["--nohold_out"], "--hold_out must be true: trials are judged by validation images. Received: False"),
-        (["--recipe=digit"], "--recipe must be one of digits, "),
+        (["--tuner=annealing"], {}, "flag --tuner=annealing: value should be one of <hyperband|bayesian|random|grid>"),
+        (["--max_trials=0"], {}, "flag --max_trials=0: 0 is not a positive integer"),
+        (["--budget_minutes=nan"], {}, "--budget_minutes must be at least 0. Received: nan"),
+        (["--factor=100"], {}, "--factor must lie in the search space, 1e-06:10. Received: 100.0"),
+        (["--factor=-1"], {}, "--factor must be "),
+        (["--narrow=factor=5"], {}, "--narrow must be factor=LOW:HIGH within 1e-06:10. Received: 'factor=5'"),
+        (["--nohold_out"], {}, "--hold_out must be true: trials are judged by validation images. Received: False"),
+        (["--batch_size=2000"], {}, "--batch_size must be at most the number of training images, 1293. Received: 2000"),
+        (["--strategy=multi_worker"], {}, "--strategy must be auto, none or mirrored in a search. Received: 'multi_worker'"),
+        (["--devices=GPU:7", "--workers=2"], {}, "--devices must be a number of devices or names of one kind"),
+        (["--workdir=runs/[1]"], {}, "--workdir must be without * ? [ ], patterns for keras-tuner"),
+        (["--signal_every=5"], {}, "--signal_every must be left out: a search has no use for it. Received: 5"),
+        (["--max_trial=5"], {}, "Unknown command line flag 'max_trial'"),
+        (["digits"], {}, "every argument must be a flag, --name=value. Received: digits"),
+        ([], {"KERASTUNER_TUNER_ID": "worker0"}, "KERASTUNER_TUNER_ID, KERASTUNER_ORACLE_IP and KERASTUNER_ORACLE_PORT must"),
         (
-            ["--recipe_file=missing.json"],
-            "--recipe_file must be a JSON file with a recipe, as a run's run.json. Received: 'missing",
+            [],
+            {**CHIEF, "KERASTUNER_ORACLE_PORT": "http"},
+            "KERASTUNER_ORACLE_PORT must be a port, 1 to 65535. Rec",
         ),
-        (["--batch_size=2000"], "--batch_size must be at most the number of training images, 1293. Received: 2000"),
-        (["--dataset=folder:nowhere"], "--dataset folder:nowhere must name a folder that exists"),
-        (["--strategy=multi_worker"], "--strategy must be one of auto, none, mirrored in a search. Received: 'multi_worker'"),
-        (["--devices=GPU:7", "--workers=2"], "--devices must be a number of devices or names of one kind"),
-        (["--workdir=runs/[1]"], "--workdir must be without * ? [ ], which keras-tuner takes for patterns"),
-        (["--signal_every=5"], "--signal_every must be left out: a search has no use for it. Received: 5"),
-        (["--max_trial=5"], "Unknown command line flag 'max_trial'"),
-        (["--workdir=/proc/search"], "--workdir must be a folder that can be made. Received: '/proc/search'"),
-        (["digits"], "every argument must be a flag, --name=value. Received: digits"),
+        ([], {"TF_CONFIG": '{"cluster": {"worker": ["a:1", "b:1"]}}'}, "--strategy must be none or mirrored if TF_CONFIG"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line(tmp_path, capsys, monkeypatch, arguments, message):
+def test_wrong_input_is_reported_in_one_line(tmp_path, capsys, monkeypatch, arguments, variables, message):
     monkeypatch.chdir(tmp_path)
-    status, out, err = invoke(capsys, *arguments)
-    assert status == 2 and out == "" and err.startswith(f"tuning.search: {message}") and err.count("\n") == 1
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_directory_of_something_else_is_left_alone(alone, tmp_path, capsys):
-    directory = alone[0]
-    status, _, err = invoke(capsys, *QUICK, "--search_seed=1", f"--workdir={directory}")
-    assert status == 2 and "--workdir must be empty or hold this very search" in err and "search_seed=0 there, 1 here" in err
-    status, _, err = invoke(capsys, *QUICK, "--momentum=0.8", f"--workdir={directory}")
-    assert status == 2 and "base: momentum=0.9 there, 0.8 here" in err and err.count("\n") == 1
-    (tmp_path / "file").write_text("mine")
-    status, _, err = invoke(capsys, *QUICK, f"--workdir={tmp_path}")
-    assert status == 2 and "the directory must hold a search" in err and os.listdir(tmp_path) == ["file"]
-
-
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"KERASTUNER_TUNER_ID": "worker0"}, "must be set together, or none. Received: KERASTUNER_TUNER_ID only"),
-        ({"KERASTUNER_ORACLE_IP": "127.0.0.1"}, "must be set together, or none. Received: KERASTUNER_ORACLE_IP only"),
-        (
-            {"KERASTUNER_TUNER_ID": "chief", "KERASTUNER_ORACLE_IP": "127.0.0.1", "KERASTUNER_ORACLE_PORT": "http"},
-            "KERASTUNER_ORACLE_PORT must be a port, 1 to 65535. Received: 'http'",
-        ),
-        (
-            {"TF_CONFIG": '{"cluster": {"worker": ["a:1", "b:1"]}}'},
-            "--strategy must be none or mirrored where TF_CONFIG is set",
-        ),
-    ],
-)
-def test_wrong_variables_are_told_in_one_line(monkeypatch, tmp_path, capsys, variables, message):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    status, _, err = invoke(capsys, *QUICK, f"--workdir={tmp_path / 'search'}")
-    assert status == 2 and message in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+    status, out, err = invoke(capsys, *TINY, *arguments)
+    assert status == 2 and out == "" and err.startswith(f"tuning.search: {message}") and err.count("\n") == 1
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_chief_whose_port_is_taken(monkeypatch, tmp_path, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        place = {"TUNER_ID": "chief", "ORACLE_IP": "127.0.0.1", "ORACLE_PORT": str(taken.getsockname()[1])}
-        for name, value in place.items():
-            monkeypatch.setenv(f"KERASTUNER_{name}", value)
-        status, _, err = invoke(capsys, *QUICK, f"--workdir={tmp_path / 'search'}")
-    assert status == 2 and "must be an address of this machine that is free. Received: 127.0.0.1:" in err
+        for name, value in {**CHIEF, "KERASTUNER_ORACLE_PORT": str(taken.getsockname()[1])}.items():
+            monkeypatch.setenv(name, value)
+        status, _, err = invoke(capsys, *TINY, f"--workdir={tmp_path / 'search'}")
+    assert status == 2 and "must be a free address of this machine. Received: 127.0.0.1:" in err
 
 
-def test_a_directory_is_of_one_search_at_a_time(alone, capsys):
-    with only_one(alone[0]):
-        status, _, err = invoke(capsys, *QUICK, "--max_trials=7", f"--workdir={alone[0]}")
+def test_a_directory_of_something_else_is_left_alone(search_of_two, tmp_path, capsys):
+    given, directory, _ = search_of_two
+    status, _, err = invoke(capsys, *given, "--search_seed=1", "--momentum=0.8", f"--workdir={directory}")
+    assert status == 2 and "--workdir must be empty or hold this very search" in err and err.count("\n") == 1
+    assert "search_seed=0 there, 1 here; base: momentum=0.9 there, 0.8 here" in err
+    with only_one(directory):
+        status, _, err = invoke(capsys, *given, "--max_trials=7", f"--workdir={directory}")
     assert status == 2 and "--workdir is in use by another process. Received: " in err
+    (tmp_path / "file").write_text("mine")
+    status, _, err = invoke(capsys, *given, f"--workdir={tmp_path}")
+    assert status == 2 and "the directory must hold a search" in err and os.listdir(tmp_path) == ["file"]
 
 
-def test_the_model_of_a_point_is_the_recipes(tmp_path):
-    hypermodel = RecipeHyperModel(search_space(RECIPES["digits"].recipe))
-    model = hypermodel.build(keras_tuner.HyperParameters())
-    assert model.name == "plain44" and model.optimizer is not None and model.input_shape == (None, 16, 16, 1)
+def test_a_report_by_itself(search_of_two, tmp_path, capsys):
+    _, directory, out = search_of_two
+    assert report_main([str(directory)]) == 0 and capsys.readouterr().out == out[out.index(f"{directory}: 2 trials") :]
+    for arguments, expected in ([str(tmp_path)], "must hold a search"), ([], "usage:"), (["--help"], "usage:"):
+        assert report_main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and expected in err and err.count("\n") == 1

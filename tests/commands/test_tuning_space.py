@@ -39,7 +39,7 @@ def test_values_with_many_digits_and_out_of_the_ranges_are_kept():
     assert search_space(recipe).recipe(keras_tuner.HyperParameters()) == recipe
 
 
-@pytest.mark.parametrize("name", ["digits", "digits_l2", "plain110_cifar10", "resnet44_cifar10"])
+@pytest.mark.parametrize("name", ["digits", "digits_l2", "resnet44_cifar10"])
 def test_every_point_is_a_recipe_in_the_space(name):
     base = RECIPES[name].recipe
     space = search_space(base)
@@ -90,6 +90,8 @@ def test_narrowed_spaces():
         assert 0.1 <= recipe.factor <= 1 and recipe.modulation != "off" and recipe.relu_shift in (0, 2, 3)
     one = search_space(DIGITS, narrowed=["modulation=anchor"])
     assert "modulation" not in one.parameters and one.base.modulation == "anchor" and "tolerance" in one.parameters
+    between = search_space(dataclasses.replace(DIGITS, relu_shift=0.7), ["relu_shift"])
+    assert between.base.relu_shift == 0.7 and "relu_shift" not in between.parameters
     off = search_space(DIGITS, narrowed=["modulation=off"])
     assert not {"modulation", "tolerance", "modulation_steps"} & set(off.parameters)
 
@@ -97,18 +99,14 @@ def test_narrowed_spaces():
 @pytest.mark.parametrize(
     "changes, fixed, narrowed, message",
     [
-        ({"factor": 100.0}, ["factor"], [], "--factor must lie in the space that is searched, 1e-06:10. Received: 100.0"),
-        ({"tolerance": 50.0}, ["tolerance"], [], r"--tolerance must lie in the space .*1.001\|1.1.*Received: 50.0"),
-        ({"initializer": "glorot_uniform"}, ["initializer"], [], "--initializer must lie in the space"),
+        ({"factor": 100.0}, ["factor"], [], "--factor must lie in the search space, 1e-06:10. Received: 100.0"),
+        ({"tolerance": 50.0}, ["tolerance"], [], r"--tolerance must lie in the search space.*1.001\|1.1.*Received: 50.0"),
+        ({"initializer": "glorot_uniform"}, ["initializer"], [], "--initializer must lie in the search space"),
         ({}, [], ["width=8|16"], "--narrow must name one of the searched values, learning_rate, .*Received: 'width=8"),
-        ({}, ["factor"], ["factor=0.1:1"], "--narrow must name one of the searched values"),
         ({}, [], ["factor=1:100"], "--narrow must be factor=LOW:HIGH within 1e-06:10. Received: 'factor=1:100'"),
         ({}, [], ["factor=1:0.1"], "--narrow must be factor=LOW:HIGH"),
-        ({}, [], ["factor=nan:1"], "--narrow must be factor=LOW:HIGH"),
         ({}, [], ["factor=0.1"], "--narrow must be factor=LOW:HIGH"),
-        ({}, [], ["factor"], "--narrow must be factor=LOW:HIGH"),
         ({}, [], ["tolerance=2|3"], r"--narrow must be tolerance=VALUE\|VALUE of .*Received: 'tolerance=2\|3'"),
-        ({}, [], ["modulation="], r"--narrow must be modulation=VALUE\|VALUE"),
         ({}, list(SPACE), [], "must leave something to search"),
     ],
 )
@@ -117,25 +115,15 @@ def test_what_is_refused(changes, fixed, narrowed, message):
         search_space(dataclasses.replace(DIGITS, **changes), fixed, narrowed)
 
 
-def test_a_fixed_number_between_choices_is_taken():
-    space = search_space(dataclasses.replace(DIGITS, relu_shift=0.7), ["relu_shift"])
-    assert space.base.relu_shift == 0.7 and "relu_shift" not in space.parameters
-
-
-def test_hyperbands_epochs_take_the_place_of_the_recipes():
-    hp = keras_tuner.HyperParameters()
-    search_space(DIGITS).recipe(hp)
-    hp.values["tuner/epochs"] = 7
-    assert search_space(DIGITS).recipe(hp) == dataclasses.replace(DIGITS, epochs=7)
-
-
-def test_a_net_that_grows_does_so_after_the_same_share_of_hyperbands_epochs():
+def test_hyperbands_epochs_replace_the_recipes_and_growth_is_after_the_same_share():
     hp = keras_tuner.HyperParameters()
     space = search_space(dataclasses.replace(DIGITS, start_depth=8, grow_epoch=22, epochs=30))
     space.recipe(hp)
     grown = {}
+    assert space.recipe(hp) == space.base
     for epochs in (1, 2, 4, 10, 30):
         hp.values["tuner/epochs"] = epochs
         recipe = space.recipe(hp).check()
+        assert dataclasses.replace(recipe, epochs=30, start_depth=8, grow_epoch=22) == space.base
         grown[recipe.epochs] = (recipe.start_depth, recipe.grow_epoch)
     assert grown == {1: (0, 0), 2: (8, 1), 4: (8, 3), 10: (8, 7), 30: (8, 22)}
