@@ -92,8 +92,7 @@ def evaluation_batches(split, batch_size, replicas=1, own=(0,)):
     Args:
         split: `MemorySplit` or `DiskSplit`.
         batch_size: int.
-        replicas: See `training_batches`.
-        own: See `training_batches`.
+        replicas, own: See `training_batches`.
 
     Returns:
         Dataset of `(images, labels, weights)`, as in `training_batches`; float32 weights are 1, and 0 for images that could

@@ -5,7 +5,7 @@ import tensorflow as tf
 from ortho_keras.method.errors import InputError, first_line
 from ortho_keras.trainer.data.disk import DiskSplit
 from ortho_keras.trainer.data.memory import read_into_memory
-from ortho_keras.trainer.data.sources import find_source
+from ortho_keras.trainer.data.sources import SOURCES, TfdsDataset
 from ortho_keras.trainer.data.splits import with_held_out
 
 
@@ -29,18 +29,12 @@ def load_data(name, data_dir=None, image_size=0, hold_out=True, storage="memory"
     Raises:
         InputError: If the data set is unknown, cannot be downloaded or read, or its images differ in size.
     """
-    source = find_source(name, data_dir)
     try:
+        source = SOURCES.get("".join(name.partition(":")[:2]), TfdsDataset)(name, data_dir)
         if storage == "disk":
             splits = {key: DiskSplit(images, image_size) for key, images in source.on_disk().items()}
         else:
-            examples = source.examples().items()
-            splits = {key: read_into_memory(pairs, image_size, source.flag) for key, pairs in examples}
+            splits = read_into_memory(source.examples(), image_size, source.flag)
     except (OSError, tf.errors.OpError) as error:
-        raise InputError(
-            f"{source.flag} must be complete and readable in {source.path}. Received: {first_line(error)}"
-        ) from error
-    shapes = {key: split.image_shape for key, split in splits.items()}
-    if len(set(shapes.values())) > 1:
-        raise InputError(f"{source.flag} must have images of one size, or --image_size must be given. Received: {shapes}")
+        raise InputError(f"--dataset {name} must be complete and readable. Received: {first_line(error)}") from error
     return with_held_out(splits, source.class_names, source.flag, hold_out)

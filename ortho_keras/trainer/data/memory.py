@@ -53,19 +53,23 @@ class MemorySplit:
 
 
 def read_into_memory(examples, image_size, flag):
-    """Returns a `MemorySplit` of pairs of a uint8 image and a label, resized to `image_size` unless that is 0."""
-    images, labels = [], []
-    for shape, group in itertools.groupby(examples, key=lambda pair: pair[0].shape):
-        while pairs := list(itertools.islice(group, max(1, RESIZED_AT_ONCE // math.prod(shape)))):
-            stack = np.stack([image for image, _ in pairs])
+    """Returns `{split: MemorySplit}` of `{split: pairs of a uint8 image and a label}`, resized unless `image_size` is 0."""
+    stacks = {split: list(_stacks(pairs, image_size)) for split, pairs in examples.items()}
+    shapes = sorted({images.shape[1:] for found in stacks.values() for images, _ in found})
+    if len(shapes) > 1:
+        raise InputError(f"{flag} must have images of one size, or --image_size must be given. Received: {shapes[:4]}")
+    empty = [split for split, found in stacks.items() if not found]
+    if empty:
+        raise InputError(f"{flag} must have images in each split. Received: none in {', '.join(empty)}")
+    return {split: MemorySplit(*map(np.concatenate, zip(*found))) for split, found in stacks.items()}
+
+
+def _stacks(pairs, image_size):
+    """Arrays of images and of labels: one by one, small images would take longer to pass on than to resize."""
+    for shape, group in itertools.groupby(pairs, key=lambda pair: pair[0].shape):
+        while found := list(itertools.islice(group, max(1, RESIZED_AT_ONCE // math.prod(shape)))):
+            images, labels = map(np.stack, zip(*found))
             if image_size and shape[:2] != (image_size, image_size):
-                resized = tf.image.resize(stack, (image_size, image_size), antialias=True)
-                stack = np.clip(np.round(resized), 0, 255).astype(np.uint8)
-            images.append(stack)
-            labels.extend(int(label) for _, label in pairs)
-    shapes = sorted({stack.shape[1:] for stack in images})
-    if len(shapes) != 1:
-        raise InputError(
-            f"{flag} must have images, and those of one size unless --image_size is given. Received: the shapes {shapes[:3]}"
-        )
-    return MemorySplit(np.concatenate(images), np.asarray(labels, np.int64))
+                resized = tf.image.resize(images, (image_size, image_size), antialias=True)
+                images = np.clip(np.round(resized), 0, 255).astype(np.uint8)
+            yield images, labels.astype(np.int64)

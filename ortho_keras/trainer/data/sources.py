@@ -11,23 +11,18 @@ from ortho_keras.method.errors import InputError, first_line
 from ortho_keras.trainer.data.disk import ImageFiles, ImageRecords
 
 SOURCES = {}  # by the data set's name, or by the part of it up to its colon
-VALIDATION_NAMES = ("validation", "val", "valid")
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class Source:
     """A data set for image classification, whose images are read into memory or from the disk as they are needed.
 
-    A subclass is available by its name, `class Digits(Source, name="digits")`, or by a prefix, `name="folder:"`. The keys
-    of its splits are `"train"` and, where the data has them, `"test"` and `"validation"`.
+    A subclass is available by its name, `class Digits(Source, name="digits")`, or by a prefix, `name="folder:"`. It sets
+    `class_names`, a list. The keys of its splits are `"train"` and, where the data has them, `"test"` and `"validation"`.
 
     Args:
         name: The name of the data set, as `load_data` takes it.
         data_dir: Path of a folder of prepared data, or `None`.
-
-    Attributes:
-        class_names: Names of the classes by label, a list.
-        path: Where the data is, for error messages.
     """
 
     def __init_subclass__(cls, name=None, **kwargs):
@@ -36,7 +31,7 @@ class Source:
             SOURCES[name] = cls
 
     def __init__(self, name, data_dir=None):
-        self.flag = f"--dataset {name}"
+        self.flag = f"--dataset {name}"  # for error messages
 
     def examples(self):
         """Returns `{split: iterable of pairs of a uint8 image (height, width, channels) and a label}`."""
@@ -47,15 +42,8 @@ class Source:
         raise InputError(f"{self.flag} must be used with --storage memory. Received: --storage disk")
 
 
-def find_source(name, data_dir=None):
-    """Returns the `Source` of a data set: the registered one of this name or prefix, or else TFDS's."""
-    return SOURCES.get("".join(name.partition(":")[:2]), TfdsDataset)(name, data_dir)
-
-
 class Digits(Source, name="digits"):
     """Scikit-learn's handwritten digits: 1,797 grayscale images of 8x8 pixels, a fifth of them for the test."""
-
-    path = "scikit-learn"
 
     def examples(self):
         require(self.flag, "sklearn")
@@ -76,30 +64,25 @@ class ImageFolder(Source, name="folder:"):
         super().__init__(name)
         path = name.removeprefix("folder:")
         self.path = pathlib.Path(path).expanduser()
-        try:
-            if not path or not self.path.is_dir():
-                raise InputError(f"{self.flag} must be a folder that exists. Received: {path!r}")
-            folders = {split: _class_folders(folder) for split, folder in self._split_folders().items()}
-            paths = {split: [path for folder in found for path in _images(folder)] for split, found in folders.items()}
-        except OSError as error:
-            raise InputError(f"{self.flag} must be readable. Received: {first_line(error)}") from error
-        if not paths["train"]:
+        if not path or not self.path.is_dir():
+            raise InputError(f"{self.flag} must be a folder that exists. Received: {path!r}")
+        # A class can be called `train`: as a split it contains folders itself.
+        split_names = _splits([folder.name for folder in _folders(self.path) if folder.name != "train" or _folders(folder)])
+        places = {split: self.path / name for split, name in split_names.items()}
+        folders = {split: _folders(place) for split, place in (places if "train" in places else {"train": self.path}).items()}
+        self.class_names = sorted({folder.name for found in folders.values() for folder in found})
+        self.files = {split: list(self._files(found)) for split, found in folders.items()}
+        if not self.files["train"]:
             raise InputError(
                 f"{self.flag} must contain one folder of JPEG or PNG images for each class, or train/ and test/ with such "
                 f"folders in each. Received: no image in {sum(map(len, folders.values()))} folder(s)"
             )
-        self.class_names = sorted({folder.name for found in folders.values() for folder in found})
-        labels = {name: label for label, name in enumerate(self.class_names)}
-        self.files = {split: [(path, labels[path.parent.name]) for path in found] for split, found in paths.items() if found}
+        self.files = {split: pairs for split, pairs in self.files.items() if pairs}
 
-    def _split_folders(self):
-        """Returns `{split: folder}`. `train` is a split only if it contains folders itself; otherwise it is a class."""
-        train = self.path / "train"
-        if not train.is_dir() or not _class_folders(train):
-            return {"train": self.path}
-        names = {"train": ["train"], "test": ["test"], "validation": VALIDATION_NAMES}
-        found = {split: [self.path / name for name in names[split] if (self.path / name).is_dir()] for split in names}
-        return {split: folders[0] for split, folders in found.items() if folders}
+    def _files(self, folders):
+        for folder in folders:
+            label = self.class_names.index(folder.name)
+            yield from ((path, label) for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES)
 
     def examples(self):
         return {split: self._decoded(split) for split in self.files}
@@ -121,13 +104,15 @@ class ImageFolder(Source, name="folder:"):
                 ) from error
 
 
-def _class_folders(folder):
+def _folders(path):
     """Hidden folders (`.ipynb_checkpoints`) are not classes."""
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _images(folder):
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+def _splits(names):
+    """Returns which of the names are splits, as `{"train": "train", "test": "test", "validation": "val"}`."""
+    known = {"train": "train", "test": "test", "validation": "validation", "val": "validation", "valid": "validation"}
+    return {split: name for name, split in reversed(known.items()) if name in names}
 
 
 class TfdsDataset(Source):
@@ -148,17 +133,15 @@ class TfdsDataset(Source):
         features = self.builder.info.features
         if "image" not in features or "label" not in features or not hasattr(features["label"], "names"):
             raise InputError(f"{self.flag} must have an image and a class label in each example. Received: {list(features)}")
-        self.path, self.class_names = self.builder.data_path, features["label"].names
+        self.class_names = features["label"].names
         if not self.builder.is_prepared():
             self._prepare()
         names = list(self.builder.info.splits)
-        validation = next((split for split in VALIDATION_NAMES if split in names), None)
-        test = "test" if "test" in names else validation
-        if "train" not in names or test is None:
+        self.splits = _splits(names)
+        if "test" not in self.splits and "validation" in self.splits:
+            self.splits["test"] = self.splits.pop("validation")
+        if not {"train", "test"} <= set(self.splits):
             raise InputError(f"{self.flag} must have a training and a test split. Received: the splits {names}")
-        self.splits = {"train": "train", "test": test}
-        if validation not in (None, test):
-            self.splits["validation"] = validation
 
     def _prepare(self):
         """Downloads and prepares the data. Without a network TFDS retries for minutes: one request fails within seconds."""
@@ -173,8 +156,8 @@ class TfdsDataset(Source):
         except Exception as error:  # TFDS passes on whatever its downloader raises
             manual = f"; its files must be downloaded manually: {' '.join(instructions.split())}" if instructions else ""
             raise InputError(
-                f"{self.flag} must be prepared in --data_dir or downloadable. Received: nothing prepared in {self.path}, "
-                f"and the download failed ({first_line(error)}){manual}"
+                f"{self.flag} must be prepared in --data_dir or downloadable. Received: nothing prepared in "
+                f"{self.builder.data_path}, and the download failed ({first_line(error)}){manual}"
             ) from error
 
     def examples(self):
