@@ -19,13 +19,15 @@ import pathlib
 import queue
 import sys
 
+from absl import app, flags
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import start_up  # noqa: F401 - TensorFlow's settings as in train.py; the processes inherit them
-from absl import app, flags
-from paper_cells import ARMS, BASE, CHANCE_STEPS, FACTORS, FIRST_DEPTH, RESULTS, Table
-from runs import KEPT, commit, forget
 
 FLAGS = flags.FLAGS
+
+from paper_cells import ARMS, BASE, CHANCE_STEPS, FACTORS, FIRST_DEPTH, RESULTS, Table
+from runs import KEPT, commit, forget
 
 flags.DEFINE_bool("table", False, "Print the table of the results that are there, and end.")
 flags.DEFINE_list("depths", ["44", "110", "20"], "Depths, in this order; those after the first take their rates from 44.")
