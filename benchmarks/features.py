@@ -1,10 +1,11 @@
-"""Draws trained models side by side: feature maps of the same test images, and filters beside them.
+"""Draws trained models side by side: feature maps of the same test images, and filters.
 
 python benchmarks/features.py --models=runs/digits,runs/digits_l2 --output=digits.png
 
 writes digits.png (feature maps) and digits_filters.png.
 """
 
+import argparse
 import json
 import os
 import pathlib
@@ -15,7 +16,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import keras
 import numpy as np
-from absl import app, flags
 
 from ortho_keras.diagnosis.features import compare_features, compare_filters
 from ortho_keras.method.errors import InputError
@@ -23,16 +23,21 @@ from ortho_keras.method.kernels import layer_kernels
 from ortho_keras.method.loading import load_model
 from ortho_keras.trainer.data import load_data
 
-FLAGS = flags.FLAGS
 
-flags.DEFINE_list("models", [], "Trained models: .keras files, or folders of runs, which hold final.keras.")
-flags.DEFINE_list("labels", [], "A label for each model; by default its recipe's name, or its file's.")
-flags.DEFINE_string("dataset", None, "Where the images come from, as in train.py; by default the runs' own (run.json).")
-flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS data; by default TFDS's own.")
-flags.DEFINE_integer("image_size", None, "Pixels a side, as in train.py; by default the runs' own (run.json).", lower_bound=0)
-flags.DEFINE_integer("images", 3, "How many test images, from the first.", lower_bound=1)
-flags.DEFINE_list("layers", [], "Layers to draw; by default five ReLUs that all models have, spread over the depth.")
-flags.DEFINE_string("output", "features.png", "The picture of feature maps; the filters go to <stem>_filters.png beside it.")
+def parse_arguments(arguments):
+    def names(text):
+        return text.split(",")
+
+    parser = argparse.ArgumentParser(prog="features.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--models", type=names, required=True, help=".keras files, or folders of runs with final.keras")
+    parser.add_argument("--labels", type=names, help="a label for each model (default: its recipe's name, or its file's)")
+    parser.add_argument("--dataset", help="source of the images, as in train.py (default: the runs' own, from run.json)")
+    parser.add_argument("--data_dir", help="folder of prepared TFDS data (default: TFDS's own)")
+    parser.add_argument("--image_size", type=int, help="pixels a side, as in train.py (default: the runs' own)")
+    parser.add_argument("--images", type=int, default=3, help="how many test images, from the first (default: 3)")
+    parser.add_argument("--layers", type=names, help="layers to draw (default: five ReLUs that all models have)")
+    parser.add_argument("--output", default="features.png", help="file of the feature maps; <stem>_filters.png has the filters")
+    return parser.parse_args(arguments)
 
 
 def find_model(name):
@@ -51,35 +56,32 @@ def read_json(path):
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise InputError(f"{path} must be a run's JSON file. Received: a damaged one") from error
+        raise InputError(f"{path} must be a run's JSON file. Received: {error}") from error
 
 
-def find_labels(paths):
+def find_labels(paths, given):
     """Returns a label for each model, all different."""
-    if FLAGS.labels:
-        if len(set(FLAGS.labels)) != len(paths) or len(FLAGS.labels) != len(paths):
-            raise InputError(f"--labels must be {len(paths)} different ones, one for each model. Received: {FLAGS.labels}")
-        return FLAGS.labels
-    labels = [
+    labels = given or [
         read_json(path.parent / "result.json").get("recipe_name")
         or (path.resolve().parent.name if path.name == "final.keras" else path.stem)
         for path in paths
     ]
-    labels = [f"{label} ({path.parent})" if labels.count(label) > 1 else label for label, path in zip(labels, paths)]
-    if len(set(labels)) != len(labels):
-        raise InputError(f"--labels must be given: the models cannot be told apart by name. Received: {', '.join(labels)}")
+    if not given:
+        labels = [f"{label} ({path.parent})" if labels.count(label) > 1 else label for label, path in zip(labels, paths)]
+    if len(set(labels)) != len(paths) or len(labels) != len(paths):
+        raise InputError(f"--labels must be {len(paths)} different ones, one for each model. Received: {', '.join(labels)}")
     return labels
 
 
-def choose(flag, paths, default):
+def choose(flag, given, paths, default=None):
     """Returns a flag's value, or the one that the models' recipes share."""
-    if FLAGS[flag].value is not None:
-        return FLAGS[flag].value
+    if given is not None:
+        return given
     found = {read_json(path.parent / "run.json").get("recipe", {}).get(flag) for path in paths} - {None}
     if len(found) > 1:
         raise InputError(f"--{flag} must be given where the models' own differ. Received: {', '.join(map(str, sorted(found)))}")
     if not found and default is None:
-        raise InputError(f"--{flag} must be given where no model has a run.json beside it")
+        raise InputError(f"--{flag} must be given where no model has a run.json in its folder")
     return found.pop() if found else default
 
 
@@ -94,7 +96,7 @@ def default_layers(models):
         if len(getattr(layer.output, "shape", ())) == 4 and all(layer.name in own for own in known)
     ]
     if not names:
-        raise InputError("--layers must be given: the models have no ReLU of one name behind a convolution in common")
+        raise InputError("--layers must be given: the models share no ReLU by name")
     return [names[at] for at in np.unique(np.linspace(0, len(names) - 1, 5).round().astype(int))]
 
 
@@ -109,55 +111,37 @@ def convolution_before(model, name):
     return found
 
 
-def draw():
-    """Draws both pictures and returns their paths."""
-    if not FLAGS.models:
-        raise InputError("--models must name at least one model, separated by commas")
-    paths = [find_model(name) for name in FLAGS.models]
-    labels = find_labels(paths)
-    dataset, image_size = choose("dataset", paths, None), choose("image_size", paths, 0)
-    test = load_data(dataset, FLAGS.data_dir, image_size).test
-    if FLAGS.images > len(test):
-        raise InputError(f"--images must be at most {len(test)}, the number of test images. Received: {FLAGS.images}")
+def draw(given):
+    """Draws both plots and returns their paths."""
+    paths = [find_model(name) for name in given.models]
+    labels = find_labels(paths, given.labels)
+    dataset, image_size = choose("dataset", given.dataset, paths), choose("image_size", given.image_size, paths, 0)
+    test = load_data(dataset, given.data_dir, image_size).test
+    if not 1 <= given.images <= len(test):
+        raise InputError(f"--images must be 1 to {len(test)}, the number of test images. Received: {given.images}")
     models = {label: load_model(path, compile=False) for label, path in zip(labels, paths)}
-    layers = FLAGS.layers or default_layers(list(models.values()))
+    layers = given.layers or default_layers(list(models.values()))
     kernels = dict.fromkeys(convolution_before(next(iter(models.values())), name) for name in layers)
     kernels.pop(None, None)
     if not kernels:
-        raise InputError(f"--layers must be convolutions, or stand behind one, for the picture of filters. Received: {layers}")
-    for path, model in zip(paths, models.values()):
-        missing = sorted(set(kernels) - {layer.name for layer in model.layers})
-        if missing:
-            raise InputError(f"--models must all have the layers {', '.join(missing)}. Received: {path}, which has not")
-    output = pathlib.Path(FLAGS.output).expanduser()
+        raise InputError(f"--layers must be convolutions, or come after one, for the plot of filters. Received: {layers}")
+    output = pathlib.Path(given.output).expanduser()
     filters_output = output.with_name(f"{output.stem}_filters.png")
     output.parent.mkdir(parents=True, exist_ok=True)
-    compare_features(models, test.images[: FLAGS.images], layers, output)
+    compare_features(models, test.images[: given.images], layers, output)
     compare_filters(models, list(kernels), filters_output)
     return output, filters_output
 
 
-def main(_):
+def main(arguments=None):
+    given = parse_arguments(arguments)
     try:
-        print(*draw())
+        print(*draw(given))
     except (ValueError, OSError) as error:  # InputError is a ValueError
         print(f"features.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
-def parse_flags(argv):
-    """absl's parser, with an unknown or unreadable flag told in one line."""
-    try:
-        rest = FLAGS(argv)
-    except (flags.Error, ValueError) as error:  # the latter at --noname=value
-        print(f"features.py: {' '.join(str(error).split())} (--help lists the flags)", file=sys.stderr)
-        sys.exit(2)
-    if len(rest) > 1:
-        print(f"features.py: every argument must be a flag, --name=value. Received: {' '.join(rest[1:])}", file=sys.stderr)
-        sys.exit(2)
-    return rest
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    sys.exit(main())

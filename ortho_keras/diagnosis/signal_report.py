@@ -173,9 +173,9 @@ class Probe:
                 variable.regularizer = regularizer
 
     def _custom_loss(self, outputs):
-        y, is_function = self.y, not isinstance(self.loss, keras.losses.Loss)
-        if is_function and np.ndim(y) == 1 and tf.is_tensor(outputs) and outputs.shape[1:] == (1,):
-            y = y[:, np.newaxis]  # as `compile` does
+        y, one_each = self.y, tf.is_tensor(outputs) and outputs.shape[1:] == (1,)
+        if one_each and np.ndim(y) == 1 and not isinstance(self.loss, keras.losses.Loss):
+            y = y[:, np.newaxis]  # as `compile` does for a function
         return self.loss(y, outputs)
 
 

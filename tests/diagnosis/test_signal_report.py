@@ -1,29 +1,27 @@
-"""signal_report against float64 backpropagation by hand, and what it must leave alone."""
+"""signal_report against float64 backpropagation by hand, on models of many kinds, and what it must leave alone."""
 
-import csv
+import dataclasses
 import math
 
 import keras
-import matplotlib.image
 import numpy as np
 import pytest
 import references
 import tensorflow as tf
+from keras import layers
+from reports import LOGITS, batch, report_of
 
 import ortho_keras
 
-LOGITS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
-
-def batch(shape, count=8, classes=10):
-    rng = np.random.default_rng(1)
-    return rng.normal(size=(count, *shape)).astype("float32"), rng.integers(classes, size=count)
+def figures(report):
+    return [[layer.forward_moment, layer.backward_moment, layer.gradient_ratio, layer.dead_share] for layer in report.layers]
 
 
 def test_two_dense_layers_by_hand():
     a, b = np.array([[2.0, 0.0], [0.0, 3.0]]), np.array([[1.0], [-1.0]])
     x, y = np.array([[1.0, 2.0], [3.0, -1.0]]), np.array([[0.5], [1.0]])
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, use_bias=False), keras.layers.Dense(1, use_bias=False)])
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(2, use_bias=False), layers.Dense(1, use_bias=False)])
     model.set_weights([a, b])
     report = ortho_keras.signal_report(model, x.astype("float32"), y.astype("float32"), "mean_squared_error")
     hidden = x @ a
@@ -44,50 +42,44 @@ def test_two_dense_layers_by_hand():
     assert math.isnan(first.image_share) and math.isnan(first.dead_share)
 
 
-@pytest.mark.parametrize("tolerance,reference", [(1.0, "neighbour"), (2.0, "neighbour"), (2.0, "anchor")])
+@pytest.mark.parametrize(("tolerance", "reference"), [(1.0, "neighbour"), (2.0, "anchor")])
 def test_what_modulation_would_do_is_what_it_does(tolerance, reference):
     x, y = batch((8, 8, 1))
-    model = ortho_keras.plain_cnn(14, (8, 8, 1), seed=0)
+    model = ortho_keras.plain_cnn(8, (8, 8, 1), width=4, seed=0)
     report = ortho_keras.signal_report(model, x, y, LOGITS, tolerance, reference=reference, singular_values=False)
     names = {layer.name for layer in report.layers}
     gradients, scales = references.modulated_gradients(model, x, y, names, tolerance, 1000.0, reference)
-    np.testing.assert_allclose([layer.scale for layer in report.layers], [scales[x.name] for x in report.layers], rtol=1e-3)
-    assert [layer.fired for layer in report.layers] == [scales[layer.name] != 1 for layer in report.layers]
-    assert any(layer.fired for layer in report.layers)
-    assert not report.modulated
-
     modulated = ortho_keras.modulate(model, tolerance, reference=reference)
     did = ortho_keras.signal_report(modulated, x, y, LOGITS, singular_values=False)
-    assert did.modulated
-    np.testing.assert_allclose([layer.scale for layer in did.layers], [scales[x.name] for x in did.layers], rtol=1e-3)
-    for layer in did.layers:  # the gradient that the modulated net trains on
-        kernel = model.get_layer(layer.name).kernel
+    assert did.modulated and not report.modulated and any(layer.fired for layer in did.layers)
+    for would, layer in zip(report.layers, did.layers, strict=True):
+        assert would.scale == pytest.approx(scales[layer.name], rel=1e-3) == pytest.approx(layer.scale, rel=1e-3)
+        assert would.fired == layer.fired == (scales[layer.name] != 1)
+        kernel = model.get_layer(layer.name).kernel  # the gradient that the modulated net trains on
         expected = np.linalg.norm(gradients[kernel.path]) / np.linalg.norm(kernel)
         assert layer.gradient_ratio == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_plain_net_explodes_and_the_report_says_so():
-    x, y = batch((8, 8, 1), 32)
-    report = ortho_keras.signal_report(ortho_keras.plain_cnn(44, (8, 8, 1), seed=0), x, y, LOGITS, singular_values=False)
+    options = {"shape": (8, 8, 1), "singular_values": False}
+    report = report_of(ortho_keras.plain_cnn(44, (8, 8, 1), seed=0), **options)
     total, per_layer, steps = report.growth
-    assert steps == 41 and total == pytest.approx(per_layer**steps)  # 43 convolutions, the lowest left out
+    assert steps == 41 and total == pytest.approx(per_layer**steps)  # 43 convolutions, the first left out
     assert total > 50 and 1.1 < per_layer < 1.25  # theory for dense nets: sqrt(pi / (pi - 1)) = 1.21
     first = str(report).splitlines()[0]
-    assert first == f"plain44: the error grows {per_layer:.3g} times a layer going down: {total:.2g} over 41 layers"
-    calm = ortho_keras.plain_cnn(44, (8, 8, 1), relu_shift=3.0, seed=0)
-    report = ortho_keras.signal_report(calm, x, y, LOGITS, singular_values=False)
-    assert report.findings == [] and str(report).startswith("plain44: nothing is wrong: the error keeps its magnitude")
+    assert first == f"plain44: the error grows by {per_layer:.3g}x per layer towards the input: {total:.2g}x over 41 layers"
+    calm = report_of(ortho_keras.plain_cnn(44, (8, 8, 1), relu_shift=3.0, seed=0), **options)
+    assert calm.findings == [] and str(calm).startswith("plain44: nothing is wrong: the error keeps its magnitude")
 
 
 def test_zero_padding_drowns_the_images_where_activations_have_a_mean():
-    x, y = batch((8, 8, 1), 32)
-    drowned = ortho_keras.plain_cnn(44, (8, 8, 1), bn_shift=2.0, seed=0)
-    report = ortho_keras.signal_report(drowned, x, y, LOGITS, singular_values=False)
+    model = ortho_keras.plain_cnn(26, (8, 8, 1), width=4, seed=0)
+    for weight in model.trainable_variables:
+        if weight.name == "beta":
+            weight.assign(tf.fill(weight.shape, 2.0))
+    report = report_of(model, (8, 8, 1), singular_values=False)
     worst = min(layer.image_share for layer in report.layers if layer.positions)
-    assert worst < 0.01 and f"only {100 * worst:.2g} % of the variance at " in str(report).splitlines()[0]
-    shifted = ortho_keras.plain_cnn(44, (8, 8, 1), relu_shift=2.0, seed=0)
-    report = ortho_keras.signal_report(shifted, x, y, LOGITS, singular_values=False)
-    assert min(layer.image_share for layer in report.layers if layer.positions) > 0.5
+    assert worst < 0.05 and f"only {100 * worst:.2g} % of the variance at " in str(report).splitlines()[0]
 
 
 def test_image_share_and_dead_channels_by_hand():
@@ -96,181 +88,210 @@ def test_image_share_and_dead_channels_by_hand():
     x[..., 0] = np.array([-1.0, 1.0, -1.0, 1.0])[:, None, None]
     x[..., 1] = np.array([[-2.0, 2.0], [2.0, -2.0]])
     x[..., 2] = -5.0
-    inputs = keras.Input((2, 2, 3))
-    outputs = keras.layers.Conv2D(3, 1, use_bias=False, name="conv")(inputs)
-    outputs = keras.layers.ReLU()(outputs)
-    model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(outputs)))
-    model.get_layer("conv").kernel.assign(np.eye(3).reshape(1, 1, 3, 3))
+    conv = layers.Conv2D(3, 1, use_bias=False)
+    model = keras.Sequential([keras.Input((2, 2, 3)), conv, layers.ReLU(), layers.Flatten(), layers.Dense(1)])
+    conv.kernel.assign(np.eye(3).reshape(1, 1, 3, 3))
     layer = ortho_keras.signal_report(model, x, np.ones((4, 1), np.float32), "mean_squared_error").layers[0]
     assert layer.image_share == pytest.approx(1 / (1 + 4))
     assert layer.dead_share == pytest.approx(1 / 3)
 
 
-def noisy_model():
-    inputs = keras.Input((8, 8, 3))
-    x = keras.layers.GaussianNoise(0.1)(inputs)
-    x = keras.layers.Conv2D(8, 3)(x)
-    x = keras.layers.BatchNormalization()(x)
-    x = keras.layers.Dropout(0.5)(keras.layers.ReLU()(x))
-    return keras.Model(inputs, keras.layers.Dense(10)(keras.layers.GlobalAveragePooling2D()(x)))
-
-
 def test_nothing_is_changed():
-    x, y = batch((8, 8, 3), 16)
+    x, y = batch((6, 6, 3), 16)
 
     def train(report):
         keras.utils.set_random_seed(5)
-        model = noisy_model()
+        noisy = [layers.GaussianNoise(0.1), layers.Conv2D(4, 3), layers.BatchNormalization(), layers.Dropout(0.5)]
+        head = layers.SpectralNormalization(layers.Dense(10))
+        model = keras.Sequential([keras.Input((6, 6, 3)), *noisy, layers.Flatten(), head])
         model.compile(keras.optimizers.Adam(0.01), LOGITS)
-        model.fit(x, y, batch_size=8, epochs=1, shuffle=False, verbose=0)
+        model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
         if report:
-            before = [v.numpy().copy() for v in (*model.variables, *model.optimizer.variables)]
+            variables = (*model.variables, *model.optimizer.variables)
+            before = [variable.numpy().copy() for variable in variables]
             first, second = (ortho_keras.signal_report(model, x, y) for _ in range(2))
             assert repr(first) == repr(second)  # dropout and noise drew the same
-            for old, new in zip(before, (*model.variables, *model.optimizer.variables)):
+            for old, new in zip(before, variables):
                 np.testing.assert_array_equal(old, new.numpy())
-        model.fit(x, y, batch_size=8, epochs=1, shuffle=False, verbose=0)
+        model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
         return model.get_weights()
 
     for with_report, without in zip(train(True), train(False)):
         np.testing.assert_array_equal(with_report, without)
 
 
-FUNCTIONS = ["binary_crossentropy", "binary_focal_crossentropy", "kl_divergence", "poisson", "hinge"]
-COMPILED = {
-    **{name: (1, {"loss": name}) for name in FUNCTIONS},
-    "own": (1, {"loss": lambda y, outputs: tf.reduce_mean(tf.square(y - outputs), -1)}),
-    "weight": (1, {"loss": "mse", "loss_weights": 0.5}),
-    "sum": (1, {"loss": keras.losses.MeanSquaredError(reduction="sum")}),
-    "one for two": (2, {"loss": "mse"}),
-    "two": (2, {"loss": ["mse", "binary_crossentropy"], "loss_weights": [0.25, 2.0]}),
-    "none for the second": (2, {"loss": ["mse", None]}),
-    "classes": (10, {"loss": "crossentropy"}),
-}
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_states_of_a_recurrent_layer_stay(wrapped):
+    recurrent = layers.GRU(4, stateful=True)
+    layer = layers.Bidirectional(recurrent) if wrapped else recurrent
+    model = keras.Sequential([keras.Input(batch_shape=(8, 5, 3)), layer, layers.Dense(10)])
+    x, y = batch((5, 3))
+    model(x)
+    states = [state for each in ([layer.forward_layer, layer.backward_layer] if wrapped else [layer]) for state in each.states]
+    before = [state.numpy() for state in states]
+    assert all(value.any() for value in before)
+    ortho_keras.signal_report(model, x, y, LOGITS)
+    for state, value in zip(states, before, strict=True):
+        np.testing.assert_array_equal(state.numpy(), value)
 
 
-def heads(case, penalty=None):
-    """A compiled model of one output or two of shape (16, 1), or one of 10 classes; its batch, with targets of shape (16,)."""
-    outputs, settings = COMPILED[case]
-    keras.utils.set_random_seed(1)
+def test_activations_inside_a_layer_or_after_it_are_the_same_net():
+    def net(fused):
+        keras.utils.set_random_seed(1)
+        pairs = [[layers.Dense(8, "relu")] if fused else [layers.Dense(8), layers.ReLU()] for _ in range(3)]
+        return keras.Sequential([keras.Input((6,)), *sum(pairs, []), layers.Dense(10)])  # noqa: RUF017
+
+    np.testing.assert_allclose(figures(report_of(net(True))), figures(report_of(net(False))), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("head", "classes", "loss"), [("softmax", 10, "sparse_categorical_crossentropy"), ("sigmoid", 1, "binary_crossentropy")]
+)
+def test_a_head_of_probabilities_equals_one_of_logits(head, classes, loss):
+    def net(activation):
+        keras.utils.set_random_seed(1)
+        return keras.Sequential([keras.Input((6,)), layers.Dense(8, "relu"), layers.Dense(classes, activation)])
+
+    x, y = batch((6,), 16, 2)
+    y = y.astype("float32")[:, None] if classes == 1 else y
+    logits = LOGITS if classes > 1 else keras.losses.BinaryCrossentropy(from_logits=True)
+    probabilities, expected = (ortho_keras.signal_report(net(a), x, y, b) for a, b in ((head, loss), (None, logits)))
+    np.testing.assert_allclose(figures(probabilities)[0], figures(expected)[0], rtol=1e-4)
+    np.testing.assert_allclose(figures(probabilities)[1][:3], figures(expected)[1][:3], rtol=1e-4)
+    assert probabilities.layers[-1].error_to_top == 1
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_inference_mode_that_the_graph_fixes_is_not_what_fit_runs(nested):
     inputs = keras.Input((6,))
-    x = keras.layers.Dense(8, "relu", kernel_regularizer=penalty, activity_regularizer=penalty)(inputs)
-    sizes, activation = ([10], "softmax") if outputs == 10 else ([1] * outputs, "sigmoid")
-    tensors = [keras.layers.Dense(size, activation)(x) for size in sizes]
-    model = keras.Model(inputs, tensors if len(tensors) > 1 else tensors[0])
-    model.compile(keras.optimizers.SGD(1.0), **settings)
-    rng = np.random.default_rng(1)
-    x, y = rng.normal(size=(16, 6)).astype("float32"), [rng.integers(max(2, outputs), size=16) for _ in sizes]
-    return model, x, y if len(y) > 1 else y[0]
-
-
-@pytest.mark.parametrize("case", COMPILED)
-def test_the_compiled_loss_is_the_one_of_training(case):
-    model, x, y = heads(case, "l2")
-    bare, *_ = heads(case)  # the same without penalties, which are no part of the error
-    model.fit(x, y, epochs=1, verbose=0)  # leaves tensors of its graph among the model's losses
-    bare.set_weights(model.get_weights())
-    report = ortho_keras.signal_report(model, x, y)
-    assert report.loss == pytest.approx(bare.test_on_batch(x, y, return_dict=True)["loss"], rel=1e-5)
-    bare.train_on_batch(x, y)  # at a rate of 1 a kernel loses its gradient
-    after = {layer.name: other.kernel for layer, other in zip(model.layers[1:], bare.layers[1:])}
-    for layer in report.layers:
-        kernel = model.get_layer(layer.name).kernel.numpy()
-        expected = np.linalg.norm(kernel - after[layer.name]) / np.linalg.norm(kernel)
-        assert np.nan_to_num(layer.gradient_ratio) == pytest.approx(expected, rel=1e-4, abs=1e-7)
-
-
-@pytest.mark.parametrize("case", [*FUNCTIONS, "own"])
-def test_a_function_gets_targets_of_its_outputs_rank(case):
-    model, x, y = heads(case)
-    report = ortho_keras.signal_report(model, x, y, COMPILED[case][1]["loss"])
-    assert report.loss == pytest.approx(model.test_on_batch(x, y, return_dict=True)["loss"], rel=1e-5)
-
-
-def test_a_penalty_far_above_the_loss():
-    model, x, y = heads("binary_crossentropy")
-    expected = ortho_keras.signal_report(model, x, y)
-    model.layers[1].kernel.regularizer = keras.regularizers.L2(1e6)
-    before = float(model.losses[0])
-    report = ortho_keras.signal_report(model, x, y)
-    assert before > 1e5 and float(model.losses[0]) == before
-    assert report.loss == pytest.approx(expected.loss, rel=1e-5)
-    for name in ("forward_moment", "backward_moment", "gradient_ratio"):
-        mine, theirs = ([getattr(layer, name) for layer in some.layers] for some in (report, expected))
-        np.testing.assert_allclose(mine, theirs, rtol=1e-5)
-
-
-def my_crossentropy(y, outputs):
-    return keras.losses.sparse_categorical_crossentropy(y, outputs, from_logits=True)
-
-
-class MyCrossentropy(keras.losses.Loss):
-    def call(self, y, outputs):
-        return my_crossentropy(y, outputs)
-
-
-@pytest.mark.parametrize("loss", [my_crossentropy, MyCrossentropy()], ids=["function", "object"])
-def test_a_loss_of_ones_own_may_be_called_a_crossentropy(loss):
-    x, y = batch((8, 8, 1))
-    model = ortho_keras.plain_cnn(8, (8, 8, 1), seed=0)
-    expected = ortho_keras.signal_report(model, x, y, LOGITS, singular_values=False)
-    given = ortho_keras.signal_report(model, x, y, loss, singular_values=False)
-    model.compile("sgd", loss)
-    for report in (given, ortho_keras.signal_report(model, x, y, singular_values=False)):
-        assert report.loss == pytest.approx(expected.loss, rel=1e-6)
-        magnitudes = [[layer.backward_moment for layer in some.layers] for some in (report, expected)]
-        np.testing.assert_allclose(*magnitudes, rtol=1e-4)
-
-
-KERAS = [
-    "sparse_categorical_crossentropy",
-    "crossentropy",
-    keras.losses.sparse_categorical_crossentropy,
-    keras.losses.SparseCategoricalCrossentropy,
-    keras.losses.SparseCategoricalCrossentropy(),
-]
-
-
-@pytest.mark.parametrize("loss", KERAS, ids=["name", "alias", "function", "class", "object"])
-def test_a_model_compiled_with_a_crossentropy_of_probabilities_that_returns_logits(loss):
-    x, y = batch((8, 8, 1))
-    model = ortho_keras.plain_cnn(8, (8, 8, 1), seed=0)
-    model.compile("sgd", loss)
-    with pytest.raises(ValueError, match="these outputs are logits: give the loss object, with from_logits=True"):
-        ortho_keras.signal_report(model, x, y)
-
-
-def test_a_dead_net_and_a_broken_one():
-    x, y = batch((4,), 8)
-    layers = [keras.layers.Dense(4, name="dead"), keras.layers.ReLU(), keras.layers.Dense(10)]
-    model = keras.Sequential([keras.Input((4,)), *layers])
-    model.get_layer("dead").bias.assign([-100.0] * 4)
+    normalization = layers.BatchNormalization()
+    base = keras.Sequential([keras.Input((8,)), layers.Dense(8), normalization]) if nested else normalization
+    hidden = base(layers.Dense(8)(inputs), training=False)
+    model = keras.Model(inputs, layers.Dense(10)(layers.ReLU()(hidden)))
+    x, y = batch((6,), 16)
+    x = 100 + 50 * x
     report = ortho_keras.signal_report(model, x, y, LOGITS)
-    assert report.findings[0] == "no error reaches 1 of 2 layers: dead"
-    assert report.findings[1] == "100 % of the channels behind 'dead' are dead (1 layer above 30 %)"
-    model.get_layer("dead").kernel.assign(np.full((4, 4), np.nan))
-    broken = ortho_keras.signal_report(model, x, y, LOGITS)
-    assert str(broken).startswith(f"{model.name}: the loss is nan")
-    assert math.isnan(broken.layers[0].kernel_largest) and math.isnan(broken.layers[0].operator_largest)
+    kernels = [variable for variable in model.trainable_variables if variable.name == "kernel"]
+    with tf.GradientTape() as tape:
+        loss = LOGITS(y, model(x, training=True))
+    gradients = tape.gradient(loss, [kernel.value for kernel in kernels])
+    ratios = [np.linalg.norm(gradient) / np.linalg.norm(kernel) for gradient, kernel in zip(gradients, kernels)]
+    model.compile(keras.optimizers.SGD(0.0), LOGITS)
+    assert report.loss == pytest.approx(float(loss), rel=1e-5) == pytest.approx(model.fit(x, y, verbose=0).history["loss"][0])
+    np.testing.assert_allclose([layer.gradient_ratio for layer in report.layers], ratios, rtol=1e-4)
 
 
-def test_files_and_table(tmp_path):
-    x, y = batch((8, 8, 1))
-    report = ortho_keras.signal_report(ortho_keras.plain_cnn(8, (8, 8, 1), seed=0), x, y, LOGITS)
-    report.to_csv(tmp_path / "report.csv")
-    with open(tmp_path / "report.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["name"] for row in rows] == [layer.name for layer in report.layers]
-    assert [float(row["backward_moment"]) for row in rows] == [layer.backward_moment for layer in report.layers]
-    report.plot(tmp_path / "report.png")
-    picture = matplotlib.image.imread(tmp_path / "report.png")
-    assert picture.shape[0] > 500 and len(np.unique(picture[..., :3].reshape(-1, 3), axis=0)) > 20
-    lines = str(report).splitlines()
-    assert len(lines) == 3 + 8 and lines[3].startswith("classifier") and lines[-1].startswith("stem_conv")
-    try:
-        import pandas
-    except ImportError:
-        with pytest.raises(ImportError, match="pip install pandas"):
-            report.to_pandas()
-    else:
-        assert isinstance(report.to_pandas(), pandas.DataFrame)
+def test_a_custom_layer_and_a_subclassed_model_are_one_layer_each_and_run_in_training_mode():
+    class Block(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.normalization = layers.Dense(8), layers.BatchNormalization()
+
+        def call(self, x, flag=None):
+            return self.normalization(self.dense(x))
+
+    class Inner(keras.Model):
+        def __init__(self):
+            super().__init__(name="inner")
+            self.dense = layers.Dense(10)
+
+        def call(self, x):
+            return self.dense(x)
+
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, Inner()(Block()(x=inputs, flag=True)))  # a flag by keyword, in addition to the inputs
+    x, y = batch((6,), 16)
+    x = 100 + 50 * x
+    report = ortho_keras.signal_report(model, x, y, LOGITS)
+    assert report.loss == pytest.approx(float(LOGITS(y, model(x, training=True))), rel=1e-5)
+    assert [layer.kind for layer in report.layers] == ["Block", "Inner"] and report.layers[1].gradient_ratio > 0
+
+
+def test_the_channels_of_an_einsum_can_be_several_axes():
+    heads = layers.EinsumDense("...td,dhk->...thk", (5, 2, 3), bias_axes="hk")
+    model = keras.Sequential([keras.Input((5, 6)), heads, layers.ReLU(), layers.Flatten(), layers.Dense(10)])
+    heads.bias.assign([[5, 5, 5], [-50, -50, -50]])
+    report, x = report_of(model, (5, 6)), batch((5, 6), 16)[0]
+    outputs = np.einsum("btd,dhk->bthk", x.astype(np.float64), heads.kernel)
+    share = outputs.var(0).mean() / outputs.var((0, 1)).mean()
+    assert report.layers[0].dead_share == 0.5 and report.layers[0].image_share == pytest.approx(share, rel=1e-4)
+    flat = layers.EinsumDense("bd,dhk->bhk", (2, 3))
+    report = report_of(keras.Sequential([keras.Input((6,)), flat, layers.Flatten(), layers.Dense(10)]))
+    assert math.isnan(report.layers[0].image_share) and not report.layers[0].positions
+
+
+def test_wrapped_layers():
+    """Over time steps, the same figures as the layer by itself; a normalized kernel's before its layer's activation."""
+
+    def net(shape, layer):
+        return keras.Sequential([keras.Input(shape), layer, layers.Flatten(), layers.Dense(10)])
+
+    def dense(wrap, activation):
+        keras.utils.set_random_seed(1)
+        return net((5, 6), wrap(layers.Dense(8, activation)))
+
+    for activation in (None, "relu"):
+        plain, timed = (report_of(dense(wrap, activation), (5, 6)) for wrap in (lambda x: x, layers.TimeDistributed))
+        mine, expected = (dataclasses.asdict(report.layers[0]) for report in (timed, plain))
+        after = {"forward_moment", "backward_moment", "error_to_next", "error_to_top", "image_share"}
+        for name in set(mine) - {"name", "kind", "scale", "fired"} - (after if activation else set()):
+            assert mine[name] == pytest.approx(expected[name], rel=1e-4, nan_ok=True), name
+
+    model, same = (dense(layers.SpectralNormalization, "relu") for _ in range(2))
+    (x, _), report = batch((5, 6), 16), report_of(model, (5, 6))
+    same(x, training=True)  # normalizes its kernel
+    kernel, bias = (np.asarray(weight, np.float64) for weight in same.layers[0].layer.get_weights())
+    layer = report.layers[0]
+    assert layer.forward_moment == pytest.approx(np.mean((x @ kernel + bias) ** 2), rel=1e-4)
+    assert layer.dead_share == 0 and math.isfinite(layer.operator_largest)
+
+    found = []
+    for shape, wrap in (((12, 10, 2), lambda layer: layer), ((3, 12, 10, 2), layers.TimeDistributed)):
+        keras.utils.set_random_seed(1)
+        layer = report_of(net(shape, wrap(layers.Conv2D(4, 3, padding="same"))), shape).layers[0]
+        found.append((layer.operator_smallest, layer.operator_largest))
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0][0] > 0
+
+
+def test_branches_shared_and_nested_layers_and_activation_functions():
+    shared = layers.Dense(6, activation="relu", name="shared")
+    inner = keras.Sequential([keras.Input((6,)), layers.Dense(6, name="inner"), layers.ReLU()])
+    inputs = keras.Input((6,))
+    x = shared(inputs)
+    x = layers.Concatenate()([shared(x), inner(inputs=x), inputs])
+    x = keras.activations.relu(layers.Dense(4, bias_initializer=keras.initializers.Constant(-100.0), name="dead")(x))
+    report = report_of(keras.Model(inputs, layers.Dense(10, name="top")(x)))
+    assert {layer.name for layer in report.layers} == {"shared", "shared (2)", "inner", "dead", "top"}
+    assert all(math.isnan(layer.scale) and not layer.fired for layer in report.layers)  # no chain, no modulation
+    dead = {layer.name: layer.dead_share for layer in report.layers}
+    assert dead["dead"] == 1 and all(0 <= dead[name] < 1 for name in ("shared", "shared (2)", "inner"))
+
+
+def test_growth_is_not_measured_across_pooling():
+    model = [keras.Input((8, 8, 1)), layers.Conv2D(4, 3), layers.GlobalAveragePooling2D(), layers.Dense(10)]
+    report = report_of(keras.Sequential(model), (8, 8, 1))
+    assert math.isnan(report.growth[0]) and report.growth[2] == 0
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_half_precision(policy):
+    def report():
+        model = ortho_keras.plain_cnn(8, (8, 8, 1), width=4, seed=0)
+        model.compile(keras.optimizers.SGD(0.01), LOGITS)  # float16: Keras adds the loss scaling
+        return ortho_keras.signal_report(model, *batch((8, 8, 1), 32), singular_values=False)
+
+    full = report()
+    keras.config.set_dtype_policy(policy)
+    half = report()
+    assert half.loss == pytest.approx(full.loss, rel=0.05)
+    for a, b in zip(full.layers, half.layers):
+        assert math.sqrt(b.backward_moment) == pytest.approx(math.sqrt(a.backward_moment), rel=0.3)
+        assert b.gradient_ratio == pytest.approx(a.gradient_ratio, rel=0.3)
+
+
+def test_a_network_of_keras_applications():
+    model = keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3), alpha=0.35, classifier_activation=None)
+    report = ortho_keras.signal_report(model, *batch((32, 32, 3), 4), LOGITS, singular_values=False)
+    convolutions = (layers.Conv2D, layers.DepthwiseConv2D, layers.Dense)
+    assert len(report.layers) == sum(isinstance(layer, convolutions) for layer in model.layers)
+    assert all(math.isfinite(layer.gradient_ratio) for layer in report.layers)

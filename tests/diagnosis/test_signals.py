@@ -1,124 +1,223 @@
-"""What a report says in words, of made-up layers and of small nets that are wrong in one way each."""
+"""What a report says in words, of made-up layers and of nets with one fault each; its columns, its table, its files."""
 
+import csv
+import dataclasses
+import importlib.util
 import math
+import pathlib
+import sys
 
 import keras
+import matplotlib.image
 import numpy as np
 import pytest
+import tensorflow as tf
+from reports import LOGITS, batch, report_of
 
 import ortho_keras
-from ortho_keras.diagnosis.signals import LayerSignal, SignalReport
+from ortho_keras.diagnosis import signals
+from ortho_keras.diagnosis.signals import LayerSignal, SignalReport, column, read_signals
 
-LOGITS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-NOT_A_NUMBER = {field: math.nan for field in LayerSignal.__dataclass_fields__}
-
-
-def layer(name, positions, magnitude, forward=1.0):
-    values = {"name": name, "positions": positions, "backward_moment": magnitude**2, "forward_moment": forward, "fired": False}
-    return LayerSignal(**{**NOT_A_NUMBER, **values})
+SAVED = pathlib.Path(__file__).parents[1] / "saved" / "signals.csv"  # written before columns were declarations
 
 
-def report_of(*layers, **values):
-    return SignalReport("made_up", 1.0, tuple(layers), False, **values)
+def layer(name, positions, magnitude):
+    return LayerSignal(name, positions=positions, backward_moment=magnitude**2, forward_moment=1.0, fired=False)
 
 
-def dense(count, gain, width=16, **arguments):
+def made_up(*layers):
+    return SignalReport("made_up", 1.0, tuple(layers), False)
+
+
+def chain(magnitudes, positions=True):
+    """Layers with these errors after a first one, which does not count."""
+    return made_up(layer("first", positions, 1e9), *(layer(f"c{k}", positions, m) for k, m in enumerate(magnitudes)))
+
+
+def dense(count, gain):
     kernel = keras.initializers.Orthogonal(gain)
-    return [keras.layers.Dense(width, kernel_initializer=kernel, **arguments) for _ in range(count)]
+    return [keras.layers.Dense(16, kernel_initializer=kernel) for _ in range(count)]
 
 
 def first_line(*layers, shape=(16,)):
-    rng = np.random.default_rng(0)
     model = keras.Sequential([keras.Input(shape), *layers, keras.layers.Dense(10)])
-    x, y = rng.normal(size=(32, *shape)).astype("float32"), rng.integers(10, size=32)
-    return str(ortho_keras.signal_report(model, x, y, LOGITS)).splitlines()[0].removeprefix(f"{model.name}: ")
+    report = report_of(model, shape, singular_values=False)
+    return str(report).splitlines()[0].removeprefix(f"{model.name}: ")
 
 
 def test_growth_and_table():
-    convolutions = [layer(f"c{k}", True, 2.0 ** (6 - k)) for k in range(7)]
-    report = report_of(layer("stem", True, 1e9), *convolutions, layer("top", False, 1e6))
+    report = made_up(*chain([2.0 ** (6 - k) for k in range(7)]).layers, layer("top", False, 1e6))
     assert report.growth == (pytest.approx(64.0), pytest.approx(2.0), 6)
-    assert report.findings == ["the error grows 2 times a layer going down: 64 over 6 layers"]
+    assert report.findings == ["the error grows by 2x per layer towards the input: 64x over 6 layers"]
     assert len(str(report).splitlines()) == 3 + 9
-    lines = str(report_of(*(layer(f"c{k}", True, 1.0) for k in range(1000)))).splitlines()[3:]
+    lines = str(made_up(*(layer(f"c{k}", True, 1.0) for k in range(1000)))).splitlines()[3:]
     assert len(lines) == 121 and lines[0].startswith("c999 ") and lines[-1].startswith("c0 ")
     assert lines[59].startswith("c940 ") and lines[60].startswith("... 880 layers between") and lines[61].startswith("c59 ")
 
 
-def test_one_odd_layer_at_an_end_does_not_tell_for_all():
-    magnitudes = np.exp(np.random.default_rng(0).normal(size=9) / 2)
-    magnitudes[0] = 300 * magnitudes[-1]
-    report = report_of(layer("lowest", True, 1e5), *(layer(f"c{k}", True, m) for k, m in enumerate(magnitudes)))
-    design = np.stack([np.ones(9), np.arange(9)], 1)
-    slope = np.linalg.lstsq(design, np.log(magnitudes), rcond=None)[0][1]
-    assert report.growth == (pytest.approx(np.exp(-8 * slope)), pytest.approx(np.exp(-slope)), 8)
-    steady = magnitudes.copy()
-    steady[:] = 300.0 ** np.linspace(1, 0, 9) * np.array([1, 2, 1, 0.5, 1, 2, 1, 0.5, 1])
-    report = report_of(layer("lowest", True, 1e5), *(layer(f"c{k}", True, m) for k, m in enumerate(steady)))
-    assert report.growth == (pytest.approx(300), pytest.approx(300 ** (1 / 8)), 8)
+STEADY = 300.0 ** np.linspace(1, 0, 9) * np.array([1, 2, 1, 0.5, 1, 2, 1, 0.5, 1])
+NOISE = np.exp(np.random.default_rng(0).normal(size=9) / 2)
 
 
-def test_growth_is_told_of_the_kind_that_changes_most():
-    calm = [layer(f"c{k}", True, 1.0) for k in range(5)]
-    report = report_of(*calm, *(layer(f"d{k}", False, 3.0**k) for k in range(6)))
+@pytest.mark.parametrize(
+    ("magnitudes", "outlier"),
+    [
+        (np.r_[300 * NOISE[-1], NOISE[1:]], True),  # one layer at an end does not stand for all
+        (np.r_[2.0, 2.0 ** np.arange(8, 0, -1)], True),  # nor does it hide a growth
+        (STEADY, False),
+    ],
+)
+def test_an_outlier_at_an_end_gives_way_to_the_least_squares_line(magnitudes, outlier):
+    line = np.exp(-8 * np.polyfit(np.arange(9), np.log(magnitudes), 1)[0])
+    total = line if outlier else magnitudes[0] / magnitudes[-1]
+    assert chain(magnitudes).growth == (pytest.approx(total), pytest.approx(total ** (1 / 8)), 8)
+
+
+def test_growth_is_of_the_kind_that_changes_most():
+    report = made_up(*(layer(f"c{k}", True, 1.0) for k in range(5)), *(layer(f"d{k}", False, 3.0**k) for k in range(6)))
     assert report.growth == (pytest.approx(3.0**-4), pytest.approx(1 / 3), 4)
-    assert report.findings == ["the error shrinks to 0.333 of itself a layer going down: 0.012 over 4 layers"]
-
-
-def test_an_odd_layer_does_not_hide_a_growth():
-    magnitudes = [2.0**k for k in range(9, 0, -1)]
-    magnitudes[0] = magnitudes[-1]
-    report = report_of(layer("lowest", True, 1e5), *(layer(f"c{k}", True, m) for k, m in enumerate(magnitudes)))
-    slope = np.polyfit(range(9), np.log(magnitudes), 1)[0]
-    assert report.growth == (pytest.approx(np.exp(-8 * slope)), pytest.approx(np.exp(-slope)), 8)
+    assert report.findings == ["the error falls by 0.333x per layer towards the input: 0.012x over 4 layers"]
 
 
 def test_layers_that_no_error_reaches_keep_their_places():
-    report = report_of(*(layer(f"d{k}", False, m) for k, m in enumerate([9e9, 16.0, 0.0, 0.0, 2.0, 1.0])))
-    assert report.growth == (pytest.approx(16.0), pytest.approx(2.0), 4)
+    assert chain([16.0, 0.0, 0.0, 2.0, 1.0]).growth == (pytest.approx(16.0), pytest.approx(2.0), 4)
 
 
 def test_a_hump_between_sound_ends_is_named():
-    magnitudes = [1.0, 1.0, 50.0, 5000.0, 50.0, 1.0]
-    report = report_of(*(layer(f"d{k}", False, m) for k, m in enumerate(magnitudes)))
-    assert report.findings == ["the error is 5e+03 times as large at 'd3' as at 'd1'"]
-    linear = first_line(*dense(15, 0.3), *dense(15, 3.0))
-    assert linear.startswith("the error is ") and " times as large at 'dense_" in linear
+    report = chain([1.0, 50.0, 5000.0, 50.0, 1.0], positions=False)
+    assert report.findings == ["the error is 5e+03 times as large at 'c2' as at 'c0'"]
+    assert " times as large at 'dense_" in first_line(*dense(15, 0.3), *dense(15, 3.0))
 
 
-def test_a_net_that_overflows_going_up():
-    line = first_line(*dense(60, 10.0))
-    assert "; the activations are not finite at " in line and ", from 'dense" in line
+def test_a_net_whose_activations_overflow():
+    line = first_line(*dense(40, 10.0))
+    assert "; the activations are not finite in " in line and ", from 'dense" in line
 
 
-def test_recurrent_layers_and_embeddings_are_named_as_not_measured():
+def test_a_dead_net_and_a_broken_one():
+    layers = [keras.layers.Dense(4, name="dead"), keras.layers.ReLU(), keras.layers.Dense(10)]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    model.get_layer("dead").bias.assign([-100.0] * 4)
+    assert report_of(model, (4,)).findings == [
+        "no error reaches 1 of 2 layers: dead",
+        "100 % of the channels after 'dead' are dead (1 layer above 30 %)",
+    ]
+    model.get_layer("dead").kernel.assign(np.full((4, 4), np.nan))
+    broken = report_of(model, (4,))
+    assert str(broken).startswith(f"{model.name}: the loss is nan")
+    assert math.isnan(broken.layers[0].kernel_largest) and math.isnan(broken.layers[0].operator_largest)
+
+
+def test_recurrent_layers_and_embeddings_are_listed_as_not_measured():
     inputs = keras.Input((5,), dtype="int32")
     x = keras.layers.LSTM(4, name="lstm")(keras.layers.Embedding(9, 3, name="words")(inputs))
     model = keras.Model(inputs, keras.layers.Dense(10)(x))
-    rng = np.random.default_rng(0)
-    report = ortho_keras.signal_report(model, rng.integers(9, size=(8, 5)), rng.integers(10, size=8), LOGITS)
-    assert report.unmeasured == ("words", "lstm")
-    first = "nothing is wrong, and there are too few layers to tell the error's growth (not measured: words, lstm)"
-    assert str(report).splitlines()[0] == f"{model.name}: {first}"
+    x, y = np.random.default_rng(0).integers(9, size=(2, 8, 5))
+    report = ortho_keras.signal_report(model, x, y[:, 0], LOGITS)
+    first = "nothing is wrong, and there are too few layers to measure the error's growth (not measured: words, lstm)"
+    assert report.unmeasured == ("words", "lstm") and str(report).splitlines()[0] == f"{model.name}: {first}"
     with pytest.raises(ValueError, match="`x` must suit the model's layers. Received: x of shape .8, 5. .*7"):
-        ortho_keras.signal_report(model, np.full((8, 5), 77), rng.integers(10, size=8), LOGITS)
+        ortho_keras.signal_report(model, np.full((8, 5), 77), y[:, 0], LOGITS)
 
 
 def test_modulation_does_not_apply_where_the_model_branches():
-    model = ortho_keras.residual_cnn(8, (8, 8, 1), width=4)
-    rng = np.random.default_rng(0)
-    report = ortho_keras.signal_report(model, rng.normal(size=(8, 8, 8, 1)), rng.integers(10, size=8), LOGITS)
-    assert "; modulation does not apply, the model branches. Top layer first" in str(report).splitlines()[1]
+    report = report_of(ortho_keras.residual_cnn(8, (8, 8, 1), width=2), (8, 8, 1), singular_values=False)
+    assert "; modulation does not apply, the model branches. Last layer first" in str(report).splitlines()[1]
 
 
 def test_a_net_whose_layers_are_of_unlike_widths():
     """Narrow and wide convolutions by turns, as in MobileNet: an error's magnitude alternates, and does not grow."""
     layers = []
-    for _ in range(8):
-        for filters, size in ((32, 1), (4, 1)):
-            layers += [
-                keras.layers.Conv2D(filters, size, use_bias=False, kernel_initializer="he_normal"),
-                keras.layers.BatchNormalization(),
-            ]
-    line = first_line(*layers, keras.layers.GlobalAveragePooling2D(), shape=(8, 8, 3))
+    for filters in (32, 4) * 8:
+        conv = keras.layers.Conv2D(filters, 1, use_bias=False, kernel_initializer="he_normal")
+        layers += [conv, keras.layers.BatchNormalization()]
+    line = first_line(*layers, keras.layers.GlobalAveragePooling2D(), shape=(4, 4, 3))
     assert line.startswith("nothing is wrong: the error keeps its magnitude (")
+
+
+def test_files(tmp_path):
+    report = report_of(ortho_keras.plain_cnn(8, (8, 8, 1), width=2, seed=0), (8, 8, 1))
+    report.to_csv(tmp_path / "report.csv")
+    with open(tmp_path / "report.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [{name: str(value) for name, value in dataclasses.asdict(each).items()} for each in report.layers]
+    report.plot(tmp_path / "report.png")
+    picture = matplotlib.image.imread(tmp_path / "report.png")
+    assert picture.shape[0] > 500 and len(np.unique(picture[..., :3].reshape(-1, 3), axis=0)) > 20
+    lines = str(report).splitlines()
+    assert len(lines) == 3 + 8 and lines[3].startswith("classifier") and lines[-1].startswith("stem_conv")
+    if importlib.util.find_spec("pandas"):
+        assert list(report.to_pandas()["name"]) == [each.name for each in report.layers]
+    else:
+        with pytest.raises(ImportError, match="pip install pandas"):
+            report.to_pandas()
+
+
+def test_a_column_is_one_declaration(tmp_path, monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class WithMean(LayerSignal):
+        forward_mean: float = column(
+            lambda call: float(np.mean(call.linear)),
+            header="mean",
+            findings=lambda report: [f"the mean at {report.layers[0].name!r} is {report.layers[0].forward_mean:.3f}"],
+            scalar=True,
+        )
+
+    for module in (signals, sys.modules["ortho_keras.diagnosis.signal_report"]):
+        monkeypatch.setattr(module, "LayerSignal", WithMean)
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(5, name="a"), keras.layers.Dense(10, name="b")])
+    model.compile("sgd", LOGITS)
+    x, y = batch((6,))
+    means = [np.mean(x @ model.layers[0].kernel), np.mean(model(x))]
+    report = ortho_keras.signal_report(model, x, y)
+    first, _, header, *table = str(report).splitlines()
+    assert f"the mean at 'a' is {means[0]:.3f}" in first and header.split()[-1] == "mean"
+    assert [float(line.split()[-1]) for line in table] == pytest.approx(means[::-1], rel=1e-2)
+    report.to_csv(tmp_path / "report.csv")
+    with open(tmp_path / "report.csv", newline="") as file:
+        assert [float(row["forward_mean"]) for row in csv.DictReader(file)] == pytest.approx(means, rel=1e-4)
+
+    # A run that an earlier version began goes on in its file.
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "signals.csv").write_bytes(SAVED.read_bytes())
+    model.optimizer.iterations.assign(5)
+    model.fit(x, y, verbose=0, callbacks=[ortho_keras.SignalMonitor(x, y, folder, every=1)])
+    rows = read_signals(folder / "signals.csv")
+    assert [row["step"] for row in rows] == [0] * 8 + [2] * 8 + [4] * 8 + [5, 5, 6, 6]
+    assert all(math.isnan(row["forward_mean"]) for row in rows[:24])
+    assert [row["forward_mean"] for row in rows[24:26]] == pytest.approx(means, rel=1e-4)
+    files = [str(path) for path in (folder / "tensorboard").iterdir()]
+    tags = [value.tag for path in files for event in tf.compat.v1.train.summary_iterator(path) for value in event.summary.value]
+    assert tags.count("forward_mean/a") == tags.count("forward_mean/b") == tags.count("error_to_top/a") == 2
+    assert "mean_cosine/a" not in tags
+
+
+def test_a_file_of_another_version(tmp_path):
+    rows = read_signals(SAVED)
+    assert len(rows) == 24 and {row["step"] for row in rows} == {0, 2, 4} and len(rows[0]) == 19
+    assert (rows[0]["name"], rows[0]["positions"], rows[0]["fired"], rows[7]["positions"]) == ("stem_conv", True, True, False)
+    assert rows[0]["backward_moment"] == 7.379373945584633e-06 and math.isnan(rows[0]["kernel_smallest"])
+
+    with open(SAVED, newline="") as file:
+        lines = list(csv.DictReader(file))
+    for line in lines:
+        del line["image_share"], line["fired"], line["kind"]
+        line["later"] = "new"
+    path = tmp_path / "signals.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+        file.write("6,stem_conv,Tr")  # cut off by a kill
+    for old, read in zip(rows, read_signals(path), strict=True):
+        assert math.isnan(read["image_share"]) and read["fired"] is None and read["kind"] == "" and read["later"] == "new"
+        same = set(old) - {"image_share", "fired", "kind"}
+        np.testing.assert_equal({name: read[name] for name in same}, {name: old[name] for name in same})
+
+
+def test_a_file_that_is_none_of_ours(tmp_path):
+    assert read_signals(tmp_path / "signals.csv") == []
+    (tmp_path / "signals.csv").write_text("name,mark\nA,3\n")
+    with pytest.raises(ValueError, match="`path` must be a file with the columns step and name. Received: .*, with name, mark"):
+        read_signals(tmp_path / "signals.csv")

@@ -1,8 +1,9 @@
-"""Singular values against the singular values of the whole linear map, written out as a matrix in NumPy."""
+"""Singular values against those of the whole linear map, written out as a matrix in NumPy."""
 
 import keras
 import numpy as np
 import pytest
+from keras import layers
 
 from ortho_keras.diagnosis.spectra import convolution_extremes, kernel_extremes, mean_cosines, operator_extremes
 from ortho_keras.method.initializers import OrthonormalInitializer
@@ -39,7 +40,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("shape,groups,sizes,strides,dilations", CASES)
+@pytest.mark.parametrize(("shape", "groups", "sizes", "strides", "dilations"), CASES)
 def test_convolution_extremes_equal_the_whole_maps(shape, groups, sizes, strides, dilations):
     kernel = np.random.default_rng(3).normal(size=shape)
     values = np.linalg.svd(whole_map(kernel, groups, sizes, strides, dilations), compute_uv=False)
@@ -50,8 +51,7 @@ def test_convolution_extremes_equal_the_whole_maps(shape, groups, sizes, strides
 
 def test_extremes_by_hand():
     # 1D, one channel, taps 1 and 1: |1 + exp(i f)| is 2 at frequency 0 and 0 at the highest one.
-    smallest, largest = convolution_extremes(np.ones((2, 1, 1)), 1, (8,), (1,), (1,))
-    assert largest == pytest.approx(2) and smallest == pytest.approx(0, abs=1e-7)
+    assert convolution_extremes(np.ones((2, 1, 1)), 1, (8,), (1,), (1,)) == pytest.approx((0, 2), abs=1e-7)
     assert kernel_extremes(np.diag([3.0, 0.5, 2.0])) == pytest.approx((0.5, 3.0))
     delta = np.zeros((3, 3, 4, 4))
     delta[1, 1] = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
@@ -63,12 +63,8 @@ def build(layer, shape):
     return layer
 
 
-def kernel_of(layer):
-    return np.asarray(layer.kernel, np.float64)
-
-
-def separable_map(layer):
-    depthwise, pointwise = (np.asarray(k, np.float64) for k in (layer.depthwise_kernel, layer.pointwise_kernel))
+def separable(depthwise, pointwise):
+    """The kernel of a depthwise and then a pointwise convolution."""
     channels, multiplier = depthwise.shape[-2:]
     first = np.zeros((*depthwise.shape[:2], channels, channels * multiplier))
     for channel in range(channels):
@@ -76,60 +72,54 @@ def separable_map(layer):
     return np.einsum("abcm,mo->abco", first, pointwise[0, 0])
 
 
-@pytest.mark.parametrize(
-    "layer,shape,whole",
-    [
-        (keras.layers.Conv2D(3, 3, strides=2), (6, 6, 2), lambda n: whole_map(kernel_of(n), 1, (6, 6), (2, 2), (1, 1))),
-        (keras.layers.Conv2D(4, 3, groups=2), (6, 6, 4), lambda n: whole_map(kernel_of(n), 2, (6, 6), (1, 1), (1, 1))),
-        (
-            keras.layers.Conv2DTranspose(3, 3, strides=2, padding="same"),
-            (3, 3, 2),
-            lambda n: whole_map(kernel_of(n), 1, (6, 6), (2, 2), (1, 1)),
-        ),
-        (
-            keras.layers.DepthwiseConv2D(3, depth_multiplier=2),
-            (6, 6, 3),
-            lambda n: whole_map(kernel_of(n).reshape(3, 3, 1, 6), 3, (6, 6), (1, 1), (1, 1)),
-        ),
-        (
-            keras.layers.SeparableConv2D(5, 3, depth_multiplier=2),
-            (6, 6, 3),
-            lambda n: whole_map(separable_map(n), 1, (6, 6), (1, 1), (1, 1)),
-        ),
-        (keras.layers.Conv1D(3, 3, dilation_rate=2), (10, 2), lambda n: whole_map(kernel_of(n), 1, (10,), (1,), (2,))),
-        (keras.layers.Dense(3), (5,), kernel_of),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, keras.Layer) else "",
-)
+LAYERS = [
+    (layers.Conv2D(3, 3, strides=2), (6, 6, 2), lambda w: whole_map(w, 1, (6, 6), (2, 2), (1, 1))),
+    (layers.Conv2D(4, 3, groups=2), (6, 6, 4), lambda w: whole_map(w, 2, (6, 6), (1, 1), (1, 1))),
+    (layers.Conv2D(3, 3, data_format="channels_first"), (2, 6, 7), lambda w: whole_map(w, 1, (6, 7), (1, 1), (1, 1))),
+    (layers.Conv2DTranspose(3, 3, 2, "same"), (3, 3, 2), lambda w: whole_map(w, 1, (6, 6), (2, 2), (1, 1))),
+    (
+        layers.DepthwiseConv2D(3, depth_multiplier=2),
+        (6, 6, 3),
+        lambda w: whole_map(w.reshape(3, 3, 1, 6), 3, (6, 6), (1, 1), (1, 1)),
+    ),
+    (
+        layers.SeparableConv2D(5, 3, depth_multiplier=2),
+        (6, 6, 3),
+        lambda *w: whole_map(separable(*w), 1, (6, 6), (1, 1), (1, 1)),
+    ),
+    (layers.Conv1D(3, 3, dilation_rate=2), (10, 2), lambda w: whole_map(w, 1, (10,), (1,), (2,))),
+    (layers.Dense(3), (5,), lambda w: w),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape", "whole"), LAYERS)
 def test_operator_extremes_of_layers(layer, shape, whole):
-    layer = build(layer, shape)
-    values = np.linalg.svd(whole(layer), compute_uv=False)
-    smallest, largest = operator_extremes(layer, (None, *shape))
-    np.testing.assert_allclose([smallest, largest], [values[-1], values[0]], rtol=1e-4, atol=1e-6)
+    layer.use_bias = False
+    build(layer, shape)
+    values = np.linalg.svd(whole(*(np.asarray(weight, np.float64) for weight in layer.get_weights())), compute_uv=False)
+    np.testing.assert_allclose(operator_extremes(layer, (None, *shape)), [values[-1], values[0]], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "layer,shape",
+    ("layer", "shape"),
     [
-        (keras.layers.Conv2D(5, 3, padding="same"), (2, 2, 4)),
-        (keras.layers.Conv2D(5, 3, padding="same", strides=2), (4, 4, 3)),
-        (keras.layers.Conv2D(2, 3, padding="same"), (1, 1, 2)),
-        (keras.layers.Conv2D(3, 3, padding="same", dilation_rate=4), (8, 8, 2)),
-        (keras.layers.Conv2D(4, 5), (8, 8, 2)),
-        (keras.layers.Conv2D(6, 3, padding="same", groups=2), (3, 5, 4)),
-        (keras.layers.DepthwiseConv2D(3, padding="same", depth_multiplier=2), (2, 3, 3)),
-        (keras.layers.SeparableConv2D(5, 3, padding="same"), (3, 3, 2)),
-        (keras.layers.Conv1D(3, 3, padding="causal", dilation_rate=2), (5, 2)),
-        (keras.layers.Conv2DTranspose(4, 4), (1, 1, 3)),
-        (keras.layers.Conv2DTranspose(3, 3, strides=2, padding="same"), (2, 2, 2)),
-        (keras.layers.Conv3D(2, 3, padding="same"), (2, 3, 2, 2)),
+        (layers.Conv2D(5, 3, 2, "same"), (4, 4, 3)),
+        (layers.Conv2D(2, 3, padding="same"), (1, 1, 2)),
+        (layers.Conv2D(3, 3, padding="same", dilation_rate=4), (8, 8, 2)),
+        (layers.Conv2D(4, 5), (8, 8, 2)),
+        (layers.Conv2D(6, 3, padding="same", groups=2), (3, 5, 4)),
+        (layers.DepthwiseConv2D(3, padding="same", depth_multiplier=2), (2, 3, 3)),
+        (layers.SeparableConv2D(5, 3, padding="same"), (3, 3, 2)),
+        (layers.Conv1D(3, 3, padding="causal", dilation_rate=2), (5, 2)),
+        (layers.Conv2DTranspose(3, 3, 2, "same"), (2, 2, 2)),
+        (layers.Conv3D(2, 3, padding="same"), (2, 3, 2, 2)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, keras.Layer) else str(value),
 )
 def test_a_map_that_is_nearly_all_border_is_the_layers_own(layer, shape):
+    layer.use_bias = False
     size = int(np.prod(shape))
     basis = np.eye(size, dtype=np.float32).reshape(size, *shape)
-    layer.use_bias = False
     matrix = np.asarray(layer(basis), np.float64).reshape(size, -1)  # each basis vector through the layer
     values = np.linalg.svd(matrix, compute_uv=False)
     smallest, largest = operator_extremes(layer, (None, *shape))
@@ -137,45 +127,28 @@ def test_a_map_that_is_nearly_all_border_is_the_layers_own(layer, shape):
     np.testing.assert_allclose(smallest, values[-1], rtol=1e-4, atol=1e-6)
 
 
-def test_a_wide_map_that_is_nearly_all_border_is_left_out():
-    layer = build(keras.layers.Conv2D(4, 3, padding="same"), (3, 3, 256))
-    assert np.isnan(operator_extremes(layer, (None, 3, 3, 256))).all()
-    assert operator_extremes(layer, (None, 8, 8, 256))[1] > 0
-
-
-def test_an_input_that_the_stride_does_not_divide_is_rounded_up():
-    layer = build(keras.layers.Conv2D(3, 3, strides=2), (7, 7, 2))
-    assert operator_extremes(layer, (None, 7, 7, 2)) == operator_extremes(layer, (None, 8, 8, 2))
+def test_what_is_left_out_and_rounded():
+    wide = build(layers.Conv2D(4, 3, padding="same"), (3, 3, 256))
+    assert np.isnan(operator_extremes(wide, (None, 3, 3, 256))).all()  # nearly all border, and wide
+    assert operator_extremes(wide, (None, 8, 8, 256))[1] > 0
+    assert np.isnan(operator_extremes(layers.ReLU(), (None, 4))).all()
+    strided = build(layers.Conv2D(3, 3, strides=2), (7, 7, 2))
+    assert operator_extremes(strided, (None, 7, 7, 2)) == operator_extremes(strided, (None, 8, 8, 2))
 
 
 def test_orthonormal_filters_are_not_an_isometry():
     # Why W^T W = I bounds the map only by the window's size: |sigma| <= sqrt(kh * kw), reached by no random kernel.
-    layer = build(keras.layers.Conv2D(16, 3, kernel_initializer=OrthonormalInitializer(seed=0)), (8, 8, 16))
+    layer = build(layers.Conv2D(16, 3, kernel_initializer=OrthonormalInitializer(seed=0)), (8, 8, 16))
     assert kernel_extremes(layer.kernel) == pytest.approx((1, 1), abs=1e-5)
     smallest, largest = operator_extremes(layer, (None, 8, 8, 16))
     assert smallest < 0.3 and 1.5 < largest <= 3
 
 
-def test_channels_first_and_unknown_layers():
-    layer = build(keras.layers.Conv2D(3, 3, data_format="channels_first"), (2, 6, 7))
-    values = np.linalg.svd(whole_map(kernel_of(layer), 1, (6, 7), (1, 1), (1, 1)), compute_uv=False)
-    assert operator_extremes(layer, (None, 2, 6, 7))[1] == pytest.approx(values[0], rel=1e-6)
-    assert np.isnan(operator_extremes(keras.layers.ReLU(), (None, 4))).all()
-
-
-def test_mean_cosines_by_hand():
-    assert mean_cosines([np.eye(3)[np.newaxis]]) == (0, 0)
-    assert mean_cosines([[[[1.0, -2.0, 0.0], [0.0, 0.0, 5.0]]]]) == pytest.approx((-1 / 3, 1 / 3))  # cosines -1, 0, 0
-    assert mean_cosines([[[[1.0, 1.0], [0.0, 1.0]]], [[[1.0, -3.0], [0.0, 0.0]]]]) == pytest.approx(
-        ((0.5**0.5 - 1) / 2, (0.5**0.5 + 1) / 2)
-    )
-    assert np.isnan(mean_cosines([np.ones((5, 9, 1))])).all()
-
-
 @pytest.mark.parametrize("shape", [(1, 9, 4), (3, 4, 7), (2, 1, 3)])
 def test_mean_cosines_pair_by_pair(shape):
     matrices = np.random.default_rng(0).normal(size=shape)
-    cosines = [
-        a @ b / np.sqrt((a @ a) * (b @ b)) for matrix in matrices for at, a in enumerate(matrix.T) for b in matrix.T[at + 1 :]
-    ]
+    pairs = [(a, b) for matrix in matrices for at, a in enumerate(matrix.T) for b in matrix.T[at + 1 :]]
+    cosines = [a @ b / np.sqrt((a @ a) * (b @ b)) for a, b in pairs]
     np.testing.assert_allclose(mean_cosines([matrices]), (np.mean(cosines), np.mean(np.abs(cosines))), rtol=1e-12)
+    assert mean_cosines([[[[1.0, -2.0, 0.0], [0.0, 0.0, 5.0]]]]) == pytest.approx((-1 / 3, 1 / 3))  # cosines -1, 0, 0
+    assert np.isnan(mean_cosines([np.ones((5, 9, 1))])).all()
