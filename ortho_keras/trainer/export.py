@@ -13,11 +13,9 @@ from ortho_keras.method.kernels import walk_layers
 from ortho_keras.method.loading import load_model
 from ortho_keras.trainer.fold import fold_batchnorm
 
-IMAGES = 16
-
 
 def check_export(output):
-    """Raises `InputError` if `output`, which `--export` gave, is no path that `deploy` can write."""
+    """Raises `InputError` if `output`, the value of `--export`, is no path that `deploy` can write."""
     output = pathlib.Path(output).expanduser()
     if output.suffix not in (".keras", ".tflite", ""):
         raise InputError(f"--export must end in .keras or .tflite, or have no suffix (a folder). Received: {str(output)!r}")
@@ -27,14 +25,14 @@ def check_export(output):
 
 
 def deploy(path, output):
-    """Writes the folded float32 copy of the model in the file `path` to `output`, in the format that its name says.
+    """Writes the folded float32 copy of the model in the file `path` to `output`, in the format that its suffix tells.
 
     Args:
         path: Path of a `.keras` file.
         output: Path. `*.keras` and `*.tflite` are files; a name without a suffix is a new folder for a SavedModel.
 
     Returns:
-        A line about what was done: layers folded, and the largest difference of outputs on noise, over their largest magnitude.
+        A line of text: how many layers were folded, and the largest difference of outputs on noise, relative to the largest.
 
     Raises:
         InputError: If `path` holds no model that can be read and folded, or `output` cannot be written.
@@ -45,31 +43,29 @@ def deploy(path, output):
         model = load_model(path)
         deployed = fold_batchnorm(model, dtype="float32")
     except (ValueError, OSError, TypeError) as error:
-        told = f"the model must be a Functional or Sequential one in a .keras file. Received: {str(path)!r}"
-        raise InputError(f"{told} ({first_line(error)})") from error
+        expected = "the model must be a Functional or Sequential one in a .keras file"
+        raise InputError(f"{expected}. Received: {str(path)!r} ({first_line(error)})") from error
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == "":
         deployed.export(output, format="tf_saved_model", verbose=False)
     else:
-        with whole_file(output) as own:
-            own.write_bytes(_tflite(deployed)) if output.suffix == ".tflite" else deployed.save(own)
-    before, after = (
-        sum(isinstance(layer, keras.layers.BatchNormalization) for layer, _ in walk_layers(one)) for one in (model, deployed)
-    )
-    return f"{output}: {before - after} of {before} BatchNormalization layers folded, {_difference(model, deployed)}"
+        with whole_file(output) as part:
+            part.write_bytes(_tflite(deployed)) if output.suffix == ".tflite" else deployed.save(part)
+    layers = [[layer for layer, _ in walk_layers(one)] for one in (model, deployed)]
+    before, left = (sum(isinstance(layer, keras.layers.BatchNormalization) for layer in found) for found in layers)
+    difference = f"outputs differ by {_difference(model, deployed):.1e} of the largest on noise"
+    return f"{output}: {before - left} of {before} BatchNormalization layers folded, {difference}"
 
 
 def _difference(model, deployed):
-    """How far the outputs of a model and its copy are apart on noise, in words."""
-    rng, batch = np.random.default_rng(0), []
-    for tensor in model.inputs:
-        shape = [IMAGES, *(size or 32 for size in tensor.shape[1:])]
-        batch.append(tf.cast(rng.uniform(0, 255, shape), tensor.dtype))
-    batch = keras.tree.pack_sequence_as(model.input, batch) if isinstance(model, keras.Function) else batch[0]
-    outputs = zip(*(keras.tree.flatten(one(batch, training=False)) for one in (model, deployed)))
-    pairs = [(np.asarray(tf.cast(mine, tf.float32)), np.asarray(theirs)) for mine, theirs in outputs]
-    largest = max(np.abs(mine - theirs).max() / max(np.abs(mine).max(), 1e-30) for mine, theirs in pairs)
-    return f"outputs differ by {largest:.1e} of the largest on noise"
+    """Returns how far the outputs of a model and its copy differ on noise, relative to the largest output."""
+    rng = np.random.default_rng(0)
+    shapes = [(16, *(size or 32 for size in tensor.shape[1:])) for tensor in model.inputs]
+    noise = [tf.cast(rng.uniform(0, 255, shape), tensor.dtype) for shape, tensor in zip(shapes, model.inputs)]
+    batch = keras.tree.pack_sequence_as(model.input, noise) if isinstance(model, keras.Function) else noise[0]
+    mine, theirs = (keras.tree.flatten(one(batch, training=False)) for one in (model, deployed))
+    pairs = [(np.asarray(tf.cast(a, tf.float32)), np.asarray(b)) for a, b in zip(mine, theirs)]
+    return max(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30) for a, b in pairs)
 
 
 def _tflite(model):

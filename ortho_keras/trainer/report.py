@@ -2,40 +2,29 @@
 
 python -m ortho_keras.trainer.report runs/digits runs/digits_l2 --output=report.html
 
-The page holds its pictures itself and asks for nothing else, so it can be mailed or put anywhere.
+All plots are inside the page, which therefore can be mailed or put on any server.
 """
 
 import argparse
 import base64
-import html
-import io
+import itertools
 import json
 import pathlib
 import sys
 import tempfile
 
 import keras
-import numpy as np
 
 from ortho_keras.diagnosis.features import plot_filters
-from ortho_keras.diagnosis.plots import errors_by_step, plot_heat_map
+from ortho_keras.diagnosis.plots import errors_by_step, new_figure, plot_heat_map, save
 from ortho_keras.diagnosis.signals import read_signals
 from ortho_keras.method.checks import require
 from ortho_keras.method.errors import InputError, first_line
-from ortho_keras.method.files import whole_file
+from ortho_keras.method.files import check_folder, whole_file
 from ortho_keras.method.loading import load_model
+from ortho_keras.trainer.result import progress
 
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 0 auto; padding: 1rem; }
-body { color: #1a1a1a; background: #fff; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid #ccc; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 360px), 1fr)); gap: 1rem; }
-figure { margin: 0; } img { max-width: 100%; height: auto; } figcaption { font-size: .9rem; color: #444; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
-tr.differs td { background: #fff4d6; }
-"""
+TEMPLATE = pathlib.Path(__file__).with_name("report.html.jinja")
 SUMMARY = {
     "test accuracy": ("test_accuracy", "{:.4f}"),
     "test top-5 accuracy": ("test_top5_accuracy", "{:.4f}"),
@@ -50,210 +39,154 @@ SUMMARY = {
     "parameters": ("parameters", "{:,}"),
     "images skipped": ("skipped_images", "{:,}"),
 }
-
-# Rows of data with many classes, of runs that mirror images, and of damaged data.
-ONLY_WHERE_THERE = ("test_top5_accuracy", "test_mirrored_accuracy", "skipped_images")
+# Left out where no run has a value: with few classes, without mirroring, and with sound data.
+OPTIONAL = ("test_top5_accuracy", "test_mirrored_accuracy", "skipped_images")
+CURVES = {"accuracy": "accuracy", "cross-entropy": "crossentropy", "penalty": "penalty", "learning rate": "learning_rate"}
 
 
 class Run:
-    """What a workdir holds: the recipe always, figures, signals and the net where the run has come so far."""
+    """The content of a workdir: the recipe, and what the run has written so far."""
 
     def __init__(self, workdir):
-        self.workdir = pathlib.Path(workdir)
-        refused = f"WORKDIR must be the folder of a run of train.py. Received: {str(workdir)!r}"
         try:
-            self.recipe = dict(json.loads((self.workdir / "run.json").read_text())["recipe"])
-            self.result = self._read("result.json", {})
-            self.history = self._read("history.json", [])
-            self.signals = read_signals(self.workdir / "signals.csv")
+            begun = json.loads((workdir / "run.json").read_text())
+            self.recipe = dict(begun["recipe"])
+            self.history, result = (
+                json.loads((workdir / name).read_text()) if (workdir / name).exists() else missing
+                for name, missing in (("history.json", []), ("result.json", {}))
+            )
+            self.values = {**progress(self.history, self.recipe.get("grow_epoch", 0)), **result}
+            self.signals = read_signals(workdir / "signals.csv")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{refused} ({first_line(error)})") from error
-
-    def _read(self, name, missing):
-        path = self.workdir / name
-        return json.loads(path.read_text()) if path.exists() else missing
-
-    @property
-    def environment(self):
-        fingerprint = self.result.get("data_sha256")
-        data = {"data_sha256": fingerprint} if fingerprint else {}
-        return {**data, **self.result.get("device", {}), **self.result.get("versions", {})}
+            expected = "WORKDIR must be the folder of a run of train.py"
+            raise InputError(f"{expected}. Received: {str(workdir)!r} ({first_line(error)})") from error
+        self.finished = bool(result)
+        self.errors = result.get("orthonormality_error", {})
+        self.environment = {"data_sha256": result.get("data_sha256") or begun.get("data_sha256") or ""}
+        self.environment |= {**result.get("device", {}), **result.get("versions", {})}
+        self.model = workdir / "final.keras"
 
 
 def write_report(workdirs, path):
     """Writes one self-contained HTML page that compares runs.
 
     Args:
-        workdirs: List of paths of `train.py`'s workdirs, at least one. A run that is not finished is shown as far as it is.
-        path: Path of the page; replaced if it is there.
+        workdirs: List of paths of `train.py`'s workdirs, at least one. Of a run that is stopped or still running, the page
+            shows the epochs so far.
+        path: Path of the page; an existing file is replaced.
 
     Raises:
-        ImportError: If matplotlib is not installed.
-        InputError: If a workdir holds no run, or one is named twice.
-        ValueError: If `path` is not of a file in a folder that can be written.
+        ImportError: If matplotlib or jinja2 is not installed.
+        InputError: If a workdir holds no run, or is listed twice.
+        ValueError: If `path` is not a file in a folder that can be written, or a run's `final.keras` does not load.
     """
-    require("a report", "matplotlib")
+    require("a report", "matplotlib", "jinja2")
+    import jinja2
+
     runs = _labelled([pathlib.Path(workdir) for workdir in workdirs])
     sections = [
-        ("Result", _summary(runs)),
-        ("Curves", _curves(runs)),
-        ("Orthonormality by layer", _orthonormality(runs)),
-        ("Signal by layer and step", _heat_maps(runs)),
-        ("Filters", _filters(runs)),
-        ("Recipe", _values({label: run.recipe for label, run in runs.items()})),
-        ("Environment", _values({label: run.environment for label, run in runs.items()})),
+        ("Result", _summary(runs.values()), []),
+        ("Curves", [], _curves(runs)),
+        ("Orthonormality by layer", [], _orthonormality(runs)),
+        ("Signal by layer and step", [], _heat_maps(runs)),
+        ("Filters", [], _filters(runs)),
+        ("Recipe", _comparison([run.recipe for run in runs.values()]), []),
+        ("Environment", _comparison([run.environment for run in runs.values()]), []),
     ]
-    title = html.escape("ortho_keras: " + ", ".join(runs))
-    body = "".join(f"<section><h2>{name}</h2>{content}</section>\n" for name, content in sections if content)
-    page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n{body}</body></html>\n'
-    )
-    with whole_file(path) as own:
-        own.write_text(page, encoding="utf-8")
+    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    with whole_file(path) as part:
+        part.write_text(template.render(runs=runs, sections=sections), encoding="utf-8")
 
 
 def _labelled(workdirs):
-    """`{label: Run}`: the folder's name, with as many of its parents' as tell runs of one name apart."""
+    """Returns `{label: Run}`: a folder's name, with as many of its parents' as make the labels unique."""
     full = [workdir.resolve().parts for workdir in workdirs]
     if len(set(full)) < len(full):
-        raise InputError(f"WORKDIR must be named once each. Received: {' '.join(map(str, workdirs))}")
-    runs = {}
-    for workdir, parts in zip(workdirs, full):
-        count = 1
-        while count < len(parts) and sum(other[-count:] == parts[-count:] for other in full) > 1:
-            count += 1
-        runs["/".join(parts[-count:])] = Run(workdir)
-    return runs
-
-
-def _table(header, rows, marked=()):
-    def line(cells, tag):
-        return "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
-
-    body = "".join(
-        f"<tr{' class=differs' if number in marked else ''}>{line(row, 'td')}</tr>" for number, row in enumerate(rows)
-    )
-    return f'<div class="wide"><table><thead><tr>{line(header, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+        raise InputError(f"each WORKDIR must be listed once. Received: {' '.join(map(str, workdirs))}")
+    count = 1
+    while len({parts[-count:] for parts in full}) < len(full):
+        count += 1
+    return {"/".join(parts[-count:]): Run(workdir) for parts, workdir in zip(full, workdirs)}
 
 
 def _summary(runs):
+    """Returns rows `(name, values, whether to mark the row)` of the results."""
     rows = []
     for name, (key, form) in SUMMARY.items():
-        values = [run.result.get(key) for run in runs.values()]
-        if key in ONLY_WHERE_THERE and not any(values):
-            continue
-        rows.append([name, *("" if value is None else form.format(value) for value in values)])
-    errors = [run.result.get("orthonormality_error", {}).values() for run in runs.values()]
-    rows.append(["largest |WᵀW − I|", *(f"{max(values):.3g}" if values else "" for values in errors)])
-    unfinished = [label for label, run in runs.items() if not run.result]
-    note = f"<p>Not finished: {html.escape(', '.join(unfinished))}.</p>" if unfinished else ""
-    return note + _table(["", *runs], rows)
+        values = [run.values.get(key) for run in runs]
+        if any(values) or key not in OPTIONAL:
+            rows.append((name, ["" if value is None else form.format(value) for value in values], False))
+    errors = [f"{max(run.errors.values()):.3g}" if run.errors else "" for run in runs]
+    return [*rows, ("largest |WᵀW − I|", errors, False)]
 
 
-def _values(columns):
-    """A table of every value by run; lines in which runs differ are marked."""
-    names = list(dict.fromkeys(name for values in columns.values() for name in values))
-    rows = [[name, *(values.get(name, "") for values in columns.values())] for name in names]
-    differs = [number for number, row in enumerate(rows) if len({str(value) for value in row[1:]}) > 1]
-    return _table(["", *columns], rows, differs) if rows else ""
+def _comparison(columns):
+    """Returns rows of every value by run, marked where runs differ."""
+    rows = []
+    for name in dict.fromkeys(itertools.chain(*columns)):
+        values = [str(column.get(name, "")) for column in columns]
+        rows.append((name, values, len(set(values)) > 1))
+    return rows
 
 
 def _curves(runs):
-    drawn = {label: run.history for label, run in runs.items() if run.history}
-    if not drawn:
-        return ""
-    panels = {
-        "accuracy": ("accuracy", "validation_accuracy"),
-        "cross-entropy": ("crossentropy", "validation_crossentropy"),
-        "penalty": ("penalty", None),
-        "learning rate": ("learning_rate", None),
-    }
     pictures = []
-    for title, (solid, dashed) in panels.items():
-        figure, axes = _figure()
-        for number, (label, history) in enumerate(drawn.items()):
-            for name, style in ((solid, "-"), (dashed, "--")):
-                points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
-                if points:
-                    marker = "o" if len(points) == 1 else ""
-                    axes.plot(
-                        *zip(*points), style, color=f"C{number % 10}", marker=marker, label=label if style == "-" else None
-                    )
-        positive = all(y > 0 for line in axes.lines for y in line.get_ydata())
-        axes.set(xlabel="step", title=title, yscale="log" if title in ("cross-entropy", "penalty") and positive else "linear")
-        axes.legend()
-        validated = any(line.get_linestyle() == "--" for line in axes.lines)
-        pictures.append(_picture(figure, f"{title} over the steps" + ", validation dashed" * validated))
-    return f'<div class="pictures">{"".join(pictures)}</div>'
+    for title, key in CURVES.items():
+        lines = []
+        for number, (label, run) in enumerate(runs.items()):
+            for name, style in ((key, ".-"), (f"validation_{key}", ".--")):
+                points = {row["step"]: row[name] for row in run.history if row.get(name) is not None}
+                lines.append((points, style, number, label if name == key else None))
+        caption = f"{title} by step" + (", validation dashed" if any(points for points, *_ in lines[1::2]) else "")
+        pictures += _plot(lines, caption, key in ("crossentropy", "penalty"), xlabel="step", title=title)
+    return pictures
 
 
 def _orthonormality(runs):
-    found = {label: run.result["orthonormality_error"] for label, run in runs.items() if run.result.get("orthonormality_error")}
-    if not found:
-        return ""
-    figure, axes = _figure()
-    for label, errors in found.items():
-        axes.plot(np.arange(1, len(errors) + 1), list(errors.values()), ".-", label=label)
-    positive = all(y > 0 for line in axes.lines for y in line.get_ydata())
-    axes.set(xlabel="kernel, from the input up", ylabel="largest |WᵀW − I|", yscale="log" if positive else "linear")
-    axes.legend()
-    return _picture(figure, "0 where all filters of a kernel are orthonormal, in groups where it has more filters than inputs")
+    lines = [(dict(enumerate(run.errors.values(), 1)), ".-", at, label) for at, (label, run) in enumerate(runs.items())]
+    caption = "0 where all filters of a kernel are orthonormal, in groups where it has more filters than inputs"
+    return _plot(lines, caption, True, xlabel="kernel, from input to output", ylabel="largest |WᵀW − I|")
 
 
 def _heat_maps(runs):
-    pictures = []
-    for label, run in runs.items():
-        if run.signals:
-            with tempfile.TemporaryDirectory() as folder:
-                path = pathlib.Path(folder, "signals.png")
-                plot_heat_map(*errors_by_step(run.signals), path, label)
-                pictures.append(_embedded(path.read_bytes(), "png", f"{label}: the error on its way down"))
-    return f'<div class="pictures">{"".join(pictures)}</div>' if pictures else ""
+    measured = {label: errors_by_step(run.signals) for label, run in runs.items() if run.signals}
+    return [_picture(f"{label}: errors", plot_heat_map, *values, title=label) for label, values in measured.items()]
 
 
 def _filters(runs):
-    """Filters of each net's first and last convolution."""
+    """Plots filters of each model's first and last convolution."""
     pictures = []
     for label, run in runs.items():
-        path = run.workdir / "final.keras"
-        if not path.exists():
-            continue
-        try:
-            model = load_model(path, compile=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"WORKDIR must hold a whole final.keras. Received: {run.workdir} ({first_line(error)})") from error
-        convolutions = [layer.name for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
-        layers = list(dict.fromkeys((convolutions[0], convolutions[-1])))
-        with tempfile.TemporaryDirectory() as folder:
-            picture = pathlib.Path(folder, "filters.png")
-            plot_filters(model, layers, picture)
-            pictures.append(_embedded(picture.read_bytes(), "png", f"{label}: filters of {' and '.join(layers)}"))
-    return f'<div class="pictures">{"".join(pictures)}</div>' if pictures else ""
+        if run.model.exists():
+            model = load_model(run.model, compile=False)
+            convolutions = [layer.name for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
+            names = list(dict.fromkeys((convolutions[0], convolutions[-1])))
+            pictures.append(_picture(f"{label}: filters of {' and '.join(names)}", plot_filters, model, names))
+    return pictures
 
 
-def _figure():
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.5, 3.8), layout="constrained")
-    FigureCanvasSVG(figure)
+def _plot(lines, caption, logarithmic, **settings):
+    """Plots lines `({x: y}, style, number of the colour, label)`; returns a list of one picture, or none if all are empty."""
+    lines = [line for line in lines if line[0]]
+    if not lines:
+        return []
+    figure = new_figure(5.5, 3.8)
     axes = figure.subplots()
+    for points, style, number, label in lines:
+        axes.plot(points.keys(), points.values(), style, color=f"C{number % 10}", markersize=4, label=label)
+    positive = all(y > 0 for points, *_ in lines for y in points.values())
+    axes.set(yscale="log" if logarithmic and positive else "linear", **settings)
     axes.grid(alpha=0.3)
-    return figure, axes
+    axes.legend()
+    return [_picture(caption, save, figure)]
 
 
-def _picture(figure, caption):
-    file = io.BytesIO()
-    figure.savefig(file, format="svg")
-    return _embedded(file.getvalue(), "svg+xml", caption)
-
-
-def _embedded(content, kind, caption):
-    source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    caption = html.escape(caption)
-    return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+def _picture(caption, draw, *args, **kwargs):
+    """Returns the PNG file that `draw(*args, path=..., **kwargs)` writes as a `data:` address, and its caption."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "picture.png")
+        draw(*args, path=path, **kwargs)
+        return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}", caption
 
 
 def main(arguments=None):
@@ -262,12 +195,10 @@ def main(arguments=None):
     parser.add_argument("--output", default="report.html", help="the page's file (default: report.html)")
     given = parser.parse_args(arguments)
     try:
+        check_folder("--output", pathlib.Path(given.output).parent)
         write_report(given.workdirs, given.output)
-    except (ImportError, InputError) as error:
+    except (ImportError, ValueError) as error:
         print(f"ortho_keras.trainer.report: {error}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"ortho_keras.trainer.report: --output: {error}", file=sys.stderr)
         return 2
     print(given.output)
     return 0

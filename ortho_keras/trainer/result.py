@@ -1,4 +1,4 @@
-"""What a run came to, and where: the content of its `result.json`."""
+"""What a run reached, and on which machine: the content of its `result.json`."""
 
 import contextlib
 import importlib.metadata
@@ -18,32 +18,24 @@ def result_of(name, recipe, data, model, history, test, runtime):
     Args:
         name: The recipe's name.
         recipe: `Recipe`.
-        data: `ImageData`, which was trained and judged on.
+        data: `ImageData`.
         model: The trained model.
-        history: List of the epochs' figures, at least one.
-        test: Dict of the figures on the test split.
+        history: List of the epochs' metrics, at least one.
+        test: Dict of the metrics on the test split.
         runtime: `Runtime`.
     """
-    seconds = sum(row["seconds"] for row in history)
-    grown = history[recipe.grow_epoch if recipe.start_depth else 0 :]
-    rates = [row["images/s"] for row in grown if "images/s" in row]
-    last = history[-1]
     return {
         "recipe_name": name,
         "recipe": recipe.to_json(),
         "seed": recipe.seed,
-        "validation_accuracy": last.get("validation_accuracy"),
+        **progress(history, recipe.grow_epoch if recipe.start_depth else 0),
         "test_accuracy": test["accuracy"],
         "test_top5_accuracy": test.get("top5_accuracy"),
         "test_mirrored_accuracy": test.get("mirrored_accuracy"),
         "test_crossentropy": test["crossentropy"],
-        "training_accuracy": last["accuracy"],
         "penalty": test["penalty"],
         "skipped_images": len(data.skipped),
         "data_sha256": data.fingerprint,
-        "steps": last["step"],
-        "seconds": round(seconds, 3),
-        "images_per_second": round(sorted(rates)[len(rates) // 2], 1) if rates else None,
         "parameters": model.count_params(),
         "orthonormality_error": {
             kernel.path: orthonormality_error(kernel.variable, kernel.layout, kernel.groups) for kernel in model_kernels(model)
@@ -59,6 +51,22 @@ def result_of(name, recipe, data, model, history, test, runtime):
     }
 
 
+def progress(history, first_epoch=0):
+    """Returns the part of `result.json` that the epochs so far determine; the pace is the median from `first_epoch` on."""
+    if not history:
+        return {}
+    rates = sorted(row["images/s"] for row in history[first_epoch:] if "images/s" in row)
+    validated = [row["validation_accuracy"] for row in history if "validation_accuracy" in row]
+    return {
+        "validation_accuracy": validated[-1] if validated else None,
+        "training_accuracy": history[-1]["accuracy"],
+        "penalty": history[-1]["penalty"],
+        "steps": history[-1]["step"],
+        "seconds": round(sum(row["seconds"] for row in history), 3),
+        "images_per_second": round(rates[len(rates) // 2], 1) if rates else None,
+    }
+
+
 def installed_versions(*distributions):
     """Returns `{distribution: version}` of those that are installed."""
     found = {}
@@ -69,14 +77,14 @@ def installed_versions(*distributions):
 
 
 def hardware(device):
-    """Says what a run computed on by its result's `device`: the GPUs' names, or how many cores of which processor."""
+    """Returns the names of the GPUs in a result's `device`, or the number of cores and the processor's name."""
     if device["type"] == ["CPU"]:
         return f"{device['cpu_cores']} core(s) of {device['processor']}"
     return ", ".join(device["type"])
 
 
 def processor():
-    """The name of the machine's processor."""
+    """Returns the name of the machine's processor."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -1,30 +1,36 @@
-"""The HTML page: what it holds, of real runs, and what it refuses."""
+"""The HTML page of real runs, one of them stopped: its content, and what is refused."""
 
 import html.parser
 import json
+import os
+import pathlib
 import re
 import shutil
-import subprocess
-import sys
+import signal
+import tomllib
 
+import keras
 import pytest
 
-from ortho_keras.method.errors import InputError
+from ortho_keras.method.errors import InputError, Interrupted
 from ortho_keras.trainer.recipe import Recipe
-from ortho_keras.trainer.report import main, write_report
+from ortho_keras.trainer.report import TEMPLATE, main, write_report
 from ortho_keras.trainer.run import run
 
-SMALL = Recipe(depth=8, width=4, epochs=2, batch_size=256, learning_rate=0.01, bn_batches=1)
+SMALL = Recipe(image_size=8, depth=8, width=2, epochs=3, batch_size=256, learning_rate=0.01, bn_batches=1, evaluate_every=1)
+PICTURE = "data:image/png;base64"
 
 
 class Page(html.parser.HTMLParser):
-    """Headings, pictures' beginnings, cells by line, and every address that a browser would ask for."""
+    """Headings, how each picture's address begins, cells by row, and all addresses of a page whose tags are balanced."""
 
-    def __init__(self, text):
+    def __init__(self, path):
         super().__init__()
+        self.text = path.read_text()
         self.headings, self.pictures, self.rows, self.addresses, self.open = [], [], [], [], []
-        self.feed(text)
+        self.feed(self.text)
         self.close()
+        assert self.open == []
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
@@ -48,87 +54,93 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
+    """A finished run, the same run as it was when it got SIGTERM in its last epoch, and a copy with other images."""
     folder = tmp_path_factory.mktemp("runs")
+    stop = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: epoch == 2 and os.kill(os.getpid(), signal.SIGTERM)
+    )
+    with pytest.raises(Interrupted):
+        run(SMALL, folder / "method", callbacks=[stop], signal_every=3, log=lambda line: None)
+    shutil.copytree(folder / "method", folder / "stopped")
     run(SMALL, folder / "method", signal_every=3, log=lambda line: None)
-    run(Recipe(**{**SMALL.to_json(), "regularizer": "l2"}), folder / "a <control> & more", log=lambda line: None)
+    shutil.copytree(folder / "method", folder / "a <control> & more")
+    for name, changed in (("run.json", {}), ("result.json", {"data_sha256": "0" * 64})):
+        path = folder / "a <control> & more" / name
+        content = json.loads(path.read_text()) | changed
+        content["recipe"]["regularizer"] = "l2"
+        path.write_text(json.dumps(content))
     return folder
 
 
 def test_two_runs_side_by_side(runs, tmp_path):
-    path = tmp_path / "report.html"
-    write_report([runs / "method", runs / "a <control> & more"], path)
-    text = path.read_text()
-    page = Page(text)
-    assert page.open == []
+    write_report([runs / "method", runs / "a <control> & more"], tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
     assert page.headings == [
         "Result", "Curves", "Orthonormality by layer", "Signal by layer and step", "Filters", "Recipe", "Environment",
     ]  # fmt: skip
-    assert page.pictures == 5 * ["data:image/svg+xml;base64"] + 3 * ["data:image/png;base64"]
+    assert page.pictures == 9 * [PICTURE]  # four curves, orthonormality, and for each run its signal and its filters
     assert all(address.startswith("data:") for address in page.addresses)
-    assert "http" not in re.sub(r'src="data:[^"]*"', "", text) and "<control>" not in text
-
+    assert "http" not in re.sub(r'src="data:[^"]*"', "", page.text) and "<control>" not in page.text
     rows = {cells[0]: (marked, cells[1:]) for marked, cells in page.rows if len(cells) == 3}
-    results = [json.loads((runs / name / "result.json").read_text()) for name in ("method", "a <control> & more")]
-    assert "test top-5 accuracy" not in rows and "images skipped" not in rows  # ten classes, all sound
-    assert rows["test accuracy"][1] == [f"{result['test_accuracy']:.4f}" for result in results]
-    assert rows["largest |WᵀW − I|"][1] == [f"{max(r['orthonormality_error'].values()):.3g}" for r in results]
-    assert rows["regularizer"] == ("differs", ["orthonormal", "l2"])
-    assert [name for name, (marked, _) in rows.items() if marked] == ["regularizer"]
-    assert rows["tensorflow"][1] == 2 * [results[0]["versions"]["tensorflow"]]
-    assert rows["data_sha256"] == (None, 2 * [results[0]["data_sha256"]])
+    result = json.loads((runs / "method" / "result.json").read_text())
+    assert "test top-5 accuracy" not in rows and "images skipped" not in rows  # ten classes, no damaged images
+    assert rows["test accuracy"] == (None, 2 * [f"{result['test_accuracy']:.4f}"])
+    assert rows["largest |WᵀW − I|"][1] == 2 * [f"{max(result['orthonormality_error'].values()):.3g}"]
+    assert rows["tensorflow"] == (None, 2 * [result["versions"]["tensorflow"]])
+    assert {name: values for name, (marked, values) in rows.items() if marked} == {
+        "regularizer": ["orthonormal", "l2"],
+        "data_sha256": [result["data_sha256"], "0" * 64],
+    }
+    assert page.rows[0] == (None, ["method", "a <control> & more"])
 
 
-def test_other_images_are_marked(runs, tmp_path):
-    shutil.copytree(runs / "method", tmp_path / "other")
-    result = json.loads((tmp_path / "other" / "result.json").read_text())
-    (tmp_path / "other" / "result.json").write_text(json.dumps(result | {"data_sha256": "0" * 64}))
-    write_report([runs / "method", tmp_path / "other"], tmp_path / "report.html")
-    marked = [cells for kind, cells in Page((tmp_path / "report.html").read_text()).rows if kind]
-    assert marked == [["data_sha256", result["data_sha256"], "0" * 64]]
+def test_a_stopped_run_is_shown_as_far_as_it_came(runs, tmp_path):
+    assert main([str(runs / "stopped"), f"--output={tmp_path / 'report.html'}"]) == 0
+    page = Page(tmp_path / "report.html")
+    assert page.headings == ["Result", "Curves", "Signal by layer and step", "Recipe", "Environment"]
+    assert page.pictures == 5 * [PICTURE] and "Not finished: stopped, after 2 epochs." in page.text
+    rows = {cells[0]: cells[1:] for _, cells in page.rows if cells}
+    history = json.loads((runs / "method" / "history.json").read_text())
+    assert rows["steps"] == [f"{history[1]['step']}"] and rows["test accuracy"] == []  # an empty cell
+    for split in ("training", "validation"):
+        assert rows[f"{split} accuracy"] == [f"{history[1][('validation_' * (split == 'validation')) + 'accuracy']:.4f}"]
+    assert len(rows["data_sha256"][0]) == 64
 
 
-def test_a_run_that_is_not_finished_is_shown_as_far_as_it_is(runs, tmp_path):
-    begun = tmp_path / "begun"
-    begun.mkdir()
-    (begun / "run.json").write_text((runs / "method" / "run.json").read_text())
-    write_report([begun], tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text()
-    page = Page(text)
-    assert page.headings == ["Result", "Recipe"] and page.pictures == [] and "Not finished: begun." in text
-
-
-def test_runs_of_one_name_are_told_apart(runs, tmp_path):
+def test_runs_of_one_name_without_an_epoch(runs, tmp_path):
     for parent in ("first", "second"):
         (tmp_path / parent / "digits").mkdir(parents=True)
-        (tmp_path / parent / "digits" / "run.json").write_text((runs / "method" / "run.json").read_text())
+        shutil.copy(runs / "method" / "run.json", tmp_path / parent / "digits")
     write_report([tmp_path / parent / "digits" for parent in ("first", "second")], tmp_path / "report.html")
-    assert "<th>first/digits</th><th>second/digits</th>" in (tmp_path / "report.html").read_text()
+    page = Page(tmp_path / "report.html")
+    assert page.headings == ["Result", "Recipe", "Environment"] and page.rows[0][1] == ["first/digits", "second/digits"]
 
 
-def test_the_command_line(runs, tmp_path):
-    command = [sys.executable, "-m", "ortho_keras.trainer.report", runs / "method", f"--output={tmp_path / 'page.html'}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == f"{tmp_path / 'page.html'}\n", done.stderr
-    assert Page((tmp_path / "page.html").read_text()).headings[0] == "Result"
+def test_the_package_holds_the_template():
+    settings = tomllib.loads((pathlib.Path(__file__).parents[2] / "pyproject.toml").read_text())["tool"]["setuptools"]
+    (pattern,) = settings["package-data"]["ortho_keras.trainer"]
+    assert TEMPLATE.match(pattern) and TEMPLATE.parent.parts[-2:] == ("ortho_keras", "trainer")
 
 
 def test_what_is_refused(runs, tmp_path, capsys):
-    empty, damaged = tmp_path / "empty", tmp_path / "damaged"
-    for folder in (empty, damaged):
-        folder.mkdir()
-    (damaged / "run.json").write_text("{")
-    for folder in (empty, damaged, tmp_path / "missing"):
-        with pytest.raises(
-            InputError, match=re.escape(f"WORKDIR must be the folder of a run of train.py. Received: '{folder}'")
-        ):
-            write_report([folder], tmp_path / "report.html")
-    with pytest.raises(InputError, match="WORKDIR must be named once each"):
+    for name, content in (("empty", None), ("damaged", "{"), ("list", "[]")):
+        (tmp_path / name).mkdir()
+        if content:
+            (tmp_path / name / "run.json").write_text(content)
+        message = f"WORKDIR must be the folder of a run of train.py. Received: '{tmp_path / name}'"
+        with pytest.raises(InputError, match=re.escape(message)):
+            write_report([tmp_path / name], tmp_path / "report.html")
+    with pytest.raises(InputError, match="each WORKDIR must be listed once"):
         write_report([runs / "method", runs / ".." / runs.name / "method"], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
-    assert main([str(empty)]) == 2
-    assert main([str(runs / "method"), f"--output={tmp_path / 'no' / 'page.html'}"]) == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert errors[0].startswith("ortho_keras.trainer.report: WORKDIR must be")
-    assert errors[1].startswith(
-        "ortho_keras.trainer.report: --output: `path` must be the path of a file in a folder that exists"
-    )
+    (tmp_path / "file").write_text("")
+    for arguments, message in (
+        ([str(tmp_path / "empty")], "WORKDIR must be"),
+        (
+            [str(runs / "method"), f"--output={tmp_path / 'file' / 'page.html'}"],
+            "--output must be a folder that can be written",
+        ),
+        ([str(runs / "stopped"), f"--output={tmp_path / 'no' / 'page.html'}"], "`path` must be the path of a file in a folder"),
+    ):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.startswith(f"ortho_keras.trainer.report: {message}")
