@@ -47,13 +47,14 @@ def script(monkeypatch, path, *arguments):
     absl has one space of flags, and the scripts import each other: both are put back at the end.
     """
     path = ROOT / path
-    flag_values, modules = vars(flags.FLAGS), set(sys.modules)
+    flag_values, modules = vars(flags.FLAGS), dict(sys.modules)
     held = dict(flag_values)
     with monkeypatch.context() as patch:
         patch.syspath_prepend(path.parent)
         patch.setattr(sys, "argv", [str(path), *map(str, arguments)])
         flag_values.clear()
         flag_values.update(vars(flags.FlagValues()))
+        _forget(path.parent)
         try:
             module = importlib.import_module(path.stem)
             flags.FLAGS(sys.argv)
@@ -61,6 +62,12 @@ def script(monkeypatch, path, *arguments):
         finally:
             flag_values.clear()
             flag_values.update(held)
-            for name in set(sys.modules) - modules:
-                if str(getattr(sys.modules[name], "__file__", "")).startswith(str(path.parent)):
-                    del sys.modules[name]
+            _forget(path.parent)
+            sys.modules |= {name: module for name, module in modules.items() if name not in sys.modules}
+
+
+def _forget(folder):
+    """Removes the modules of a folder from those that are imported."""
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).startswith(f"{folder}/"):
+            del sys.modules[name]

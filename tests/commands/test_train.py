@@ -106,7 +106,7 @@ def test_folders_that_hold_no_images(tmp_path, capsys):
     for name, expected in (("empty", "Received: no image"), ("corrupt", "cat/1.png, which does not decode")):
         status, out, err = invoke(capsys, f"--dataset=folder:{tmp_path / name}", f"--workdir={tmp_path / 'run'}")
         assert status == 2 and out == "" and len(err.strip().splitlines()) == 1
-        assert f"--dataset folder:{tmp_path / name} must contain" in err and expected in err
+        assert f"--dataset folder:{tmp_path / name} must " in err and expected in err
         assert not list((tmp_path / "run").glob("*"))
 
 

@@ -98,7 +98,7 @@ def test_a_search_that_is_stopped_in_a_trial_resumes_in_it(tmp_path, capsys):
 
 
 def test_hopeless_and_failed_trials_do_not_end_a_search(tmp_path, capsys):
-    hopeless = [*TINY, "--epochs=3", "--learning_rate=0.00001", "--rate_depth=0", "--chance_steps=20", "--max_trials=1"]
+    hopeless = [*TINY, "--epochs=3", "--learning_rate=0.0001", "--rate_depth=0", "--chance_steps=20", "--max_trials=1"]
     hopeless += ["--narrow=initializer=orthonormal", f"--workdir={tmp_path / 'chance'}"]
     status, out, err = invoke(capsys, *hopeless)
     assert (status, err) == (0, "") and "hopeless: training accuracy" in out and "where chance is 0.100" in out
