@@ -47,8 +47,14 @@ def in_process(monkeypatch, capsys):
     monkeypatch.setattr(concurrent.futures, "ThreadPoolExecutor", InTurn)
 
 
-class InTurn(contextlib.nullcontext):
+class InTurn(contextlib.AbstractContextManager):
     """An executor in the main thread, where alone a run can handle signals."""
+
+    def __init__(self, jobs):
+        self.jobs = jobs
+
+    def __exit__(self, *_):
+        pass
 
     def map(self, function, tasks):
         return map(function, tasks)
@@ -110,9 +116,7 @@ def test_the_papers_table_of_no_results(monkeypatch, capsys, tmp_path):
     assert "| `he_l2` |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("given", "count"), [([], 3), (["--compare=regularizers"], 10), (["--compare=regularizers", "--alone"], 9)]
-)
+@pytest.mark.parametrize(("given", "count"), [([], 3), (["--compare=regularizers", "--alone"], 9)])
 def test_step_time_writes_the_ratio_of_its_arms(tmp_path, monkeypatch, given, count):
     result = results(monkeypatch, "step_time", *ONE, *given, folder=tmp_path)
     assert result["command"].startswith("python benchmarks/step_time.py --depth=8 ") and result["rounds"] == 1
@@ -147,15 +151,13 @@ def test_scaling_fits_an_exponent(tmp_path, monkeypatch, in_process):
 
 
 def test_orthogonality_falls_with_the_factor(tmp_path, monkeypatch):
-    arms = ("L2", "OrthonormalRegularizer", "OrthonormalDecay(every=1)")
-    given = ["--depth=8", "--steps=60", "--factors=1e-3,1", "--seeds=0", f"--arms={','.join(arms)}"]
+    given = ["--depth=8", "--steps=40", "--factors=1e-3,1", "--seeds=0", "--arms=L2,OrthonormalRegularizer"]
     residuals = {}
     for row in results(monkeypatch, "orthogonality", *given, folder=tmp_path)["rows"]:
         residuals.setdefault(row["arm"], []).extend(row["residuals"])
-        assert row["accuracies"][0] > 0.5
-    for arm in arms[1:]:
-        weak, strong = residuals[arm]
-        assert strong < 0.2 * weak and strong < 0.2 * residuals["L2"][0]
+        assert row["accuracies"][0] > 0.4
+    weak, strong = residuals["OrthonormalRegularizer"]
+    assert strong < 0.2 * weak and strong < 0.2 * residuals["L2"][0]
 
 
 def test_input_pipeline_writes_its_rates(tmp_path, monkeypatch):

@@ -1,8 +1,7 @@
-"""The pages: their code runs, their commands' flags parse, their links lead somewhere, the API page is what docstrings say."""
+"""The pages: their code runs, their commands' flags parse, their links lead somewhere, their figures are the result files'."""
 
 import ast
 import dataclasses
-import importlib.util
 import inspect
 import pathlib
 import re
@@ -11,17 +10,17 @@ import shlex
 
 import pytest
 from absl.testing import flagsaver
+from command_lines import ROOT, invoke, script
 
 import ortho_keras
 import train
 from ortho_keras.trainer import report
 from tuning import search
 
-ROOT = pathlib.Path(train.__file__).parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-# Run by tests/test_readme.py, which holds what it prints against what it says.
-WITH_A_TEST_OF_ITS_OWN = ROOT / "docs" / "my-deep-net-does-not-train.md"
+PUBLIC = set(ortho_keras.__all__) - {"__version__"}
 
 
 def name(page):
@@ -34,44 +33,49 @@ def blocks(page, language):
     return [(text.count("\n", 0, block.start(2)), block[2]) for block in FENCE.finditer(text) if block[1] == language]
 
 
-def commands(page):
-    """The commands of a page's sh blocks, lists of words without variables before them, `&&` taken as their end."""
-    found = []
-    for _, code in blocks(page, "sh"):
-        for line in code.replace("\\\n", " ").splitlines():
-            words = []
-            for word in [*shlex.split(line), "&&"]:
-                if word == "&&":
-                    found.append(words)
-                    words = []
-                elif words or not re.match(r"[A-Z_]+=", word):
-                    words.append(word)
-    return found
-
-
-def ours(page):
-    """`(script or module, arguments)` of a page's commands that run Python on something of ours."""
-    found = []
-    for program, *arguments in commands(page):
-        if pathlib.PurePath(program).name not in ("python", "python3") or arguments[0] == "-c":
-            continue
-        target, *rest = arguments[1:] if arguments[0] == "-m" else arguments
-        if target not in ("venv", "pip", "build"):
-            found.append((target, rest))
-    return found
-
-
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page, "python") and page != WITH_A_TEST_OF_ITS_OWN], ids=name
-)
-def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
+def run_blocks(page, folder, shorter=()):
+    """Runs a page's Python blocks from top to bottom, as a script with the same line numbers."""
     lines = [""] * (page.read_text().count("\n") + 1)
     for start, code in blocks(page, "python"):
         lines[start : start + code.count("\n")] = code.splitlines()
-    script = tmp_path / f"{page.stem}.py"  # lines as in the page; a file, since AutoGraph reads sources
-    script.write_text("\n".join(lines))
+    text = "\n".join(lines)
+    for long, short in shorter:
+        assert long in text
+        text = text.replace(long, short)
+    path = folder / f"{page.stem}.py"  # a file, since AutoGraph reads sources
+    path.write_text(text)
+    runpy.run_path(str(path))
+
+
+def ours(page):
+    """`(script or module, arguments)` of the commands in a page's sh blocks that run Python on something of ours."""
+    found = []
+    for _, code in blocks(page, "sh"):
+        for command in re.split(r"\n|&&", code.replace("\\\n", " ")):
+            words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
+            if words and pathlib.PurePath(words[0]).name in ("python", "python3") and words[1] != "-c":
+                target, *rest = words[2:] if words[1] == "-m" else words[1:]
+                found += [(target, rest)] * (target not in ("venv", "pip", "build"))
+    return found
+
+
+GUIDE = DOCS / "my-deep-net-does-not-train.md"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page != GUIDE], ids=name)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(script))
+    run_blocks(page, tmp_path)
+
+
+def test_the_code_of_the_guide_finds_what_is_wrong(capsys, tmp_path, monkeypatch):
+    """With a fourth of its layers and epochs, so that its accuracies are not reached."""
+    monkeypatch.chdir(tmp_path)
+    run_blocks(GUIDE, tmp_path, [("range(59)", "range(14)"), ("Conv2D(16,", "Conv2D(8,"), ("epochs=epochs", "epochs=1")])
+    printed = [line for line in capsys.readouterr().out.splitlines() if line and not re.match(r"Epoch \d|\d+/\d+ - ", line)]
+    broken, found, tamed, healthy, fixed, accuracy = printed
+    assert "the error grows" in found and "nothing is wrong" in healthy and float(fixed) > float(broken)
+    assert 0 <= float(tamed) <= 1 and 0 <= float(accuracy) <= 1 and (tmp_path / "signal.png").exists()
 
 
 def test_pages_have_blocks_and_commands():
@@ -80,26 +84,22 @@ def test_pages_have_blocks_and_commands():
         name(page) for page in PAGES if blocks(page, "python")
     }
     targets = {target for page in PAGES for target, _ in ours(page)}
-    assert {"train.py", "tuning.search", "ortho_keras.trainer.report", "benchmarks/features.py", "docs/make_api.py"} <= targets
+    assert {"train.py", "tuning.search", "ortho_keras.trainer.report", "benchmarks/features.py"} <= targets
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if ours(page)], ids=name)
 def test_the_commands_of_a_page_parse(page, monkeypatch):
     monkeypatch.delenv("TF_CONFIG", raising=False)
+    monkeypatch.setattr(report, "write_report", lambda workdirs, output: None)
     for target, arguments in ours(page):
-        if target == "train.py":
+        if target in ("train.py", "tuning.search"):
             with flagsaver.flagsaver():
-                train.parse_flags(["train.py", *arguments])
+                train.parse_flags([target, *arguments], target)
                 train.recipe_from_flags()
-        elif target == "tuning.search":
-            with flagsaver.flagsaver():
-                train.parse_flags(["search", *arguments], "tuning.search")
-                search.check_flags()
-                train.recipe_from_flags()
+                if target == "tuning.search":
+                    search.check_flags()
         elif target == "ortho_keras.trainer.report":
-            with monkeypatch.context() as patch:
-                patch.setattr(report, "write_report", lambda workdirs, output: None)
-                assert report.main(arguments) == 0
+            assert report.main(arguments) == 0
         elif target == "pytest":
             assert all((ROOT / path).exists() for path in arguments)
         elif target == "tuning.report":
@@ -109,32 +109,35 @@ def test_the_commands_of_a_page_parse(page, monkeypatch):
             assert not unknown, f"{target} has no flag {unknown}"
 
 
-def defined_flags(script):
-    """The names of the flags that a script defines, without running it: scripts' flags share one space of names."""
-    calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
+def defined_flags(path):
+    """The names of the flags that a script defines, without running it."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     calls = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr.startswith("DEFINE_")]
     return {call.args[0].value for call in calls}
+
+
+def test_flags_and_names_of_the_pages_exist():
+    known = set(search.FLAGS) | {"help", "models", "output", "strict", "check", "recipes", "values", "seeds"}
+    used = set()
+    for page in (ROOT / "README.md", *DOCS.glob("*.md")):
+        used |= set(re.findall(r"`--(?:no)?([a-z_0-9]+)", page.read_text()))
+    assert len(used) > 20 and used <= known, used - known
 
 
 def test_the_first_run_of_the_start_is_as_the_page_says(tmp_path, monkeypatch, capsys):
     """Its commands about `runs/first`, run; the words that its table explains, and the files that docs/train.md lists."""
     monkeypatch.chdir(tmp_path)
-    page = ROOT / "docs" / "start.md"
-    first, control, compared = [(target, rest) for target, rest in ours(page) if any("runs/first" in word for word in rest)]
-    for target, arguments in (first, control):
-        assert target == "train.py"
-        with flagsaver.flagsaver():
-            assert train.main(train.parse_flags([target, *arguments])) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert report.main(compared[1]) == 0 and (tmp_path / "report.html").exists()
-    (in_the_line,), (files,) = (
-        re.findall(rf"^\| {head} .*\n((?:\|.*\n)+)", text.read_text(), re.M)
-        for text, head in ((page, "in the line"), (page.with_name("train.md"), "file"))
-    )
+    page = DOCS / "start.md"
+    first, baseline, compared = [rest for _, rest in ours(page) if any("runs/first" in word for word in rest)]
+    status, out, _ = invoke(capsys, *first, "--epochs=3")
+    assert status == 0 and invoke(capsys, *baseline, "--epochs=1")[0] == 0
+    assert report.main(compared) == 0 and (tmp_path / "report.html").exists()
     terms, paths = (
-        re.findall(r"`([^`]+)`", " ".join(re.findall(r"^\| (.*?) \|", rows, re.M))) for rows in (in_the_line, files)
+        re.findall(r"`([^`]+)`", " ".join(re.findall(r"^\| (.*?) \|", rows[1], re.M)))
+        for text, head in ((page, "in the line"), (DOCS / "train.md", "file"))
+        if (rows := re.search(rf"^\| {head} .*\n((?:\|.*\n)+)", text.read_text(), re.M))
     )
-    shown = " ".join(line for line in lines if line.startswith("epoch "))
+    shown = " ".join(line for line in out.splitlines() if line.startswith("epoch "))
     assert len(terms) > 6 and all(f"{term} " in shown for term in terms)
     assert set(re.findall(r"- ([a-z_/]+) [\d.]", shown)) <= set(terms)
     made = {path.name for path in (tmp_path / "runs" / "first").iterdir()} - {".lock"}
@@ -149,29 +152,28 @@ def test_links_lead_to_files_and_headings(page):
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), f"{name(page)}: {link}"
-        if anchor:
-            assert anchor in anchors(target.read_text()), f"{name(page)}: {link}"
+        if anchor:  # GitHub's names for a page's headings
+            headings = re.findall(r"^#+ (.+)$", FENCE.sub("", target.read_text()), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{name(page)}: {link}"
 
 
-def anchors(text):
-    """GitHub's names for a page's headings."""
-    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+def test_figures_are_those_of_the_result_files(monkeypatch, capsys):
+    with script(monkeypatch, "benchmarks/pages.py", "--check") as pages:
+        assert pages.main(None) == 0, capsys.readouterr().err
 
 
-def test_the_api_page_is_what_the_docstrings_say():
-    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
-    make_api = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_api)
-    assert make_api.PAGE.read_text() == make_api.page(), "run python docs/make_api.py"
-    headings = re.findall(r"^### `(\w+)`$", make_api.PAGE.read_text(), re.MULTILINE)
-    assert sorted(headings) == sorted(set(ortho_keras.__all__) - {"__version__"})
+def test_the_site_has_every_page_and_every_public_name():
+    listed = re.findall(r"^ +- (\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(PUBLIC)
+    site = re.findall(r"^  - .*: ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert {f"docs/{path}" for path in site} >= {name(page) for page in DOCS.glob("*.md")}
 
 
 def test_docstrings_list_the_arguments_in_their_order():
     checked = 0
-    for name in set(ortho_keras.__all__) - {"__version__"}:
-        thing = getattr(ortho_keras, name)
+    for public in PUBLIC:
+        thing = getattr(ortho_keras, public)
         function = thing.__init__ if inspect.isclass(thing) else thing
         if dataclasses.is_dataclass(thing) or not function.__module__.startswith("ortho_keras."):
             continue  # a result, or a parent's arguments
@@ -180,13 +182,17 @@ def test_docstrings_list_the_arguments_in_their_order():
         given = [one for one in given if one != "self" and not (one == "name" and inspect.isclass(thing))]  # Keras's `name`
         arguments = re.search(r"^Args:\n((?:    .*\n|\n)*)", inspect.getdoc(thing) + "\n", re.MULTILINE)
         listed = re.findall(r"^    ([\w, ]+):", arguments[1], re.MULTILINE)
-        assert ", ".join(listed).split(", ") == given, name
+        assert ", ".join(listed).split(", ") == given, public
         checked += 1
     assert checked > 30
 
 
 def test_contributing_names_every_module():
-    text = (ROOT / "docs" / "contributing.md").read_text()
-    modules = {path.name for path in (ROOT / "ortho_keras").glob("*.py")} - {"__init__.py"}
-    table = text[text.index("In `ortho_keras/`:") : text.index("`tuning/`:")]
-    assert modules == set(re.findall(r"`(\w+\.py)`", table))
+    text = (DOCS / "contributing.md").read_text()
+    rows = dict(re.findall(r"^\| `ortho_keras/([\w/]+)/` \| (.*?) \|$", text, re.MULTILINE))
+    modules = {}
+    for path in (ROOT / "ortho_keras").rglob("*.py"):
+        folder = path.parent.relative_to(ROOT / "ortho_keras").as_posix()
+        if path.name != "__init__.py" and folder != ".":
+            modules.setdefault(folder, set()).add(path.stem)
+    assert {folder: set(re.findall(r"`(\w+)`", row)) for folder, row in rows.items()} == modules

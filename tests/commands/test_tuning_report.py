@@ -53,9 +53,7 @@ def test_a_search_that_was_killed_half_way(tmp_path):
     assert [row[0] for row in rows] == ["4", "1", "2", "3", "5"] and rows[0][1] == "0.9500" and rows[0][-1] == "finished"
     assert "5 trials (2 finished, 1 hopeless, 1 failed, 1 unfinished)" in text
     assert "hopeless: the loss became inf at step 3 of 80" in text and "failed: no memory" in text
-    assert (
-        "best: trial 4, validation accuracy 0.9500" in text and "needs 8 trials with different accuracies" in text
-    )
+    assert "best: trial 4, validation accuracy 0.9500" in text and "needs 8 trials with different accuracies" in text
     assert read_recipe(directory / "best.json") == ("digits", trials[3].recipe)
     assert "python train.py --recipe=digits --modulation=anchor --tolerance=4.0" in text
 

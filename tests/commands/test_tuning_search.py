@@ -7,6 +7,9 @@ import shlex
 import shutil
 import signal
 import socket
+import subprocess
+import sys
+from time import sleep
 
 import keras
 import numpy as np
@@ -16,7 +19,7 @@ from command_lines import invoke as invoke_command
 
 from ortho_keras.method.files import only_one, write_json
 from ortho_keras.trainer.recipe import read_recipe
-from tuning import search
+from tuning import search, workers
 from tuning.report import main as report_main
 from tuning.report import report
 from tuning.trials import FAILED, FINISHED, HOPELESS, RUNNING, Trial, best_trial, read_trials
@@ -74,27 +77,53 @@ def test_a_killed_worker_is_restarted_and_two_find_what_one_process_finds(search
     assert [mine.score for mine, _ in pairs] == pytest.approx([own.score for _, own in pairs], abs=1e-6)
 
 
-def test_a_search_that_is_stopped_in_a_trial_resumes_in_it(tmp_path, capsys):
-    """First by SIGTERM to launcher, which ends chief and worker, then twice by its budget."""
+def test_a_search_whose_budget_is_used_up_in_a_trial_resumes_in_it(tmp_path, capsys):
     directory = tmp_path / "search"
     given = [*TINY, "--epochs=4000", "--tuner=random", "--max_trials=2", f"--workdir={directory}"]
-    process = start("-m", "tuning.search", *given, "--workers=1")
-    log = directory / "trial_0" / "log.txt"
-    wait_for(lambda: log.exists() and "epoch 3/" in log.read_text())
-    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.terminate()
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM and "the same command resumes from there" in err
-    assert "Traceback" not in err and len(children) == 2
-    assert not any(pathlib.Path("/proc", child).exists() for child in children)
-    (trial,) = read_trials(directory)
-    assert (trial.state, trial.starts) == (RUNNING, 0) and "stopped after step" in trial.reason
-    for _ in range(2):
-        status, out, err = invoke(capsys, *given, "--budget_minutes=0.1")
+    for _ in range(3):
+        status, out, err = invoke(capsys, *given, "--budget_minutes=0.08")
         assert (status, err) == (0, "") and "the budget is used up; the same command resumes from there" in out
-    assert states(directory) == [(1, RUNNING)] and "1 trials (1 unfinished)" in report(directory)
-    resumed = log.read_text().split("resuming after step ")[1:]
+        (trial,) = read_trials(directory)
+        assert (trial.state, trial.starts) == (RUNNING, 0) and "stopped after step" in trial.reason
+    assert "1 trials (1 unfinished)" in report(directory)
+    resumed = (directory / "trial_0" / "log.txt").read_text().split("resuming after step ")[1:]
     assert len(resumed) == 2 and 0 < int(resumed[0].split()[0]) < int(resumed[1].split()[0])
+
+
+@pytest.fixture
+def sleeping(monkeypatch, tmp_path):
+    """Workers and chief that only sleep; returns the processes that were started."""
+    program, started = tmp_path / "sleep.sh", []
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(subprocess, "Popen", _Recorded)
+    _Recorded.started = started
+    yield started
+    assert all(process.poll() is not None for process in started)
+
+
+class _Recorded(subprocess.Popen):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.started.append(self)
+
+
+@pytest.mark.parametrize(
+    ("acts", "status", "message"),
+    [
+        ([lambda started: signal.raise_signal(signal.SIGTERM)], 128 + signal.SIGTERM, ""),
+        ([lambda started: started[0].kill()], 1, "the chief ended with signal 9"),
+        ([lambda started: started[-1].kill()] * 6, 1, "workers ended 6 times while no trial did"),
+    ],
+)
+def test_a_launcher_ends_what_it_started(sleeping, tmp_path, capsys, monkeypatch, acts, status, message):
+    """When it is asked to stop, when the chief is killed, and when workers die again and again."""
+    waiting = iter(acts)
+    monkeypatch.setattr(workers.time, "sleep", lambda seconds: next(waiting, lambda started: None)(sleeping) or sleep(0.1))
+    assert workers.run_all(2, None, tmp_path) == status
+    assert message in capsys.readouterr().err and len(sleeping) == 3 + len(acts) - 1
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_hopeless_and_failed_trials_do_not_end_a_search(tmp_path, capsys):
