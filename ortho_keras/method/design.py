@@ -1,18 +1,19 @@
-"""Says where a net departs from the paper's design principle: no kernel with more filters than inputs."""
+"""Checks a network against the paper's design principle: no kernel with more filters than inputs."""
 
 import dataclasses
 import math
 
 import keras
 
+from ortho_keras.method.checks import check_built
 from ortho_keras.method.graphs import Graph, has_own_call
 from ortho_keras.method.kernels import kernel_axes, layer_kernels, matrix_shape, model_kernels, walk_layers
-from ortho_keras.method.regularizers import OrthonormalRegularizer
+from ortho_keras.method.regularizers import KernelRegularizer
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerDesign:
-    """How one kernel reads as matrices of shape `(f_in, f_out)`, and whether their columns can all be orthonormal."""
+    """How one kernel is read as matrices of shape `(f_in, f_out)`, and whether their columns can all be orthonormal."""
 
     path: str  # the variable's path, "block1/conv/kernel"
     layer: str  # the layer's name
@@ -20,8 +21,8 @@ class LayerDesign:
     f_in: int
     f_out: int
     count: int  # matrices in the kernel: 1, or one for each group or channel
-    groups: tuple  # (how many, of how many filters) in each matrix: ((1, 27), (1, 5))
-    advice: str  # what would make it fit; empty where it does
+    groups: tuple  # (number of groups, filters in each) of a matrix: ((1, 27), (1, 5))
+    advice: str  # which changes would make it fit; empty where it does
 
     @property
     def fits(self):
@@ -33,7 +34,7 @@ class DesignReport:
     """What `check_design` found. `print(report)` gives a summary and a table of the kernels that do not fit."""
 
     layers: list  # a LayerDesign for each kernel, in the model's order
-    notes: list  # strings, what else goes against the paper's advice
+    notes: list  # strings, other departures from the paper's advice
 
     @property
     def fits(self):
@@ -41,29 +42,28 @@ class DesignReport:
 
     def __str__(self):
         wide = [layer for layer in self.layers if not layer.fits]
-        if not wide:
-            lines = [f"all {len(self.layers)} kernels can be orthonormal: f_in >= f_out everywhere"]
-        else:
+        lines = [f"all {len(self.layers)} kernels can be orthonormal: f_in >= f_out everywhere"]
+        if wide:
             lines = [
                 f"{len(wide)} of {len(self.layers)} kernels {'has' if len(wide) == 1 else 'have'} more filters than inputs "
                 "(f_in < f_out): those filters can be orthonormal in groups only"
             ]
         table = [(layer.path, layer.kind, f"{layer.f_in} x {layer.f_out}", layer.advice) for layer in wide]
-        widths = [max((len(cell) for cell in column), default=0) for column in zip(*table)]
+        widths = [max(map(len, column)) for column in zip(*table)]
         lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
 def check_design(model):
-    """Checks a model against the paper's design principle, f_in >= f_out at every kernel, and says what would fit.
+    """Checks a model against the paper's design principle, f_in >= f_out at every kernel, and says which changes would fit.
 
     A kernel read as a matrix W of shape `(f_in, f_out)`, `f_in = kh * kw * cin` for a convolution, has f_out filters in a space
-    of f_in dimensions. More than f_in vectors cannot be orthogonal to each other, so either the net is designed with
-    `f_in >= f_out`, or the filters are split into `floor(f_out / f_in)` groups of f_in and one of the remainder, orthonormal
-    within each. `OrthonormalRegularizer` and `OrthonormalInitializer` do the latter by themselves. The model stays as it is.
+    of f_in dimensions. More than f_in vectors cannot be orthogonal, so either the network is designed with `f_in >= f_out`, or
+    the filters are split into `floor(f_out / f_in)` groups of f_in and one of the remainder, orthonormal within each group.
+    `OrthonormalRegularizer` and `OrthonormalInitializer` do the latter automatically. The model is not changed.
 
-    The notes name what else can be seen from the model: trainable kernels with L1 or L2, or without a penalty, beside
-    orthonormal ones, and (in Functional and Sequential models) convolutions' biases that a BatchNormalization cancels.
+    The notes list what else the model shows: trainable kernels with another penalty than most, or with none, in addition to a
+    `KernelRegularizer`, and (in Functional and Sequential models) biases of convolutions that a BatchNormalization cancels.
 
     Args:
         model: A built `keras.Model` of any kind, nested ones included.
@@ -87,31 +87,31 @@ def check_design(model):
         Xie, Xiong, Pu 2017, on Eq. 3 ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)): the principle, the groups, and the
         advice against mixing. The note on biases is ours.
     """
-    if not isinstance(model, keras.Model) or not model.built:
-        raise ValueError(f"`model` must be a built Keras model (call `model.build(...)`). Received: model={model!r}")
-    kernels = model_kernels(model)
+    kernels = model_kernels(check_built(model))
     if not kernels:
-        raise ValueError(
-            f"`model` must have a convolution, dense or einsum kernel. Received: model={model.name!r}, which has none"
-        )
+        raise ValueError(f"`model` must have a convolution, dense or einsum kernel. Received: model={model.name!r}")
     return DesignReport([_design(kernel) for kernel in kernels], _regularizer_notes(kernels) + _bias_notes(model))
 
 
 def _design(kernel):
     count, f_in, f_out = matrix_shape(kernel.variable.shape, kernel.layout, kernel.groups)
     full, rest = divmod(f_out, f_in)
-    groups = ((1, f_out),) if f_out <= f_in else ((full, f_in), (1, rest)) if rest else ((full, f_in),)
-    advice = "" if f_out <= f_in else f"{_would_fit(kernel, f_in, f_out)} would fit; until then: {_in_words(groups, count)}"
+    groups = ((1, f_out),)
+    advice = ""
+    if f_out > f_in:
+        groups = ((full, f_in), (1, rest)) if rest else ((full, f_in),)
+        split = f"{full} group{'s' * (full > 1)} of {f_in}" + f" and 1 of {rest}" * (rest > 0)
+        each = f" in each of its {count} matrices" * (count > 1)
+        advice = f"{_would_fit(kernel, f_in, f_out)} would fit; until then: {split}{each}"
     return LayerDesign(kernel.path, kernel.layer.name, type(kernel.layer).__name__, f_in, f_out, count, groups, advice)
 
 
 def _would_fit(kernel, f_in, f_out):
-    """The changes that would each do alone, in words."""
-    layers, layer, shape = keras.layers, kernel.layer, kernel.variable.shape
-    if isinstance(layer, layers.Dense):
-        return f"at most {f_in} units or at least {f_out} input features"
-    if isinstance(layer, layers.EinsumDense):
-        return f"at most {f_in} outputs or at least {f_out} input features"
+    """Returns the changes, in words, each of which would be enough."""
+    layer, shape = kernel.layer, kernel.variable.shape
+    if isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense)):
+        outputs = "units" if isinstance(layer, keras.layers.Dense) else "outputs"
+        return f"at most {f_in} {outputs} or at least {f_out} input features"
     _, inputs, _ = kernel_axes(kernel.layout, len(shape))
     rank = len(shape) - 2
     channels = math.prod(shape[axis] for axis in inputs if axis >= rank)  # 1 in a depthwise kernel
@@ -120,41 +120,39 @@ def _would_fit(kernel, f_in, f_out):
     wider = f"a {'x'.join([str(side)] * rank)} kernel" if rank > 1 else f"a kernel of {side}"
     if kernel.layout == "depthwise":
         return f"a depth_multiplier of at most {f_in} or {wider}"
-    if kernel.variable is getattr(layer, "pointwise_kernel", None):
+    if kernel.regularizer_attribute == "pointwise_regularizer":
         return f"at most {f_in} filters or at least {f_out} input channels times depth_multiplier"
     return f"at most {kernel.groups * f_in} filters, {wider} or at least {kernel.groups * needed} input channels"
 
 
-def _in_words(groups, count):
-    words = " and ".join(f"{many} {'group' if many == 1 else 'groups'} of {size}" for many, size in groups[:1])
-    words += "".join(f" and {many} of {size}" for many, size in groups[1:])
-    return words if count == 1 else f"{words} in each of its {count} matrices"
-
-
 def _regularizer_notes(kernels):
-    """Other penalties, or none, beside the orthonormal one. A frozen kernel has none at work."""
-    trained = [kernel for kernel in kernels if kernel.variable.trainable]
-    orthonormal = [kernel for kernel in trained if isinstance(kernel.variable.regularizer, OrthonormalRegularizer)]
-    if not orthonormal:
+    """Notes trainable kernels whose regularizer is not the `KernelRegularizer` that most of them have."""
+    by_kind = {}
+    for kernel in kernels:
+        if kernel.variable.trainable:
+            by_kind.setdefault(type(kernel.variable.regularizer), []).append(kernel.path)
+    ours = [kind for kind in by_kind if issubclass(kind, KernelRegularizer)]
+    if not ours:
         return []
-    others = {}
-    for kernel in trained:
-        regularizer = kernel.variable.regularizer
-        if not isinstance(regularizer, OrthonormalRegularizer):
-            others.setdefault(None if regularizer is None else type(regularizer).__name__, []).append(kernel.path)
-    return [
-        f"{name or 'no regularizer'} on {_listed(paths, 'kernel', 'kernels')}, beside {len(orthonormal)} with the orthonormal "
-        f"one: the paper {'discourages mixing' if name else 'regularizes all'}"
-        for name, paths in others.items()
-    ]
+    main = max(ours, key=lambda kind: len(by_kind[kind]))
+    notes = []
+    for kind, paths in by_kind.items():
+        if kind is not main:
+            name, paper = kind.__name__, "discourages mixing"
+            if kind is type(None):
+                name, paper = "no regularizer", "regularizes all"
+            kernels = _listed(paths, "kernel", "kernels")
+            notes.append(f"{name} on {kernels}, in addition to {main.__name__} on {len(by_kind[main])}: the paper {paper}")
+    return notes
 
 
 def _bias_notes(model):
-    """Biases of convolutions that reach nothing but a BatchNormalization, which subtracts them with the mean."""
+    """Notes biases of convolutions whose outputs only a BatchNormalization takes, which subtracts them with the mean."""
     convolutions = [layer for layer, _ in walk_layers(model) if _has_plain_bias(layer)]
     if not convolutions or not isinstance(model, (keras.Function, keras.Sequential)) or has_own_call(model):
         return []
-    made, takers = {id(layer): [] for layer in convolutions}, {}  # a convolution's outputs; who takes a tensor, by its id
+    takers = {}  # id of a tensor -> the (layer, whether it is called with `training=False`) that take it
+    made = {id(layer): [] for layer in convolutions}  # the outputs of a convolution's calls
 
     def call(layer, *args, **kwargs):
         for value in keras.tree.flatten((args, kwargs)):
@@ -164,34 +162,26 @@ def _bias_notes(model):
         return outputs
 
     inputs = [keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype) for tensor in model.inputs]
-    ends = Graph(model).run(inputs if len(inputs) > 1 else inputs[0], call)
-    ends = {id(tensor) for tensor in keras.tree.flatten(ends)}
-
-    def is_cancelled(layer):
-        outputs = made[id(layer)]
-        return outputs and all(
-            id(output) in takers
-            and id(output) not in ends
-            and all(_cancels_bias(taker, layer, fixed) for taker, fixed in takers[id(output)])
-            for output in outputs
-        )
-
-    useless = [layer.bias.path for layer in convolutions if is_cancelled(layer)]
-    if not useless:
-        return []
-    return [f"{_listed(useless, 'bias', 'biases')} without effect: a BatchNormalization behind subtracts it (use_bias=False)"]
+    for tensor in keras.tree.flatten(Graph(model).run(inputs if len(inputs) > 1 else inputs[0], call)):
+        takers.setdefault(id(tensor), []).append((model, False))
+    useless = []
+    for layer in convolutions:
+        taken = [takers.get(id(output), [(None, False)]) for output in made[id(layer)]]
+        if taken and all(_cancels_bias(taker, layer, fixed) for takings in taken for taker, fixed in takings):
+            useless.append(layer.bias.path)
+    listed = _listed(useless, "bias", "biases")
+    return [f"{listed} without effect: the next BatchNormalization subtracts it (use_bias=False)"] if useless else []
 
 
 def _has_plain_bias(layer):
     """Whether a layer is a convolution that adds a bias last, without an activation."""
-    kernels = layer_kernels(layer)
-    if not kernels or has_own_call(layer) or isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense)):
+    if not layer_kernels(layer) or has_own_call(layer) or isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense)):
         return False
     return layer.use_bias and layer.activation is keras.activations.linear
 
 
 def _cancels_bias(layer, convolution, inference):
-    """Whether a layer is a BatchNormalization over the convolution's channels that trains by the batch's own mean."""
+    """Whether a layer is a BatchNormalization over the convolution's channels that uses the batch's mean in training."""
     if not isinstance(layer, keras.layers.BatchNormalization) or not layer.trainable or inference:
         return False
     rank = convolution.rank + 2
@@ -199,6 +189,6 @@ def _cancels_bias(layer, convolution, inference):
 
 
 def _listed(paths, one, many):
-    """Returns "2 kernels (a, b)", with no more than three named."""
+    """Returns "2 kernels (a, b)", with at most three paths."""
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     return f"{len(paths)} {one if len(paths) == 1 else many} ({', '.join(paths[:3])}{more})"

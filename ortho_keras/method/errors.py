@@ -1,4 +1,4 @@
-"""What goes wrong by a user's input or a machine's state, and is told in one line."""
+"""The errors that a user's input or the machine causes, and their message in one line."""
 
 import re
 
@@ -12,9 +12,9 @@ _TRACED = (
 
 
 def first_line(error):
-    """Returns the first line of an error that says something, without terminal colours, or its type where none does."""
+    """Returns the first informative line of an error's message, without terminal colors, or its type where there is none."""
     text = re.sub(r"\x1b\[[0-9;]*m|\{\{function_node .*?\}\} ?", "", str(error))
-    if text.startswith(_TRACED[:2]):  # what it says comes behind a traceback
+    if text.startswith(_TRACED[:2]):  # the message follows a traceback
         text = re.sub(r'\A.*File "[^\n]*', "", text, flags=re.DOTALL)
         text = re.sub(r"\A.*?^ *[\w.]+(Error|Exception): ", "", text, flags=re.DOTALL | re.MULTILINE)
     lines = [line.strip() for line in text.splitlines()]
@@ -23,7 +23,7 @@ def first_line(error):
 
 
 class InputError(ValueError):
-    """A flag, an argument or a file is not what was expected. The message names it, what was expected and what came."""
+    """A flag, an argument or a file is not as expected. The message gives its name, what was expected and what was received."""
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -31,7 +31,7 @@ class NonFiniteLossError(ArithmeticError):
 
 
 class WorkerLostError(RuntimeError):
-    """Another worker of a run on several machines went away."""
+    """Another worker of a run on several machines was lost."""
 
 
 class Interrupted(Exception):

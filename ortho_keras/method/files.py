@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all."""
+"""Files that are written completely or not at all, and the lock of a folder."""
 
 import contextlib
 import json
@@ -27,14 +27,13 @@ def only_one(directory):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Yields the path of a file of its own beside `path`, and renames it to `path` at the end; an error leaves nothing behind.
+    """Yields a temporary path in the folder of `path`, and renames it to `path` at the end; after an error it is removed.
 
     Args:
-        path: String or path, of a file in a folder that exists. A file that stands there is replaced, through a link the one
-            that it points to.
+        path: String or path, of a file in a folder that exists. An existing file is replaced; a link is followed.
 
     Raises:
-        ValueError: If `path` is no such path, or the folder cannot be written.
+        ValueError: If `path` is none of the above, or the folder cannot be written.
     """
     message = f"`path` must be the path of a file in a folder that exists and can be written. Received: path={path!r}"
     try:
@@ -56,19 +55,19 @@ def whole_file(path):
 
 
 def write_json(path, content):
-    """Writes a JSON file, whole."""
+    """Writes a JSON file completely or not at all."""
     with whole_file(path) as own:
         own.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def check_folder(flag, path):
-    """Raises `InputError` if `path`, which `flag` gave, is not a folder that can be written, or made."""
+    """Raises `InputError` if `path`, the value of `flag`, is not a folder that can be written or created."""
     nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"{flag} must be a folder that can be written. Received: {str(path)!r} ({nearest} cannot)")
 
 
 def entries(folder):
-    """Returns the names in a folder, but the lock and what a kill in the middle of `whole_file` left; none without a folder."""
+    """Returns the names in a folder, if it exists, except the lock and what a killed `whole_file` left."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return [name for name in names if name != LOCK and not re.match(r"\.[0-9a-f]{12}-", name)]

@@ -1,4 +1,4 @@
-"""The way through a model's graph: its layers, called one after the other on tensors of one's own."""
+"""A model's graph as a list of calls, which can be repeated on other tensors."""
 
 import inspect
 import sys
@@ -9,29 +9,24 @@ import keras
 class Graph:
     """The calls that a Functional or Sequential model makes, recorded once; nested models of these kinds are unfolded.
 
-    The layers stay the same objects, so weights are shared with the model.
+    The layers are the model's own, so weights are shared with it.
 
     Args:
         model: A built Functional or Sequential model.
 
     Raises:
-        ValueError: If the model is of another kind, or has a `call` of its own; its layers' order is then not known.
+        ValueError: If the model is of another kind, or overrides `call`: the order of its layers is then unknown.
     """
 
     def __init__(self, model):
-        if not isinstance(model, (keras.Function, keras.Sequential)):
+        if not isinstance(model, (keras.Function, keras.Sequential)) or has_own_call(model):
             raise ValueError(
-                "`model` must be a Functional or Sequential model, whose layers are known. "
+                "`model` must be a Functional or Sequential model that does not override `call`. "
                 f"Received: {getattr(model, 'name', model)!r}, a {type(model).__name__}"
             )
-        if has_own_call(model):
-            raise ValueError(
-                "`model` must not have a `call` of its own, which its graph does not show. "
-                f"Received: {model.name!r}, a {type(model).__name__}"
-            )
         self.model = model
-        self.steps = []  # (layer or the nested model's Graph, args, kwargs, outputs), with symbolic tensors
         self.inputs = model.inputs
+        self.steps = []  # (layer or the nested model's Graph, args, kwargs, outputs), with symbolic tensors
         if isinstance(model, keras.Sequential):
             self.steps = [(_unfolded(layer), None, {}, None) for layer in model.layers]
             return
@@ -42,18 +37,17 @@ class Graph:
             return outputs
 
         # clone_model is Keras's public way through a functional graph. Here it only records the calls, and the model
-        # that it makes is thrown away.
+        # that it makes is discarded.
         graph = keras.Model(model.inputs, model.outputs)  # without compile settings, which may not be copyable
         self.inputs = [keras.Input(batch_shape=x.shape, dtype=x.dtype) for x in model.inputs]
         clone = keras.models.clone_model(graph, self.inputs, clone_function=lambda layer: layer, call_function=record)
         self.outputs = clone.outputs
-        # Number of a step -> the tensors that no later one takes: a deep net's activations need not be kept.
         last = {id(tensor): number for number, step in enumerate(self.steps) for tensor in keras.tree.flatten(step[1:3])}
-        kept = {id(tensor) for tensor in self.outputs}
-        self.spent = {}
+        for tensor in self.outputs:
+            last.pop(id(tensor), None)
+        self.spent = {}  # number of a step -> the tensors that no later step takes, so that activations can be freed
         for tensor, number in last.items():
-            if tensor not in kept:
-                self.spent.setdefault(number, []).append(tensor)
+            self.spent.setdefault(number, []).append(tensor)
 
     def run(self, inputs, call, training=None):
         """Calls each layer by `call(layer, *args, **kwargs)`, in order.
@@ -61,18 +55,19 @@ class Graph:
         Args:
             inputs: Tensors, symbolic or not, in the structure of `model.input`.
             call: Function that calls the layer (or `keras.ops` operation) and returns its outputs.
-            training: What layers that take `training` get, whatever the model fixes: Keras (3.15) does so too where `fit` or
-                `predict` runs a Functional model. `None`: what the model fixes, or nothing.
+            training: Passed to all layers that take `training`, even where the model fixes it, as Keras (3.15) does where `fit`
+                or `predict` runs a Functional model. `None`: what the model fixes, or nothing.
 
         Returns:
             The outputs, in the structure of `model.output`.
         """
+        tensors = self._arranged(inputs, call)
         if isinstance(self.model, keras.Sequential):
-            (outputs,) = self._arranged(inputs, call)
+            (outputs,) = tensors
             for layer, *_ in self.steps:
                 outputs = _call(layer, (outputs,), {}, call, training)
             return outputs
-        tensors = {id(symbol): tensor for symbol, tensor in zip(self.inputs, self._arranged(inputs, call))}
+        tensors = {id(symbol): tensor for symbol, tensor in zip(self.inputs, tensors)}
         for number, (layer, args, kwargs, symbols) in enumerate(self.steps):
             args, kwargs = _replaced((args, kwargs), tensors)
             outputs = keras.tree.flatten(_call(layer, args, kwargs, call, training))
@@ -83,7 +78,7 @@ class Graph:
         return keras.tree.pack_sequence_as(self.model.output, outputs)
 
     def _arranged(self, inputs, call):
-        """The inputs in the order and types of the model's own, as Keras arranges them where a model is called in a model."""
+        """Returns the inputs in the order and types of the model's, as Keras arranges those of a nested model."""
         if isinstance(inputs, dict) and not isinstance(self.model.input, dict):
             inputs = [inputs[tensor.name] for tensor in self.model.inputs]
         arranged = keras.tree.flatten(inputs)
@@ -94,12 +89,17 @@ class Graph:
 
 
 def allow_deep_graphs(layers):
-    """Raises Python's limit of recursion, for good, to what Keras needs to walk a graph that is so many layers deep.
+    """Raises Python's recursion limit, permanently, to what Keras needs for a graph of this many layers.
 
-    Keras follows a graph from layer to layer by recursion when it builds, clones or loads a model: 1,000 calls, Python's own
-    limit, are 330 times Conv-BN-ReLU.
+    Keras follows a graph by recursion when it builds, clones or loads a model. The default limit, 1,000 calls, is reached at
+    330 blocks of convolution, BatchNormalization and ReLU.
     """
     sys.setrecursionlimit(max(sys.getrecursionlimit(), 2 * layers + 1000))
+
+
+def has_own_call(layer):
+    """Whether a layer or model overrides Keras's `call`."""
+    return not type(layer).call.__module__.startswith("keras.")
 
 
 def _is_float(tensor):
@@ -114,15 +114,10 @@ def _unfolded(layer):
     return Graph(layer) if isinstance(layer, (keras.Function, keras.Sequential)) and not has_own_call(layer) else layer
 
 
-def has_own_call(layer):
-    """Whether what a layer or model computes is not Keras's, whatever it inherits from."""
-    return not type(layer).call.__module__.startswith("keras.")
-
-
 def _call(layer, args, kwargs, call, training):
     if isinstance(layer, Graph):
         inputs = args[0] if args else kwargs["inputs"]
         return layer.run(inputs, call, kwargs.get("training") if training is None else training)
-    fixed = {} if training is None else {"training": training}
-    accepted = {name: value for name, value in fixed.items() if name in inspect.signature(layer.call).parameters}
-    return call(layer, *args, **{**kwargs, **accepted})
+    if training is not None and "training" in inspect.signature(layer.call).parameters:
+        kwargs = {**kwargs, "training": training}
+    return call(layer, *args, **kwargs)

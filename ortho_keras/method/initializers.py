@@ -1,31 +1,30 @@
-"""Orthonormal starting points for kernels of any layout."""
+"""Orthonormal initializers for kernels of any layout."""
 
-import math
 import random
 
 import keras
 import tensorflow as tf
 
-from ortho_keras.method.kernels import as_kernel, matrix_shape, standardize_groups, standardize_layout
+from ortho_keras.method.checks import check_number
+from ortho_keras.method.kernels import as_kernel, matrix_shape, standardize_layout
 
 
 @keras.saving.register_keras_serializable(package="ortho_keras")
 class OrthonormalInitializer(keras.initializers.Initializer):
     """Draws kernels whose output filters are orthonormal: `W^T W = gain^2 * I`.
 
-    W is the kernel read as a matrix `(f_in, f_out)`, as in `OrthonormalRegularizer`; where `f_in < f_out`, each group
-    of `f_in` columns is orthonormal within itself. The groups are drawn independently from the uniform (Haar)
-    distribution, by a QR decomposition in float64, and cast at the end, so every float dtype works.
+    W is the kernel read as a matrix `(f_in, f_out)`, as in `OrthonormalRegularizer`; where `f_in < f_out`, the filters are
+    orthonormal within groups of `f_in`. The groups are drawn independently from the uniform (Haar) distribution, by a QR
+    decomposition in float64, and cast to the kernel's dtype, which may be any float type.
 
     Args:
-        gain: float, positive. The length of each filter.
-        seed: int, `keras.random.SeedGenerator` or `None`. The same int gives the same kernel at every call; `None` draws
-            anew at every call (and `keras.utils.set_random_seed` makes the draws repeatable).
-        layout: How the kernel's axes read, see `OrthonormalRegularizer`.
-        groups: int. A grouped convolution's `groups`.
+        gain: float, above 0. The length of each filter.
+        seed: int, `keras.random.SeedGenerator` or `None`. An int gives the same kernel at every call; `None` gives a new one
+            (`keras.utils.set_random_seed` makes these repeatable).
+        layout, groups: See `OrthonormalRegularizer`.
 
     Raises:
-        ValueError: If an argument is none of the above, or a kernel is asked for that is not of rank 2 to 5.
+        ValueError: If an argument is none of the above, or the kernel is not of rank 2 to 5.
 
     Example:
 
@@ -40,50 +39,45 @@ class OrthonormalInitializer(keras.initializers.Initializer):
     """
 
     def __init__(self, gain=1.0, seed=None, layout="standard", groups=1):
-        if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not 0 < gain < math.inf:
-            raise ValueError(f"`gain` must be a finite positive number. Received: gain={gain!r}")
+        self.gain = check_number("gain", gain, above=0)
         if isinstance(seed, dict):
             seed = keras.saving.deserialize_keras_object(seed)
         if isinstance(seed, bool) or not isinstance(seed, (int, keras.random.SeedGenerator, type(None))):
             raise ValueError(f"`seed` must be an integer, a SeedGenerator or None. Received: seed={seed!r}")
-        self.gain = gain
         self.seed = seed
         self.layout = standardize_layout(layout)
-        self.groups = standardize_groups(groups)
+        self.groups = check_number("groups", groups, least=1, integer=True)
 
     def __call__(self, shape, dtype=None):
         count, f_in, f_out = matrix_shape(shape, self.layout, self.groups)
-        full, rest = divmod(f_out, f_in)
         seed = random.randrange(2**31) if self.seed is None else self.seed
         normal = keras.random.normal((count, f_in, f_out), dtype="float64", seed=seed)
-        parts = [_haar(normal[..., part * f_in : (part + 1) * f_in]) for part in range(full + bool(rest))]
+        parts = [_haar(normal[..., start : start + f_in]) for start in range(0, f_out, f_in)]
         kernel = as_kernel(self.gain * tf.concat(parts, axis=-1), tuple(shape), self.layout, self.groups)
         return tf.cast(kernel, keras.backend.standardize_dtype(dtype))
 
     def get_config(self):
-        seed = self.seed
-        if isinstance(seed, keras.random.SeedGenerator):
-            seed = keras.saving.serialize_keras_object(seed)
+        is_generator = isinstance(self.seed, keras.random.SeedGenerator)
+        seed = keras.saving.serialize_keras_object(self.seed) if is_generator else self.seed
         return {"gain": self.gain, "seed": seed, "layout": self.layout, "groups": self.groups}
 
 
 @keras.saving.register_keras_serializable(package="ortho_keras")
 class DeltaOrthonormalInitializer(OrthonormalInitializer):
-    """Draws convolution kernels that are zero but for an orthonormal matrix at their centre.
+    """Draws convolution kernels that are an orthonormal matrix at the center and zero elsewhere.
 
-    Such a convolution with stride 1 turns and mirrors the channels of each pixel and mixes no pixels, so it keeps the
-    norm of its input exactly wherever `cin = cout`. Where `cin < cout` the columns of the central matrix, of shape
-    `(cin, cout)`, are orthonormal in groups of `cin`. An even kernel of size k has its centre at `(k - 1) // 2`, the tap that
-    padding "same" puts on the pixel itself. A Dense kernel is drawn as by `OrthonormalInitializer`.
+    Such a convolution with stride 1 rotates and reflects the channels of each pixel and mixes no pixels, so it preserves the
+    norm of its input exactly where `cin = cout`. Where `cin < cout`, the columns of the central matrix `(cin, cout)` are
+    orthonormal in groups of `cin`. The center of an even kernel of size k is `(k - 1) // 2`, the tap that padding "same" aligns
+    with the pixel itself. A Dense kernel is drawn as in `OrthonormalInitializer`.
 
     Args:
-        gain: float, positive. The length of each filter.
-        seed: See `OrthonormalInitializer`.
+        gain, seed: See `OrthonormalInitializer`.
         layout: `"standard"`, `"transposed"` or `"depthwise"`: the layouts whose leading axes are the pixels.
-        groups: int. A grouped convolution's `groups`.
+        groups: See `OrthonormalRegularizer`.
 
     Raises:
-        ValueError: If an argument is none of the above, or a kernel is asked for that is not of rank 2 to 5.
+        ValueError: If an argument is none of the above, or the kernel is not of rank 2 to 5.
 
     Reference:
         Xiao et al. 2018, "Dynamical Isometry and a Mean Field Theory of CNNs"
@@ -94,57 +88,53 @@ class DeltaOrthonormalInitializer(OrthonormalInitializer):
     def __init__(self, gain=1.0, seed=None, layout="standard", groups=1):
         if not isinstance(layout, str):
             raise ValueError(
-                "`layout` must be 'standard', 'transposed' or 'depthwise': a delta kernel has a centre pixel. "
+                "`layout` must be 'standard', 'transposed' or 'depthwise': a delta kernel has a center pixel. "
                 f"Received: layout={layout!r}"
             )
         super().__init__(gain, seed, layout, groups)
 
     def __call__(self, shape, dtype=None):
-        return _around_centre(super().__call__(_centre_shape(shape), dtype), shape)
+        return _around_center(super().__call__(_center_shape(shape), dtype), shape)
 
 
 @keras.saving.register_keras_serializable(package="ortho_keras")
 class DiracInitializer(DeltaOrthonormalInitializer):
-    """Starts convolutions as the identity where they can, `cin = cout`, and draws the others as `OrthonormalInitializer` does.
+    """Makes convolutions with `cin = cout` the identity, and draws other kernels as `OrthonormalInitializer` does.
 
-    The kernel is the identity matrix times `gain` at the centre and zero around it: with padding "same" and stride 1 the
-    output is the input. With `gain=1` it is orthonormal, so `OrthonormalRegularizer`'s gradient starts at 0. Between
-    BatchNormalization and `ShiftedReLU` a deep plain net so begins as little more than its widening layers, and what a layer
-    learns is added to what passes it: as in a residual net, without a shortcut. Where `cin` and `cout` differ (the first
-    convolution, and those that widen) an identity would drop channels or double them.
+    An identity kernel is the identity matrix times `gain` at the center and zero elsewhere: with padding "same" and stride 1
+    the output is the input. With `gain=1` it is orthonormal, so `OrthonormalRegularizer`'s gradient starts at 0. With
+    `ShiftedReLU`, what a layer of a deep plain network learns is added to the identity, as in a residual network, but without a
+    shortcut. Where `cin` and `cout` differ, an identity would drop or duplicate channels.
 
     Args:
-        gain: float, positive. The length of each filter.
-        seed: See `OrthonormalInitializer`; the identities do not depend on it.
-        layout: See `DeltaOrthonormalInitializer`. A Dense kernel is the identity where it is square, a depthwise one where
-            its multiplier is 1.
-        groups: int. A grouped convolution's `groups`; each group's matrix is an identity of its own.
+        gain, seed, layout, groups: See `DeltaOrthonormalInitializer`. A Dense kernel is the identity where it is square, a
+            depthwise one where its multiplier is 1, a grouped one where each group's matrix is square.
 
     Raises:
-        ValueError: If an argument is none of the above, or a kernel is asked for that is not of rank 2 to 5.
+        ValueError: If an argument is none of the above, or the kernel is not of rank 2 to 5.
 
     Reference:
         Zagoruyko and Komodakis 2017, "DiracNets" ([arXiv:1706.00388](https://arxiv.org/abs/1706.00388)), who add the identity
-        to plain nets' kernels throughout training instead of starting there; Le, Jaitly and Hinton 2015
-        ([arXiv:1504.00941](https://arxiv.org/abs/1504.00941)) start recurrent nets there. Not a part of Xie et al. 2017.
+        to plain networks' kernels throughout training instead of starting there; Le, Jaitly and Hinton 2015
+        ([arXiv:1504.00941](https://arxiv.org/abs/1504.00941)) start recurrent networks there. Not part of Xie et al. 2017.
     """
 
     def __call__(self, shape, dtype=None):
-        count, f_in, f_out = matrix_shape(_centre_shape(shape), self.layout, self.groups)
+        count, f_in, f_out = matrix_shape(_center_shape(shape), self.layout, self.groups)
         if f_in != f_out:
             return OrthonormalInitializer.__call__(self, shape, dtype)
         identities = self.gain * tf.eye(f_in, batch_shape=(count,), dtype="float64")
-        centre = as_kernel(identities, _centre_shape(shape), self.layout, self.groups)
-        return _around_centre(tf.cast(centre, keras.backend.standardize_dtype(dtype)), shape)
+        center = as_kernel(identities, _center_shape(shape), self.layout, self.groups)
+        return _around_center(tf.cast(center, keras.backend.standardize_dtype(dtype)), shape)
 
 
-def _centre_shape(shape):
+def _center_shape(shape):
     return (1,) * len(shape[:-2]) + tuple(shape[-2:])
 
 
-def _around_centre(centre, shape):
+def _around_center(center, shape):
     """Pads the one tap of a kernel with zeros to the kernel's shape."""
-    return tf.pad(centre, [((size - 1) // 2, size // 2) for size in shape[:-2]] + [(0, 0), (0, 0)])
+    return tf.pad(center, [((size - 1) // 2, size // 2) for size in shape[:-2]] + [(0, 0), (0, 0)])
 
 
 def _haar(normal):

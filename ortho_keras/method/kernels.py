@@ -12,8 +12,6 @@ import keras
 import tensorflow as tf
 from keras import layers
 
-from ortho_keras.method.checks import check_number
-
 # Layout name -> (shared axes, output axes), counted from the end; every other axis is an input axis.
 LAYOUTS = {
     "standard": ((), (-1,)),  # (..., in, out): Dense, Conv1D/2D/3D
@@ -23,11 +21,7 @@ LAYOUTS = {
 
 
 def standardize_layout(layout):
-    """Returns `layout` in the form that is stored and serialized, or raises `ValueError`.
-
-    A string of `LAYOUTS` stays as it is. A sequence of output axes becomes a tuple of ints, and a pair of sequences
-    `(shared axes, output axes)` a pair of tuples (JSON turns tuples into lists: both are accepted).
-    """
+    """Returns `layout` with tuples in place of lists (JSON turns tuples into lists), or raises `ValueError`."""
     if isinstance(layout, str) and layout in LAYOUTS:
         return layout
     if isinstance(layout, (list, tuple)) and layout:
@@ -40,10 +34,6 @@ def standardize_layout(layout):
         f"`layout` must be one of {sorted(LAYOUTS)}, a tuple of the kernel's output axes, or a pair of tuples "
         f"(shared axes, output axes). Received: layout={layout!r}"
     )
-
-
-def standardize_groups(groups):
-    return check_number("groups", groups, least=1, integer=True)
 
 
 def kernel_axes(layout, rank):
@@ -80,10 +70,7 @@ def matrix_shape(shape, layout="standard", groups=1):
 
 
 def as_matrices(kernel, layout="standard", groups=1):
-    """Reads a kernel of rank 2 to 5 as a batch of matrices of shape `(count, f_in, f_out)`.
-
-    With `groups`, a grouped convolution's number of groups, each group of output channels is a matrix.
-    """
+    """Returns a kernel of rank 2 to 5 as matrices `(count, f_in, f_out)`; each group of a grouped convolution is a matrix."""
     count, f_in, f_out = matrix_shape(kernel.shape, layout, groups)
     shared, inputs, outputs = kernel_axes(layout, len(kernel.shape))
     order = shared + inputs + outputs
@@ -95,7 +82,7 @@ def as_matrices(kernel, layout="standard", groups=1):
 
 
 def as_kernel(matrices, shape, layout="standard", groups=1):
-    """The inverse of `as_matrices`: matrices `(count, f_in, f_out)` to a kernel of the given shape."""
+    """Returns matrices `(count, f_in, f_out)` as a kernel of the given shape: the inverse of `as_matrices`."""
     count, f_in, f_out = matrix_shape(shape, layout, groups)
     shared, inputs, outputs = kernel_axes(layout, len(shape))
     order = shared + inputs + outputs
@@ -144,8 +131,7 @@ def orthonormality_error(kernel, layout="standard", groups=1):
 
     Args:
         kernel: Tensor or variable of rank 2 to 5.
-        layout: See `OrthonormalRegularizer`.
-        groups: See `OrthonormalRegularizer`.
+        layout, groups: See `OrthonormalRegularizer`.
 
     Raises:
         ValueError: If the kernel has another rank, or does not fit the layout or groups.

@@ -1,4 +1,4 @@
-"""Loading a model file that came from somewhere else."""
+"""Safe loading of model files from elsewhere."""
 
 import pathlib
 import re
@@ -13,24 +13,24 @@ CONTENT = ("config.json", "metadata.json", "model.weights.h5")
 
 
 def load_model(path, compile=True):
-    """Loads a `.keras` file, and refuses one that would run code of its own or reaches outside itself.
+    """Loads a `.keras` file, and refuses one that would run code or write outside of its folder.
 
-    `keras.saving.load_model` with `safe_mode=True`, behind a look at the archive.
+    This is `keras.saving.load_model` with `safe_mode=True`, after a check of the archive's entries.
 
     Args:
         path: Path of a `.keras` file.
-        compile: bool. Compiles the model as it was when saved.
+        compile: bool. Whether to compile the model as it was when saved.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: If the file does not exist, is no `.keras` archive, holds anything but a model's parts (a path outside, a
-            link) or a `Lambda` layer with code, or does not load. The message names the file and what was found.
+        ValueError: If the file does not exist, is not a `.keras` archive, does not load, or holds a `Lambda` layer or anything
+            but a model's parts (an outside path, a link). The message gives the file and the reason.
     """
     path = pathlib.Path(path)
     if not zipfile.is_zipfile(path):
-        reason = "a file that is no zip archive" if path.is_file() else "no such file"
+        reason = "a file that is not a zip archive" if path.is_file() else "no such file"
         raise ValueError(f"`path` must be a .keras file. Received: {str(path)!r}, {reason}")
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
@@ -46,15 +46,15 @@ def load_model(path, compile=True):
     try:
         return keras.saving.load_model(path, compile=compile, safe_mode=True)
     except Exception as error:  # a damaged file makes Keras raise almost anything
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         unknown = re.search(r"Could not locate (class|function) '([^']+)'", str(error))
         if unknown:
-            first = (
-                f"its {unknown[1]} {unknown[2]!r} is not known here: decorate it with "
+            reason = (
+                f"its {unknown[1]} {unknown[2]!r} is unknown: decorate it with "
                 "@keras.saving.register_keras_serializable() and import it first"
             )
-        if "ambda" in str(error):
-            first = f"it holds a Lambda layer, whose code would run: {first}"
+        elif "ambda" in str(error):
+            reason = f"it holds a Lambda layer, whose code would run: {reason}"
         raise ValueError(
-            f"`path` must be a .keras file that loads safely. Received: {str(path)!r}, refused because {first}"
+            f"`path` must be a .keras file that loads safely. Received: {str(path)!r}, refused because {reason}"
         ) from error

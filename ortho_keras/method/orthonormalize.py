@@ -1,4 +1,4 @@
-"""Adds the orthonormal regularizer to a model that exists already."""
+"""Adds a regularizer of kernels to an existing model."""
 
 import dataclasses
 
@@ -16,15 +16,15 @@ class CoveredKernel:
     path: str  # the variable's path, "block1/conv/kernel"
     layer_type: str
     shape: tuple
-    matrices: tuple  # (count, f_in, f_out), how the kernel reads
+    matrices: tuple  # (count, f_in, f_out), how the kernel is read
     regularizer: KernelRegularizer
-    replaced: str  # the penalty that it had before, or ""
+    replaced: str  # the regularizer that it had before, or ""
     note: str
 
 
 @dataclasses.dataclass(frozen=True)
 class SkippedWeight:
-    """One weight of rank 2 or more that `orthonormalize` left alone."""
+    """One weight of rank 2 or more that `orthonormalize` did not change."""
 
     path: str
     layer_type: str
@@ -60,23 +60,25 @@ class OrthonormalizeReport:
 
 
 def orthonormalize(model, factor=1e-4, verbose=True, regularizer="orthonormal"):
-    """Puts the orthonormal regularizer on every kernel of a built model, in place.
+    """Puts the orthonormal regularizer, or another one, on every kernel of a built model, in place.
 
-    Covers the kernels of Dense, EinsumDense, Conv1D/2D/3D, their transposed, depthwise and separable kin, in nested models
-    and composite layers too, each with the layout that fits it. A penalty which a kernel had (L1, L2) is replaced,
-    since the paper discourages mixing; biases and the like keep theirs. Weights and outputs stay as they are. A compiled
-    model stays compiled, and its next step uses the penalty. All kernels of one layout share one regularizer.
+    Covers the kernels of Dense, EinsumDense, Conv1D/2D/3D and of transposed, depthwise and separable convolutions, in nested
+    models and composite layers too, each with the layout that fits it. A kernel's previous regularizer (L1, L2) is replaced,
+    since the paper advises against mixing; other weights, such as biases, keep theirs. Weights and outputs do not change. A
+    compiled model stays compiled, and its next training step uses the penalty. Kernels of one layout share one regularizer.
 
     Args:
-        model: A built `keras.Model`, Functional or Sequential (for instance from `keras.applications`).
-        factor: float, at least 0. See `OrthonormalRegularizer`.
-        verbose: bool. Prints the report.
+        model: A built `keras.Model` (for instance from `keras.applications`).
+        factor: float, at least 0. The strength, see `OrthonormalRegularizer`.
+        verbose: bool. Whether to print the report.
+        regularizer: `"orthonormal"`, `"double_soft_orthogonal"`, `"mutual_coherence"`, `"srip"`, `"conv_orthogonal"`, the name
+            of a custom `KernelRegularizer`, or a subclass of it. Kernels for which it is not defined are skipped.
 
     Returns:
         An `OrthonormalizeReport`: `covered`, `skipped` (with the reason) and `regularizers`.
 
     Raises:
-        ValueError: If `model` is not a built Keras model, or `factor` is negative or not finite.
+        ValueError: If an argument is none of the above. The model is then unchanged.
 
     Example:
 
@@ -87,7 +89,7 @@ def orthonormalize(model, factor=1e-4, verbose=True, regularizer="orthonormal"):
 
     Reference:
         Xie, Xiong, Pu 2017, Eq. 3 ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)): all convolutional and fully connected
-        layers. The other kinds of layer are ours.
+        layers. The other types of layers are ours.
     """
     check_built(model)
     check_number("factor", factor, least=0)
@@ -110,28 +112,20 @@ def orthonormalize(model, factor=1e-4, verbose=True, regularizer="orthonormal"):
             kernel.variable.regularizer = made
             setattr(layer, kernel.regularizer_attribute, made)
             covered.append(CoveredKernel(*own, matrices, made, replaced, _note(kernel, owners)))
-        for variable in _own_variables(layer):
-            if id(variable) not in seen and len(variable.shape) > 1:
+        inner = {id(v) for child, _ in walk_layers(layer) if child is not layer for v in child.variables}
+        for variable in layer.variables:
+            if len(variable.shape) > 1 and id(variable) not in inner and id(variable) not in seen:
                 seen.add(id(variable))
                 own = variable.path, type(layer).__name__, tuple(variable.shape)
                 skipped.append(SkippedWeight(*own, _reason(layer, variable)))
-    if model.compiled:
-        for function, remake in (
-            (model.train_function, model.make_train_function),
-            (model.test_function, model.make_test_function),
-        ):
-            if function is not None:  # traced already, with the old penalties
-                remake(force=True)
+    if model.compiled and model.train_function is not None:  # traced with the previous penalties
+        model.make_train_function(force=True)
+    if model.compiled and model.test_function is not None:
+        model.make_test_function(force=True)
     report = OrthonormalizeReport(covered, skipped)
     if verbose:
         print(report)
     return report
-
-
-def _own_variables(layer):
-    """The variables of a layer itself, without those of the layers in it."""
-    inner = {id(v) for child, _ in walk_layers(layer) if child is not layer for v in child.variables}
-    return [v for v in layer.variables if id(v) not in inner]
 
 
 def _note(kernel, owners):
@@ -156,4 +150,4 @@ def _reason(layer, variable):
         return f"the equation {layer.equation} makes it no matrix from input axes to output axes, or its rank is above 5"
     if getattr(layer, "quantization_mode", None):
         return f"a part of a quantized ({layer.quantization_mode}) kernel"
-    return f"{type(layer).__name__} is no convolution, dense or einsum layer: its layout is not known"
+    return f"{type(layer).__name__} is not a convolution, dense or einsum layer: its layout is unknown"

