@@ -1,4 +1,4 @@
-"""The plan of the package: four rooms, in which imports run downward only, and files saved before the rooms were made."""
+"""The packages import downward only, and files saved before there were packages load."""
 
 import ast
 import pathlib
@@ -25,13 +25,13 @@ def imported(path):
 
 def test_imports_run_downward_only():
     seen = set()
-    for number, room in enumerate(ORDER):
-        for path in sorted((PACKAGE / room).rglob("*.py")):
-            rooms = {name.split(".")[1] for name in imported(path) if name.startswith("ortho_keras.")}
-            assert rooms <= set(ORDER[: number + 1]), f"{path.relative_to(PACKAGE)} imports {sorted(rooms)}"
+    for number, package in enumerate(ORDER):
+        for path in sorted((PACKAGE / package).rglob("*.py")):
+            packages = {name.split(".")[1] for name in imported(path) if name.startswith("ortho_keras.")}
+            assert packages <= set(ORDER[: number + 1]), f"{path.relative_to(PACKAGE)} imports {sorted(packages)}"
             assert not {name.split(".")[0] for name in imported(path)} & {"train", "tuning", "benchmarks", "tests"}
-            seen |= {(room, other) for other in rooms}
-    assert {("nets", "method"), ("diagnosis", "method"), ("trainer", "diagnosis"), ("trainer", "nets")} <= seen  # it reads them
+            seen |= {(package, other) for other in packages}
+    assert {("nets", "method"), ("diagnosis", "method"), ("trainer", "diagnosis"), ("trainer", "nets")} <= seen  # imports were found
     assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "version.py"}
 
 
