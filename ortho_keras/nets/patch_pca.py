@@ -65,11 +65,13 @@ class PatchPCAInitializer(keras.initializers.Initializer):
         images = np.asarray(images)
         size = kernel_size if np.ndim(kernel_size) else (kernel_size, kernel_size)
         size = tuple(check_number("kernel_size", side, least=1, integer=True) for side in size)
+        if len(size) != 2:
+            raise ValueError(f"`kernel_size` must be an integer or a tuple of two. Received: kernel_size={kernel_size!r}")
         numbers = images.dtype.kind in "uif" and images.ndim == 4 and images.size
-        if len(size) != 2 or not numbers or images.shape[1] < size[0] or images.shape[2] < size[1]:
+        if not numbers or images.shape[1] < size[0] or images.shape[2] < size[1]:
             raise ValueError(
-                "`images` must be real numbers (batch, height, width, channels), not smaller than the kernel (height, width). "
-                f"Received: images of shape {images.shape} and type {images.dtype}, kernel_size={kernel_size!r}"
+                f"`images` must be real numbers (batch, height, width, channels), not smaller than the kernel {size}. "
+                f"Received: images of shape {images.shape} and type {images.dtype}"
             )
         covariance = _patch_covariance(images, size)
         if not np.isfinite(covariance).all() or covariance.max() <= 1e-12 * np.square(images, dtype=np.float64).mean():

@@ -80,13 +80,17 @@ def test_directions_without_variance_are_left_out():
     [
         (np.ones((4, 8, 8)), 3, "`images` must be .* Received: images of shape .4, 8, 8."),
         (np.ones((0, 8, 8, 3)), 3, "`images` must be .* Received: images of shape .0, 8, 8, 3."),
-        (np.ones((4, 8, 2, 3)), 3, "not smaller than the kernel .* Received: images of shape .4, 8, 2, 3."),
+        (np.ones((4, 8, 2, 3)), 3, "not smaller than the kernel .3, 3.. Received: images of shape .4, 8, 2, 3."),
         (np.ones((4, 8, 8, 3), complex), 3, "`images` must be real numbers .* and type complex128"),
         (np.full((4, 8, 8, 3), np.nan), 3, "`images` must be finite"),
         (np.full((4, 8, 8, 3), 0.1, np.float32), 3, "not all of their patches the same"),
         (np.ones((4, 8, 8, 3)), 3.0, "`kernel_size` must be an integer, at least 1. Received: kernel_size=3.0"),
         (np.ones((4, 8, 8, 3)), (3, 0), "`kernel_size` must be an integer, at least 1. Received: kernel_size=0"),
-        (np.ones((4, 8, 8, 3)), (3, 3, 3), "`kernel_size` .* Received: .* kernel_size=.3, 3, 3."),
+        (
+            np.ones((4, 8, 8, 3)),
+            (3, 3, 3),
+            "`kernel_size` must be an integer or a tuple of two. Received: kernel_size=.3, 3, 3.",
+        ),
     ],
 )
 def test_images_without_components(images, size, message):
