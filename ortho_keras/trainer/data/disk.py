@@ -67,16 +67,15 @@ class DiskSplit:
         if not replace:
             return self._decoded(indices, keys)
 
-        def replaced(images, labels, decoded, indices, tries):
-            indices = (indices + 1) % len(self)
-            with tf.control_dependencies([tf.debugging.Assert(tries < len(self), ["no image decodes"])]):
+        def decode_missing(images, labels, decoded, indices, tries):
+            with tf.control_dependencies([tf.debugging.Assert(tries <= len(self), ["no image decodes"])]):
                 rows = tf.where(~decoded)
             new = self._decoded(tf.gather_nd(indices, rows), None if keys is None else tf.gather_nd(keys, rows))
-            old = (images, labels, decoded)
-            return *[tf.tensor_scatter_nd_update(*values) for values in zip(old, [rows] * 3, new)], indices, tries + 1
+            values = [tf.tensor_scatter_nd_update(old, rows, part) for old, part in zip((images, labels, decoded), new)]
+            return *values, (indices + 1) % len(self), tries + 1
 
-        state = (*self._decoded(indices, keys), indices, 0)
-        return tf.while_loop(lambda _, __, decoded, *rest: ~tf.reduce_all(decoded), replaced, state)[:3]
+        nothing = (tf.zeros(indices.shape + self.image_shape), tf.zeros_like(indices), tf.zeros_like(indices, tf.bool))
+        return tf.while_loop(lambda _, __, decoded, *rest: ~tf.reduce_all(decoded), decode_missing, (*nothing, indices, 0))[:3]
 
     def _decoded(self, indices, keys):
         count, size = tf.size(indices, tf.int64), self.image_shape[:2]
