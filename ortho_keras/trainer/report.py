@@ -55,7 +55,8 @@ class Run:
                 json.loads((workdir / name).read_text()) if (workdir / name).exists() else missing
                 for name, missing in (("history.json", []), ("result.json", {}))
             )
-            self.values = {**progress(self.history, self.recipe.get("grow_epoch", 0)), **result}
+            first_epoch = self.recipe.get("grow_epoch", 0) if self.recipe.get("start_depth") else 0
+            self.values = {**progress(self.history, first_epoch), **result}
             self.signals = read_signals(workdir / "signals.csv")
         except (OSError, ValueError, KeyError, TypeError) as error:
             expected = "WORKDIR must be the folder of a run of train.py"
