@@ -1,4 +1,4 @@
-"""Singular values, of kernels as matrices and of convolutions as linear maps, and cosines between filters."""
+"""Singular values of kernels as matrices and of layers as linear maps, and cosines between filters."""
 
 import math
 
@@ -6,22 +6,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ortho_keras.method.kernels import as_matrices
+from ortho_keras.method.kernels import as_matrices, layer_kernels
 
 WRITTEN_OUT = 2048  # inputs of the largest map whose matrix is written out
-
-_CONVOLUTIONS = (
-    keras.layers.Conv1D,
-    keras.layers.Conv2D,
-    keras.layers.Conv3D,
-    keras.layers.Conv1DTranspose,
-    keras.layers.Conv2DTranspose,
-    keras.layers.Conv3DTranspose,
-    keras.layers.DepthwiseConv1D,
-    keras.layers.DepthwiseConv2D,
-    keras.layers.SeparableConv1D,
-    keras.layers.SeparableConv2D,
-)
 
 
 def mean_cosines(kernels):
@@ -51,8 +38,8 @@ def kernel_extremes(kernel, layout="standard", groups=1):
 
     Args:
         kernel: Tensor of rank 2 to 5.
-        layout: See `OrthonormalRegularizer`.
-        groups: See `OrthonormalRegularizer`.
+        layout: As in `OrthonormalRegularizer`.
+        groups: int.
     """
     matrices = np.asarray(as_matrices(np.asarray(kernel, np.float64), layout, groups))
     if not np.isfinite(matrices).all():
@@ -67,14 +54,14 @@ def operator_extremes(layer, input_shape):
     A convolution with periodic borders is block-diagonal over frequencies, so its singular values are those of one small
     matrix for each frequency, the kernel's Fourier transform there. Keras pads with zeros or not at all; the difference is
     confined to the border. With a stride, the frequencies that it folds onto each other share a matrix. An input size that the
-    stride does not divide is rounded up. On inputs less than twice as wide as the window there is little else than border:
-    there the map itself is written out, with the layer's own padding, where a group has up to 2,048 inputs; above, NaN. A
-    Dense layer's map is its kernel. The values come from the eigenvalues of Gram matrices: one below 1e-7 of the largest is
-    not resolved. A kernel that is not finite gives NaN.
+    stride does not divide is rounded up. Inputs less than twice as wide as the window are nearly all border: there the map's
+    own matrix is used, with the layer's padding, where a group has up to 2,048 inputs; above, NaN. A Dense layer's map is its
+    kernel. The values come from the eigenvalues of Gram matrices: one below 1e-7 of the largest is not resolved. A kernel that
+    is not finite gives NaN.
 
     Args:
         layer: A built convolution of any kind, or Dense.
-        input_shape: Tuple, the shape of the layer's input with or without sizes of batch (`None` is fine there).
+        input_shape: Tuple, the shape of the layer's input; the size of the batch may be `None`.
 
     Returns:
         `(smallest, largest)`, or `(nan, nan)` for a layer of another kind.
@@ -85,19 +72,18 @@ def operator_extremes(layer, input_shape):
     """
     if isinstance(layer, keras.layers.Dense):
         return kernel_extremes(layer.kernel)
-    if not isinstance(layer, _CONVOLUTIONS):
+    kernels = layer_kernels(layer)
+    if not kernels or isinstance(layer, keras.layers.EinsumDense):
         return math.nan, math.nan
-    first = layer.data_format == "channels_first"
-    sizes = tuple(input_shape[2:] if first else input_shape[1:-1])
-    strides, dilations = layer.strides, layer.dilation_rate
-    if isinstance(layer, (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)):
-        outputs = layer.compute_output_shape((1, *input_shape[1:]))  # the adjoint's input: the same singular values
-        sizes = tuple(outputs[2:] if first else outputs[1:-1])
-    kernel, groups = _as_grouped(layer)
-    spans = [(size - 1) * dilation + 1 for size, dilation in zip(kernel.shape, dilations)]
+    shape, padding = (1, *input_shape[1:]), layer.padding
+    if kernels[0].layout == "transposed":  # the adjoint has the same singular values
+        shape = layer.compute_output_shape(shape)
+    sizes = tuple(shape[2:] if layer.data_format == "channels_first" else shape[1:-1])
+    kernel, groups = _as_grouped(kernels)
+    spans = [(size - 1) * dilation + 1 for size, dilation in zip(kernel.shape, layer.dilation_rate)]
     if any(span > 1 and size < 2 * span for size, span in zip(sizes, spans)):
-        return _extremes_written_out(kernel, groups, sizes, strides, dilations, layer.padding)
-    return convolution_extremes(kernel, groups, sizes, strides, dilations)
+        return _bordered_extremes(kernel, groups, sizes, layer.strides, layer.dilation_rate, padding)
+    return convolution_extremes(kernel, groups, sizes, layer.strides, layer.dilation_rate)
 
 
 def convolution_extremes(kernel, groups, sizes, strides, dilations):
@@ -130,16 +116,15 @@ def convolution_extremes(kernel, groups, sizes, strides, dilations):
         each = frequencies[start : start + step, np.newaxis] + aliases
         matrices = np.tensordot(np.exp(-2j * np.pi * each @ offsets.T), taps, 1)
         matrices = matrices.reshape(len(each), rows, groups, kernel.shape[-1] // groups).transpose(0, 2, 1, 3)
-        if matrices.shape[2] < matrices.shape[3]:
-            matrices = matrices.swapaxes(2, 3)
-        values = np.linalg.eigvalsh(np.conj(matrices.swapaxes(2, 3)) @ matrices) / math.prod(strides)
-        smallest, largest = min(smallest, values.min()), max(largest, values.max())
-    return math.sqrt(max(0.0, smallest)), math.sqrt(max(0.0, largest))
+        low, high = _gram_extremes(matrices)
+        smallest, largest = min(smallest, low), max(largest, high)
+    scale = math.sqrt(math.prod(strides))
+    return smallest / scale, largest / scale
 
 
-def _extremes_written_out(kernel, groups, sizes, strides, dilations, padding):
-    """The same with the padding that a layer has, from each group's whole matrix."""
-    inputs, outputs = math.prod(sizes) * kernel.shape[-2], kernel.shape[-1] // groups
+def _bordered_extremes(kernel, groups, sizes, strides, dilations, padding):
+    """The same with a layer's padding, from each group's whole matrix."""
+    inputs = math.prod(sizes) * kernel.shape[-2]
     if inputs > WRITTEN_OUT or not np.isfinite(kernel).all():
         return math.nan, math.nan
     basis = np.eye(inputs).reshape(inputs, *sizes, kernel.shape[-2])
@@ -147,10 +132,15 @@ def _extremes_written_out(kernel, groups, sizes, strides, dilations, padding):
         basis, padding = np.pad(basis, [(0, 0), ((kernel.shape[0] - 1) * dilations[0], 0), (0, 0)]), "valid"
     # All groups read the same inputs here, so one convolution gives every group's rows.
     rows = tf.nn.convolution(basis, kernel, strides, padding.upper(), dilations=dilations).numpy()
-    matrices = np.moveaxis(rows.reshape(inputs, -1, groups, outputs), 2, 0).reshape(groups, inputs, -1)
-    if matrices.shape[1] > matrices.shape[2]:
-        matrices = matrices.swapaxes(1, 2)
-    values = np.linalg.eigvalsh(matrices @ matrices.swapaxes(1, 2))
+    rows = rows.reshape(inputs, -1, groups, kernel.shape[-1] // groups)
+    return _gram_extremes(np.moveaxis(rows, 2, 0).reshape(groups, inputs, -1))
+
+
+def _gram_extremes(matrices):
+    """The smallest and the largest singular value of stacked matrices, from the eigenvalues of the smaller Gram matrices."""
+    if matrices.shape[-2] < matrices.shape[-1]:
+        matrices = matrices.swapaxes(-2, -1)
+    values = np.linalg.eigvalsh(np.conj(matrices.swapaxes(-2, -1)) @ matrices)
     return math.sqrt(max(0.0, values.min())), math.sqrt(max(0.0, values.max()))
 
 
@@ -159,13 +149,12 @@ def _grid(counts):
     return np.stack([axis.ravel() for axis in np.indices(counts)], axis=-1)
 
 
-def _as_grouped(layer):
+def _as_grouped(kernels):
     """A convolution's kernel as `(*window, cin / groups, cout)`, and its number of groups."""
-    if isinstance(layer, (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)):
-        depthwise, pointwise = np.asarray(layer.depthwise_kernel, np.float64), np.asarray(layer.pointwise_kernel, np.float64)
-        pointwise = pointwise.reshape(*depthwise.shape[-2:], pointwise.shape[-1])  # (cin, multiplier, cout)
-        return np.einsum("...cm,cmo->...co", depthwise, pointwise), 1
-    kernel = np.asarray(layer.kernel, np.float64)
-    if isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)):
+    kernel, *pointwise = (np.asarray(each.variable, np.float64) for each in kernels)
+    if pointwise:  # separable
+        pointwise = pointwise[0].reshape(*kernel.shape[-2:], -1)  # (cin, multiplier, cout)
+        return np.einsum("...cm,cmo->...co", kernel, pointwise), 1
+    if kernels[0].layout == "depthwise":
         return kernel.reshape(*kernel.shape[:-2], 1, -1), kernel.shape[-2]
-    return kernel, getattr(layer, "groups", 1)  # a transposed kernel (..., out, in) is the adjoint's (..., in, out)
+    return kernel, kernels[0].groups  # a transposed kernel (..., out, in) is the adjoint's (..., in, out)

@@ -184,18 +184,17 @@ def test_a_custom_loss_may_be_called_a_crossentropy(loss):
 
 KERAS = [
     "sparse_categorical_crossentropy",
-    "crossentropy",
     keras.losses.sparse_categorical_crossentropy,
     keras.losses.SparseCategoricalCrossentropy,
     keras.losses.SparseCategoricalCrossentropy(),
 ]
 
 
-@pytest.mark.parametrize("loss", KERAS, ids=["name", "alias", "function", "class", "object"])
+@pytest.mark.parametrize("loss", KERAS, ids=["name", "function", "class", "object"])
 def test_a_crossentropy_of_probabilities_does_not_fit_logits(loss):
     model, (x, y) = dense(), batch((4,))
     model.compile("sgd", loss)
-    for given in (None, LOGITS.name if loss == "crossentropy" else loss):  # the alias is known to `compile` alone
+    for given in (None, loss):
         with pytest.raises(ValueError, match="these outputs are logits: give the loss object, with from_logits=True"):
             ortho_keras.signal_report(model, x, y, given)
 
