@@ -18,8 +18,9 @@ def lines_of(monkeypatch, capsys, name, *arguments, **smaller):
 
 
 def test_finetune_brings_kernels_nearer_to_orthonormal_than_its_baseline(monkeypatch, capsys):
-    first, without, penalized, last = lines_of(monkeypatch, capsys, "finetune", "--epochs=1", "--factor=0.5", FIRST_EPOCHS=1)
-    assert first.startswith("1 epochs on 1437 digits first: ")
+    given = ["--epochs=2", "--factor=0.5"]
+    first, without, penalized, last = lines_of(monkeypatch, capsys, "finetune", *given, FIRST_EPOCHS=1, TRAINING=480)
+    assert first.startswith("1 epochs on 480 digits first: ")
     moved = [tuple(map(float, re.search(r"from ([\d.]+) to ([\d.]+)\.$", line).groups())) for line in (without, penalized)]
     assert moved[0][0] == moved[1][0]  # both from the same weights
     assert moved[0][1] > 0.8 * moved[0][0] and moved[1][1] < moved[1][0] / 2
@@ -29,7 +30,7 @@ def test_finetune_brings_kernels_nearer_to_orthonormal_than_its_baseline(monkeyp
 def test_custom_loop_keeps_the_gradients_of_all_layers_alike(monkeypatch, capsys):
     _, plain, modulated, *runs, last = lines_of(monkeypatch, capsys, "custom_loop", "--depth=20", "--steps=3")
     ratios = [float(re.search(r", ([\d.e+]+) times as much$", line)[1]) for line in (plain, modulated)]
-    assert ratios[0] > 3 and 0.1 < ratios[1] < min(3, ratios[0])
+    assert ratios[0] > 10 and 0.1 < ratios[1] < 5
     assert len(runs) == 3 and all("; 1 trace, " in line for line in runs)  # the switch does not trace again
     losses = [float(re.search(r" ([\d.]+) over the last tenth", line)[1]) for line in runs]
     first = {re.search(r": loss ([\d.]+) at the first step", line)[1] for line in runs}

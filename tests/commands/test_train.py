@@ -72,10 +72,7 @@ def test_the_name_of_a_run_is_one_that_a_file_system_takes():
         (["--recipe=plain44_cifar1"], ["--recipe must be", "did you mean plain44_cifar10?", "'plain44_cifar1'"]),
         (["--list_recipes=digit"], ["did you mean digits?", "'digit'"]),
         (["--dataset=no_such_data"], ["--dataset must be digits, folder:PATH or", "'no_such_data'"]),
-        (["--dataset=folder:nowhere"], ["--dataset folder:nowhere must be a folder that exists", "'nowhere'"]),
         (["--optimizer=newton"], ["flag --optimizer=newton: value should be one of <sgd|"]),
-        (["--regularizer=newton"], ["--regularizer must be one of", "'newton'"]),
-        (["--factor=much"], ["flag --factor=much", "float"]),
         (["--depth=45"], ["--depth must be 6n + 2; the nearest are 44 and 50", "45"]),
         (["--batch_size=5000"], ["--batch_size must be at most the number of training images, 1293", "5000"]),
         (["--recipe=digits", "--recipe_file=a.json"], ["--recipe and --recipe_file must not both be given", "digits, a.json"]),
@@ -87,7 +84,6 @@ def test_the_name_of_a_run_is_one_that_a_file_system_takes():
         (["--keep_checkpoints=0"], ["flag --keep_checkpoints=0: 0 is not a positive integer"]),
         (["--strategy=multi_worker"], ["--strategy multi_worker needs the environment variable TF_CONFIG", "not set"]),
         (["--devices=GPU:7"], ["--devices must be a number of devices or names of one kind", "'GPU:7'"]),
-        (["--recipe=plain44_cifar10", "--data_dir=tfds"], ["--dataset cifar10 must be prepared in --data_dir or downloadable"]),
         (["--workdir=/dev/null/run"], ["--workdir must be a folder that can be written", "'/dev/null/run'"]),
     ],
 )
@@ -97,17 +93,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
     assert (status, out) == (2, "") and len(err.strip().splitlines()) == 1 and err.startswith("train.py: ")
     assert all(part in err for part in expected), err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def test_folders_that_hold_no_images(tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "corrupt" / "cat").mkdir(parents=True)
-    (tmp_path / "corrupt" / "cat" / "1.png").write_bytes(b"no image")
-    for name, expected in (("empty", "Received: no image"), ("corrupt", "cat/1.png, which does not decode")):
-        status, out, err = invoke(capsys, f"--dataset=folder:{tmp_path / name}", f"--workdir={tmp_path / 'run'}")
-        assert status == 2 and out == "" and len(err.strip().splitlines()) == 1
-        assert f"--dataset folder:{tmp_path / name} must " in err and expected in err
-        assert not list((tmp_path / "run").glob("*"))
 
 
 def test_list_recipes(capsys):

@@ -58,10 +58,7 @@ def test_a_search_that_was_killed_is_the_one_that_was_not(tuner, tmp_path):
     assert again.create_trial("other").trial_id == running.trial_id
     finish(again, again.get_trial(running.trial_id))
     recipes += [SPACE.recipe(running.hyperparameters), *all_trials(again)]
-    if tuner == "bayesian":  # its own random numbers start anew
-        assert recipes[:6] == whole[:6] and len(recipes) == count
-    else:
-        assert recipes == whole
+    assert recipes == whole
 
 
 def test_the_grid_is_every_combination_once(tmp_path):
@@ -74,15 +71,6 @@ def test_the_grid_is_every_combination_once(tmp_path):
     moments = 1 + 2 * 2  # off, or two rules by two tolerances
     assert len(seen) == len(set(seen)) == 2 * moments * (1 + 10)  # a range: its default and ten values
     assert seen[0] == space.base
-
-
-def test_failed_trials_do_not_end_a_search(tmp_path):
-    made = oracle("random", tmp_path, max_trials=8)
-    for _ in range(8):
-        trial = made.create_trial("me")
-        trial.status = "FAILED"
-        made.end_trial(trial)
-    assert made.create_trial("me").status == "STOPPED"
 
 
 @pytest.mark.parametrize(("max_trials", "epochs"), [(100, [1] * 9 + [3] * 3 + [9]), (12, [3] * 5 + [9] * 2), (4, [9] * 3)])

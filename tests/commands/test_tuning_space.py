@@ -27,16 +27,17 @@ def points(space, count, seed=0):
         yield hp
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_fresh_point_is_the_recipe_itself(name):
-    recipe = RECIPES[name].recipe
-    assert search_space(recipe).recipe(keras_tuner.HyperParameters()) == recipe
+def sent(hp):
+    """Hyperparameters as they arrive in another process."""
+    return keras_tuner.HyperParameters.from_proto(hp.to_proto())
 
 
-def test_values_with_many_digits_and_out_of_the_ranges_are_kept():
-    recipe = dataclasses.replace(DIGITS, learning_rate=7.123456789, factor=1.23456789e-9, relu_shift=0.77, tolerance=1.2345)
-    recipe = dataclasses.replace(recipe, modulation="anchor", initializer="he_normal")
-    assert search_space(recipe).recipe(keras_tuner.HyperParameters()) == recipe
+def test_a_fresh_point_is_the_recipe_itself():
+    digits = {"learning_rate": 7.123456789, "factor": 1.23456789e-9, "relu_shift": 0.77, "tolerance": 1.2345}
+    outside = dataclasses.replace(DIGITS, **digits, modulation="anchor", initializer="he_normal")
+    for recipe in [outside, *(preset.recipe for preset in RECIPES.values())]:
+        space, hp = search_space(recipe), keras_tuner.HyperParameters()
+        assert space.recipe(hp) == space.recipe(sent(hp)) == recipe
 
 
 @pytest.mark.parametrize("name", ["digits", "digits_l2", "resnet44_cifar10"])
@@ -46,6 +47,7 @@ def test_every_point_is_a_recipe_in_the_space(name):
     seen = {key: set() for key in space.parameters}
     for hp in points(space, 200):
         recipe = space.recipe(hp).check()
+        assert space.recipe(sent(hp)) == recipe
         assert {f.name for f in dataclasses.fields(Recipe) if getattr(recipe, f.name) != getattr(base, f.name)} <= set(seen)
         for key, values in seen.items():
             assert getattr(recipe, key) in space.parameters[key]
@@ -58,16 +60,6 @@ def test_every_point_is_a_recipe_in_the_space(name):
     rates = np.log([space.recipe(hp).learning_rate for hp in points(space, 300)])
     assert np.mean(rates) == pytest.approx((np.log(1e-4) + np.log(1)) / 2, abs=0.6)  # by the logarithm: middle 0.01
     assert rates.min() < np.log(2e-4) and rates.max() > np.log(0.5)
-
-
-def test_a_point_that_was_sent_between_processes_is_the_same_recipe():
-    space = search_space(dataclasses.replace(DIGITS, factor=0.012345678))
-    for hp in points(space, 50):
-        sent = keras_tuner.HyperParameters.from_proto(hp.to_proto())
-        assert space.recipe(sent) == space.recipe(hp)
-    fresh = keras_tuner.HyperParameters()
-    space.recipe(fresh)
-    assert space.recipe(keras_tuner.HyperParameters.from_proto(fresh.to_proto())) == space.base
 
 
 def test_what_cannot_matter_is_not_searched():
@@ -100,11 +92,9 @@ def test_narrowed_spaces():
     "changes, fixed, narrowed, message",
     [
         ({"factor": 100.0}, ["factor"], [], "--factor must lie in the search space, 1e-06:10. Received: 100.0"),
-        ({"tolerance": 50.0}, ["tolerance"], [], r"--tolerance must lie in the search space.*1.001\|1.1.*Received: 50.0"),
         ({"initializer": "glorot_uniform"}, ["initializer"], [], "--initializer must lie in the search space"),
         ({}, [], ["width=8|16"], "--narrow must name one of the searched values, learning_rate, .*Received: 'width=8"),
         ({}, [], ["factor=1:100"], "--narrow must be factor=LOW:HIGH within 1e-06:10. Received: 'factor=1:100'"),
-        ({}, [], ["factor=1:0.1"], "--narrow must be factor=LOW:HIGH"),
         ({}, [], ["factor=0.1"], "--narrow must be factor=LOW:HIGH"),
         ({}, [], ["tolerance=2|3"], r"--narrow must be tolerance=VALUE\|VALUE of .*Received: 'tolerance=2\|3'"),
         ({}, list(SPACE), [], "must leave something to search"),
