@@ -10,7 +10,7 @@ from ortho_keras.method.checks import check_number
 
 SHAPES = ("step", "thirds", "cosine", "constant")
 DROPS = {"step": (1 / 2, 3 / 4), "thirds": (1 / 3, 2 / 3)}  # where the rate is divided by 10, as shares of the steps
-LEAST_FLOAT16_EPSILON = 6e-5  # float16 rounds a smaller one to 0, or as coarsely as it does squared gradients
+FLOAT16_EPSILON = 6e-5  # float16 rounds a smaller one to 0, or as coarsely as it does squared gradients
 
 
 @keras.saving.register_keras_serializable(package="ortho_keras")
@@ -81,7 +81,7 @@ class Muon(keras.optimizers.Muon):
         momentum: float, at least 0 and below 1. Also Adam's `beta_1`.
         vector_rate: float, at least 0. Adam's learning rate, relative to `learning_rate`.
         beta_2: float, at least 0 and below 1. Adam's decay of squared gradients.
-        epsilon: float, above 0. Adam's; at least 6e-5 where variables are float16.
+        epsilon: float, above 0. Adam's; at least 6e-5 is used where variables are float16.
         exclude: List or tuple of names of variables that Adam trains whatever their rank.
 
     Raises:
@@ -142,8 +142,8 @@ class Muon(keras.optimizers.Muon):
         self.assign_add(v, (ops.square(gradient) - v) * (1 - self.adam_beta_2))
         mean = m / (1 - ops.power(ops.cast(self.adam_beta_1, variable.dtype), step))
         square = v / (1 - ops.power(ops.cast(self.adam_beta_2, variable.dtype), step))
-        least = LEAST_FLOAT16_EPSILON if variable.dtype == "float16" else 0.0
-        self.assign_sub(variable, learning_rate * mean / (ops.sqrt(square) + max(self.epsilon, least)))
+        epsilon = max(self.epsilon, FLOAT16_EPSILON) if variable.dtype == "float16" else self.epsilon
+        self.assign_sub(variable, learning_rate * mean / (ops.sqrt(square) + epsilon))
 
     @tf.function(autograph=False)  # the graph of a deep net then traces the iteration once for each shape of kernel
     def zeropower_via_newtonschulz5(self, x, steps):
