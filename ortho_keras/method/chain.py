@@ -18,9 +18,8 @@ def modulate(model, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled
     modulation, for inference. Outputs are identical to the bit. Nested Functional and Sequential models are unfolded into the
     chain. If `model` is compiled, so is the new model, with the same settings.
 
-    Pooling shrinks the gradient: with a global average over 64 pixels, the gradient at the classifier's output is a hundred
-    times larger than at the last convolution's. Modulation would raise all convolutions to it, which acts as a hundredfold
-    learning rate. Either lower the learning rate, or leave the classifier out of `layers`.
+    Global pooling shrinks the gradient by two orders of magnitude. Modulation would raise all convolutions to the classifier's
+    gradient, which acts as a hundredfold learning rate: lower the learning rate, or leave the classifier out of `layers`.
 
     Args:
         model: A built Functional or Sequential model that is a chain: each layer takes the output of the previous one.

@@ -19,14 +19,12 @@ class OrthonormalDecay(keras.callbacks.Callback):
         W - 2 * factor * rate * steps * W (W^T W - I),
 
     a gradient step on `factor / 2 * ||W^T W - I||_F^2` with the optimizer's current learning rate, times the number of steps
-    since the last update. The penalty is not part of the loss: its gradient does not enter the optimizer's momentum, Adam does
-    not divide it by second moments, and it costs nothing at the training steps in between.
+    since the last update. The penalty is not part of the loss, so its gradient does not enter the optimizer's moments, and it
+    costs nothing at the training steps in between. Do not also give the kernels a regularizer, or both act.
 
     The update is stable for any factor and learning rate: the step is limited so that no singular value moves away from 1. The
-    largest step is the Newton-Schulz step `W - W (W^T W - I) / 2`, which makes a nearly orthonormal kernel orthonormal. For
-    another `regularizer` the update is `W - factor * rate * steps * gradient of its penalty`, without a limit.
-
-    Kernels are read as in `orthonormalize`. Do not also give them a regularizer, or both act.
+    largest step is the Newton-Schulz step `W - W (W^T W - I) / 2`. With another `regularizer`, the update is
+    `W - factor * rate * steps * gradient of its penalty`, without a limit.
 
     Args:
         factor: float, at least 0. The strength. With SGD's momentum m, `factor / (1 - m)` has in the long run the effect that

@@ -57,10 +57,9 @@ class DesignReport:
 def check_design(model):
     """Checks a model against the paper's design principle, f_in >= f_out at every kernel, and says which changes would fit.
 
-    A kernel read as a matrix W of shape `(f_in, f_out)`, `f_in = kh * kw * cin` for a convolution, has f_out filters in a space
-    of f_in dimensions. More than f_in vectors cannot be orthogonal, so either the network is designed with `f_in >= f_out`, or
-    the filters are split into `floor(f_out / f_in)` groups of f_in and one of the remainder, orthonormal within each group.
-    `OrthonormalRegularizer` and `OrthonormalInitializer` do the latter automatically. The model is not changed.
+    A kernel read as a matrix `(f_in, f_out)`, `f_in = kh * kw * cin` for a convolution, has f_out filters in a space of f_in
+    dimensions. More than f_in vectors cannot be orthogonal: `OrthonormalRegularizer` and `OrthonormalInitializer` then split
+    them into groups of f_in and one of the remainder, orthonormal within each group.
 
     The notes list what else the model shows: trainable kernels with another penalty than most, or with none, in addition to a
     `KernelRegularizer`, and (in Functional and Sequential models) biases of convolutions that a BatchNormalization cancels.

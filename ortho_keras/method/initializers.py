@@ -14,8 +14,7 @@ class OrthonormalInitializer(keras.initializers.Initializer):
     """Draws kernels whose output filters are orthonormal: `W^T W = gain^2 * I`.
 
     W is the kernel read as a matrix `(f_in, f_out)`, as in `OrthonormalRegularizer`; where `f_in < f_out`, the filters are
-    orthonormal within groups of `f_in`. The groups are drawn independently from the uniform (Haar) distribution, by a QR
-    decomposition in float64, and cast to the kernel's dtype, which may be any float type.
+    orthonormal within groups of `f_in`. Groups are drawn independently from the uniform (Haar) distribution, in float64.
 
     Args:
         gain: float, above 0. The length of each filter.

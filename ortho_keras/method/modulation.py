@@ -15,28 +15,25 @@ REFERENCES = ("neighbour", "anchor")
 class ErrorModulation(keras.layers.Layer):
     """Returns its input unchanged, and rescales the gradient that is backpropagated through it where magnitudes mismatch.
 
-    Placed after a parametric layer l (a convolution, a Dense layer), it receives the gradient at that layer's output, computes
-    its second-order moment `q_own` (the mean of squares over all entries), and compares it with `q_upper`, the moment that the
-    next `ErrorModulation` towards the output hands down. With `scale = sqrt(q_upper / q_own)`, the gradient is multiplied by
-    `scale` where `scale > tolerance` or `scale < 1 / tolerance`, and passes bit for bit unchanged everywhere else.
+    Placed after a parametric layer, it receives the gradient at that layer's output, computes its second-order moment `q_own`
+    (the mean of squares over all entries), and compares it with `q_upper`, the moment at the next `ErrorModulation` towards the
+    output. With `scale = sqrt(q_upper / q_own)`, the gradient is multiplied by `scale` where `scale > tolerance` or
+    `scale < 1 / tolerance`, and passes bit for bit unchanged everywhere else.
 
     The layers of a chain communicate through a scalar token next to the activations: forward it carries nothing, backward its
-    gradient carries `sqrt(q_upper)`. The first layer takes no token and creates one. The topmost layer receives 0, which means
-    'no layer above', and changes nothing. There is no state, so it works in eager mode, in graphs, under XLA and under a
-    distribution strategy.
+    gradient carries `sqrt(q_upper)`, where 0 means that there is no layer above. There is no state, so it works in eager mode,
+    in graphs, under XLA and under a distribution strategy.
 
-    Moments are summed in float32, and again in float64 where float32 overflows or underflows, so they are correct for gradients
-    from 1e-30 to 1e+30 and for float16 subnormals. A gradient that is all zero or holds an inf or a NaN passes unchanged, and
-    leaves the reference for the layers below as it is.
+    Moments are correct for gradients from 1e-30 to 1e+30 and for float16 subnormals. A gradient that is all zero or holds an
+    inf or a NaN passes unchanged, and leaves the reference for the layers below as it is.
 
     Args:
         tolerance: float, at least 1. How far the ratio of the magnitudes (roots of the moments) may be from 1 before it counts
             as a mismatch; 1 modulates at every layer. The paper does not give its threshold; the default is ours.
         max_scale: float, at least 1. `scale` is clipped to `[1 / max_scale, max_scale]`.
         reference: `"neighbour"`: `q_upper` is the moment of the next parametric layer towards the output, after its own
-            modulation, as in the paper. `"anchor"`: it is that of the topmost parametric layer (ours). A drift of 1.15 per
-            layer stays below any useful tolerance between neighbours and grows a millionfold over 100 layers; relative to the
-            anchor it accumulates until it exceeds the tolerance, and is then reset.
+            modulation, as in the paper. `"anchor"`: that of the topmost parametric layer (ours). A drift of 1.15 per layer
+            stays below the tolerance between neighbours; relative to the anchor it accumulates until it is reset.
         enabled: bool. Setting `layer.enabled = False` takes effect at the next training step, without retracing.
         synchronized: bool. Under a `tf.distribute` strategy, whether the moment is taken over the gradients of all replicas, so
             that it does not depend on how a batch is split.

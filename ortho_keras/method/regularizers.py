@@ -15,8 +15,8 @@ REGULARIZERS = {}  # name -> subclass of KernelRegularizer
 class KernelRegularizer(keras.regularizers.Regularizer):
     """Base class of regularizers that read a kernel as matrices.
 
-    A subclass defines `penalty(kernel)`, the scalar that the factor multiplies. With a `name` it is saved and loaded by Keras
-    and available by that name: in `orthonormalize`, in `OrthonormalDecay` and as `train.py --regularizer`.
+    A subclass defines `penalty(kernel)`, the scalar that the factor multiplies. With a `name`, Keras saves and loads it, and it
+    is available in `orthonormalize`, in `OrthonormalDecay` and as `train.py --regularizer`.
 
     Args:
         factor: float, at least 0. The strength. Setting it takes effect at the next training step, without retracing.
@@ -48,11 +48,7 @@ class KernelRegularizer(keras.regularizers.Regularizer):
 
     @classmethod
     def for_kernel(cls, factor, kernel):
-        """Returns the regularizer for one kernel of a layer, a `LayerKernel`.
-
-        Raises:
-            ValueError: If this regularizer is not defined for kernels of that kind. The message gives the reason.
-        """
+        """Returns the regularizer of a layer's `LayerKernel`; raises `ValueError`, with the reason, where it has none."""
         return cls(factor, kernel.layout, kernel.groups)
 
     @property

@@ -69,23 +69,9 @@ def test_groups_and_shared_axes_are_one_matrix_each():
     grouped = kernels.as_matrices(tf.constant(kernel), groups=3)
     for group in range(3):
         np.testing.assert_array_equal(grouped[group], kernel[..., 4 * group : 4 * group + 4].reshape(18, 4))
-    shared = kernels.as_matrices(tf.constant(kernel), ((2, 0), (1,)))
-    for at, (i, j) in enumerate(itertools.product(range(2), range(3))):
-        np.testing.assert_array_equal(shared[at], kernel[j, :, i, :].T)
     both = kernels.as_matrices(tf.constant(kernel), "depthwise", groups=2)
     for at, (channel, group) in enumerate(itertools.product(range(2), range(2))):
         np.testing.assert_array_equal(both[at], kernel[:, :, channel, 6 * group : 6 * group + 6].reshape(9, 6))
-
-
-def test_wrong_shape():
-    for shape, groups, message in [
-        ((3, 0), 1, "without empty axes"),
-        ((None, 3), 1, "known shape"),
-        ((3, 4), 3, "`groups` must divide the 4 outputs"),
-        ((3,), 1, "rank 2 to 5"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            kernels.matrix_shape(shape, "standard", groups)
 
 
 def test_orthonormality_error():
@@ -323,8 +309,3 @@ class Keyed(layers.Layer):
 def test_layers_in_dicts_of_any_keys():
     model = keras.Sequential([keras.Input((4,)), Keyed()])
     assert [kernel.variable.shape for kernel in kernels.model_kernels(model)] == [(4, 3), (4, 5)]
-
-
-def test_an_unused_layer_has_no_kernel():
-    model = keras.Sequential([keras.Input((4,)), Composite(unused=True)])
-    assert len(kernels.model_kernels(model)) == 4  # the fifth was never built

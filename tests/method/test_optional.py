@@ -43,6 +43,7 @@ def test_every_module_imports_without_them():
 
 def test_require_names_what_is_missing_and_only_that():
     require("a test", "numpy", "keras")
+    assert installed_versions("numpy", "no-such-distribution") == {"numpy": np.__version__}
     with pytest.raises(ImportError, match=r"^a test needs no_such_one and nor_this: pip install no_such_one nor_this$"):
         require("a test", "no_such_one", "numpy", "nor_this")
 
@@ -70,26 +71,23 @@ def test_a_run_says_what_it_lacks_before_it_begins(monkeypatch, tmp_path, capsys
         assert capsys.readouterr().err == expected and not (tmp_path / "run").exists()
 
 
-def test_versions_are_those_of_what_is_installed():
-    found = installed_versions("numpy", "no-such-distribution")
-    assert found == {"numpy": np.__version__}
-
-
 def test_features_name_the_package_that_they_need(monkeypatch, tmp_path, capsys):
-    model, x, y = ortho_keras.plain_cnn(8, (8, 8, 1), width=2), np.ones((4, 8, 8, 1), "float32"), np.zeros(4, int)
+    model, x, y = ortho_keras.plain_cnn(8, (8, 8, 1), width=2), np.ones((4, 8, 8, 1), "float32"), np.zeros((4, 10))
     model.compile("sgd", "mse")
-    signal = ortho_keras.signal_report(model, x, np.zeros((4, 10)))
+    signal = ortho_keras.signal_report(model, x, y)
     for package in ("matplotlib", "tensorboard"):
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
-        signal.plot(tmp_path / "signal.png")
-    with pytest.raises(ImportError, match="pip install matplotlib"):
-        ortho_keras.plot_features(model, x, ["stem_conv"], tmp_path / "features.png")
-    with pytest.raises(ImportError, match="pip install matplotlib"):
-        ortho_keras.plot_filters(model, ["stem_conv"], tmp_path / "filters.png")
-    # Before any training is lost.
-    with pytest.raises(ImportError, match="SignalMonitor needs tensorboard and matplotlib: pip install tensorboard matplotlib"):
-        ortho_keras.SignalMonitor(x, y, tmp_path / "signals")
+    for call, message in [
+        (lambda: signal.plot(tmp_path / "signal.png"), "matplotlib"),
+        (lambda: ortho_keras.plot_features(model, x, ["stem_conv"], tmp_path / "features.png"), "matplotlib"),
+        (lambda: ortho_keras.plot_filters(model, ["stem_conv"], tmp_path / "filters.png"), "matplotlib"),
+        (
+            lambda: ortho_keras.SignalMonitor(x, y, tmp_path / "signals"),
+            "tensorboard matplotlib",
+        ),  # before any training
+    ]:
+        with pytest.raises(ImportError, match=f"pip install {message}"):
+            call()
     assert report.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err == "ortho_keras.trainer.report: a report needs matplotlib: pip install matplotlib\n"
     assert not list(tmp_path.iterdir())
