@@ -50,7 +50,8 @@ def test_every_format_gives_the_same_outputs(trained, tmp_path):
 
 def test_train_exports_a_run_and_later_the_finished_one(tmp_path, capsys):
     for name in ("first.keras", "second.keras"):
-        status, out, _ = invoke(capsys, *TINY, "--max_steps=3", f"--workdir={tmp_path / 'run'}", f"--export={tmp_path / 'new' / name}")
+        paths = (f"--workdir={tmp_path / 'run'}", f"--export={tmp_path / 'new' / name}")
+        status, out, _ = invoke(capsys, *TINY, "--max_steps=3", *paths)
         assert status == 0
         assert f"{name}: 7 of 7 BatchNormalization layers folded, outputs differ by " in out.splitlines()[-1]
     first, second = (load_model(tmp_path / "new" / name) for name in ("first.keras", "second.keras"))
