@@ -129,7 +129,7 @@ def test_a_folder_of_images_is_learned(tmp_path, capsys):
     assert "test accuracy 1.0000, test accuracy with mirror images 1.0000" in out
 
 
-STOPPED = (*TINY, "--width=4", "--epochs=40", "--max_steps=400", "--evaluate_every=20", "--deterministic")
+STOPPED = (*TINY, "--width=4", "--epochs=24", "--evaluate_every=12", "--deterministic")
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_a_search_whose_budget_is_used_up_in_a_trial_resumes_in_it(tmp_path, cap
     directory = tmp_path / "search"
     given = [*TINY, "--epochs=4000", "--tuner=random", "--max_trials=2", f"--workdir={directory}"]
     for _ in range(3):
-        status, out, err = invoke(capsys, *given, "--budget_minutes=0.08")
+        status, out, err = invoke(capsys, *given, "--budget_minutes=0.02")
         assert (status, err) == (0, "") and "the budget is used up; the same command resumes from there" in out
         (trial,) = read_trials(directory)
         assert (trial.state, trial.starts) == (RUNNING, 0) and "stopped after step" in trial.reason
