@@ -47,6 +47,9 @@ def test_what_modulation_would_do_is_what_it_does(tolerance, reference):
     x, y = batch((8, 8, 1))
     model = ortho_keras.plain_cnn(8, (8, 8, 1), width=4, seed=0)
     report = ortho_keras.signal_report(model, x, y, LOGITS, tolerance, reference=reference, singular_values=False)
+    for layer, after in zip(report.layers, [*report.layers[1:], report.layers[-1]]):
+        for found, other in ((layer.error_to_next, after), (layer.error_to_top, report.layers[-1])):
+            assert found == pytest.approx(math.sqrt(layer.backward_moment / other.backward_moment))
     names = {layer.name for layer in report.layers}
     gradients, scales = references.modulated_gradients(model, x, y, names, tolerance, 1000.0, reference)
     modulated = ortho_keras.modulate(model, tolerance, reference=reference)
