@@ -5,21 +5,17 @@ import tensorflow as tf
 from runs import ROOT  # noqa: F401  (makes the package importable)
 
 from ortho_keras import (
-    ConvOrthogonalRegularizer,
-    DoubleSoftOrthogonalRegularizer,
     ErrorModulation,
     FusedBatchNormalization,
-    MutualCoherenceRegularizer,
     OrthonormalDecay,
     OrthonormalRegularizer,
     ShiftedReLU,
-    SRIPRegularizer,
     modulate,
     plain_cnn,
     plain_imagenet,
 )
 from ortho_keras.method.kernels import as_matrices, at_least_float32
-from ortho_keras.method.regularizers import KernelRegularizer
+from ortho_keras.method.regularizers import REGULARIZERS, KernelRegularizer
 
 SEED = 0
 
@@ -86,13 +82,9 @@ def plain_net(depth, input_shape):
 # Name -> a function from a factor to a regularizer. L2's is its half, as in factor / 2 * ||W||^2.
 PENALTIES = {
     "L2": lambda factor: keras.regularizers.L2(factor / 2),
-    "OrthonormalRegularizer": OrthonormalRegularizer,
+    **{kind.__name__: kind for kind in REGULARIZERS.values()},
     "soft orthogonality, as commonly written": SoftOrthogonality,
     "Keras's OrthogonalRegularizer": lambda factor: KerasOrthogonal(factor, "columns"),
-    "DoubleSoftOrthogonalRegularizer": DoubleSoftOrthogonalRegularizer,
-    "MutualCoherenceRegularizer": MutualCoherenceRegularizer,
-    "SRIPRegularizer": SRIPRegularizer,
-    "ConvOrthogonalRegularizer": ConvOrthogonalRegularizer,
     "singular values": SingularValues,
 }
 
