@@ -1,7 +1,6 @@
 """Checkpoints: training resumes as if it had not been stopped, and damage of any kind falls back to the previous one."""
 
 import pathlib
-import zipfile
 
 import keras
 import numpy as np
@@ -125,25 +124,12 @@ def test_truncated_and_flipped_bytes(pair, mask):
     for length in (*range(0, len(whole), 97), len(whole) - 1):
         newest.write_bytes(whole[:length])
         assert_fell_back(model, directory)
-    for at in range(3, len(whole), 23):
+    for at in range(3, len(whole), 13):
         newest.write_bytes(whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :])
         if restored(model, directory) != ((2, [2]), 2, []):  # a date or the like: nothing of ours is damaged
             assert_fell_back(model, directory)
             damaged += 1
-    assert damaged > len(whole) / 23 / 2
-
-
-def test_every_number_is_guarded_by_a_checksum(pair):
-    model, directory, newest = pair
-    whole = newest.read_bytes()
-    with zipfile.ZipFile(newest) as file:
-        entries = file.infolist()
-    assert len(entries) == len(state_variables(model)) + 1
-    for entry in entries:
-        last = whole.index(entry.filename.encode(), entry.header_offset) + len(entry.filename)
-        last += int.from_bytes(whole[entry.header_offset + 28 : entry.header_offset + 30], "little") + entry.file_size - 1
-        newest.write_bytes(whole[:last] + bytes([whole[last] ^ 0x40]) + whole[last + 1 :])
-        assert_fell_back(model, directory)
+    assert damaged > len(whole) / 13 / 2
 
 
 @pytest.mark.parametrize("content", [b"garbage" * 1000, b"PK\x03\x04", b"PK\x05\x06" + bytes(18), None])
