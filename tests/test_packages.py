@@ -31,7 +31,7 @@ def test_imports_run_downward_only():
             assert packages <= {*ORDER[: number + 1], "version"}, f"{path.relative_to(PACKAGE)} imports {sorted(packages)}"
             assert not {name.split(".")[0] for name in imported(path)} & {"train", "tuning", "benchmarks", "tests"}
             seen |= {(package, other) for other in packages}
-    assert {("nets", "method"), ("diagnosis", "method"), ("trainer", "diagnosis"), ("trainer", "nets")} <= seen  # imports were found
+    assert {("nets", "method"), ("diagnosis", "method"), ("trainer", "diagnosis"), ("trainer", "nets")} <= seen
     assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "version.py"}
 
 
