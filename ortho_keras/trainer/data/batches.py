@@ -56,34 +56,29 @@ def training_batches(split, settings, start=0, stop=None, replicas=1, own=(0,)):
         Dataset of `(images, labels)`: float32 `(share, height, width, channels)` of 0 to 255, int64 `(share,)`, where
         `share = batch_size / replicas`.
     """
-    batch_size, seed = settings.batch_size, settings.seed
-    steps, share, turns = len(split) // batch_size, batch_size // replicas, len(own)
-    replica_of = tf.constant(own, tf.int64)
+    batch_size, seed = settings.batch_size, tf.constant(settings.seed, tf.int64)
+    steps, shares = len(split) // batch_size, _shares(batch_size, replicas, own)
 
-    def epoch_shares(epoch):
-        """Step, replica and images' indices of every share of an epoch, from step `start` on."""
+    def epoch_steps(epoch):
         # index_shuffle would need less memory, but uses only 8 bits of each part of its seed (TensorFlow 2.21).
-        key = tf.stack([tf.constant(seed, tf.int64), epoch])
-        order = tf.random.experimental.stateless_shuffle(tf.range(len(split), dtype=tf.int64), key)
-        order = tf.reshape(order[: steps * batch_size], (steps, replicas, share))
-        turn = tf.range(tf.maximum(start - epoch * steps, 0) * turns, steps * turns, dtype=tf.int64)
-        within, replica = turn // turns, tf.gather(replica_of, turn % turns)
-        indices = tf.gather_nd(order, tf.stack([within, replica], 1))
-        return tf.data.Dataset.from_tensor_slices((epoch * steps + within, replica, indices))
+        order = tf.random.experimental.stateless_shuffle(tf.range(len(split), dtype=tf.int64), tf.stack([seed, epoch]))
+        batches = tf.reshape(order[: steps * batch_size], (steps, batch_size))
+        numbers = epoch * steps + tf.range(steps, dtype=tf.int64)
+        return tf.data.Dataset.from_tensor_slices((numbers, batches)).skip(tf.maximum(start - epoch * steps, 0))
 
-    def batch(step, replica, indices):
-        mine, keys = replica * share + tf.range(share, dtype=tf.int64), None
-        if settings.augment == "resized_crop":
-            keys = tf.stack([tf.fill((share,), tf.constant(seed, tf.int64)), step * batch_size + mine], 1)
-        images, labels, _ = split.read(indices, keys, replace=True)
+    def step_shares(step, indices):
+        return tf.data.Dataset.from_tensor_slices((tf.fill([len(own)], step), shares, tf.gather(indices, shares)))
+
+    def batch(step, rows, indices):
+        keys = tf.stack([tf.fill(rows.shape, seed), step * batch_size + rows], 1)
+        images, labels, _ = split.read(indices, keys if settings.augment == "resized_crop" else None, replace=True)
         if settings.augment.startswith("crop"):
-            images = _cropped(images, settings, step, mine)
+            images = _cropped(images, settings, tf.stack([seed, step]), rows)
         return images, labels
 
-    shares = tf.data.Dataset.range(start // steps, np.iinfo(np.int64).max).flat_map(epoch_shares)
-    if stop is not None:
-        shares = shares.take((stop - start) * turns)
-    return _parallel(shares, batch, split)
+    epochs = tf.data.Dataset.range(start // steps, np.iinfo(np.int64).max)
+    dataset = epochs.flat_map(epoch_steps).take(-1 if stop is None else stop - start)
+    return _parallel(dataset.flat_map(step_shares), batch, split)
 
 
 def evaluation_batches(split, batch_size, replicas=1, own=(0,)):
@@ -98,16 +93,20 @@ def evaluation_batches(split, batch_size, replicas=1, own=(0,)):
         Dataset of `(images, labels, weights)`, as in `training_batches`; float32 weights are 1, and 0 for images that could
         not be decoded and for those that fill up the last batch.
     """
-    share, turns = batch_size // replicas, len(own)
-    replica_of = tf.constant(own, tf.int64)
+    count = -(-len(split) // batch_size) * batch_size
+    indices = np.arange(count).reshape(-1, batch_size)[:, _shares(batch_size, replicas, own)]
 
-    def batch(turn):
-        places = turn // turns * batch_size + replica_of[turn % turns] * share + tf.range(share, dtype=tf.int64)
-        real = places < len(split)
-        images, labels, decoded = split.read(tf.where(real, places, 0))
+    def batch(indices):
+        real = indices < len(split)
+        images, labels, decoded = split.read(tf.where(real, indices, 0))
         return images, labels, tf.cast(real & decoded, tf.float32)
 
-    return _parallel(tf.data.Dataset.range(-(-len(split) // batch_size) * turns), batch, split)
+    return _parallel(tf.data.Dataset.from_tensor_slices(indices.reshape(-1, batch_size // replicas)), batch, split)
+
+
+def _shares(batch_size, replicas, own):
+    """Returns the rows of a batch that are each replica's of `own`, int64 `(len(own), share)`."""
+    return np.arange(batch_size).reshape(replicas, -1)[list(own)]
 
 
 def _parallel(dataset, function, split):
@@ -115,36 +114,23 @@ def _parallel(dataset, function, split):
     return dataset.map(function, num_parallel_calls=calls, deterministic=True).prefetch(calls)
 
 
-def _cropped(images, settings, step, mine):
-    """Crops, mirrors and cuts out, by uniform draws for the whole batch of a step, of which `mine` are the rows used."""
-    height, width = images.shape[1:3]
-    seed = tf.constant(settings.seed, tf.int64)
-    draws = tf.gather(tf.random.stateless_uniform((settings.batch_size, 3), tf.stack([seed, step])), mine)
-    pad_y, pad_x = settings.crop_border or max(1, height // 8), settings.crop_border or max(1, width // 8)
-    margins = [[0, 0], [pad_y, pad_y], [pad_x, pad_x], [0, 0]]
-    if settings.padding == "mean":
-        padded = tf.pad(images - settings.mean, margins) + settings.mean
-    else:
-        padded = tf.pad(images, margins, settings.padding)
-    top = tf.cast(draws[:, 0] * (2 * pad_y + 1), tf.int32)[:, tf.newaxis] + tf.range(height)
-    left = tf.cast(draws[:, 1] * (2 * pad_x + 1), tf.int32)[:, tf.newaxis] + tf.range(width)
+def _cropped(images, settings, key, rows):
+    """Crops, mirrors and cuts out, by uniform draws for the whole batch of a step, of which `rows` are used."""
+    sizes = images.shape[1:3].as_list()
+    pads = [settings.crop_border or max(1, size // 8) for size in sizes]
+    margins = [[0, 0], *([pad, pad] for pad in pads), [0, 0]]
+    mean, mode = (settings.mean, "constant") if settings.padding == "mean" else (0.0, settings.padding)
+    padded = tf.pad(images - mean, margins, mode) + mean
+    draws = tf.gather(tf.random.stateless_uniform((settings.batch_size, 3), key), rows)[..., tf.newaxis]
+    top, left = (tf.cast(draws[:, i] * (2 * pads[i] + 1), tf.int32) + tf.range(sizes[i]) for i in (0, 1))
     if settings.augment == "crop_flip":
-        left = tf.where(draws[:, 2:] < 0.5, left, left[:, ::-1])
-    rows = tf.gather(padded, top, axis=1, batch_dims=1)
-    cropped = tf.ensure_shape(tf.gather(rows, left, axis=2, batch_dims=1), images.shape)
-    if not settings.cutout:
-        return cropped
-    centres = tf.random.stateless_uniform((settings.batch_size, 2), tf.stack([seed + CUTOUT_SEED, step]))
-    return _cut_out(cropped, tf.gather(centres, mine), settings.cutout, settings.mean)
-
-
-def _cut_out(images, centres, side, fill):
-    """Fills a square of `side` pixels in each image, as far as it lies in it; its centre by two uniform draws, `(batch, 2)`."""
-    inside = []
-    for axis in (0, 1):
-        length = images.shape[1 + axis]
-        first = tf.cast(centres[:, axis] * length, tf.int32)[:, tf.newaxis] - side // 2
-        places = tf.range(length)
-        inside.append((first <= places) & (places < first + side))
-    square = inside[0][:, :, tf.newaxis, tf.newaxis] & inside[1][:, tf.newaxis, :, tf.newaxis]
-    return tf.where(square, tf.cast(fill, images.dtype), images)
+        left = tf.where(draws[:, 2] < 0.5, left, left[:, ::-1])
+    cropped = tf.gather(tf.gather(padded, top, axis=1, batch_dims=1), left, axis=2, batch_dims=1)
+    if settings.cutout:
+        draws = tf.random.stateless_uniform((settings.batch_size, 2), key + [CUTOUT_SEED, 0])
+        first = tf.cast(tf.gather(draws, rows) * sizes, tf.int32) - settings.cutout // 2
+        gaps = [tf.range(sizes[i]) - first[:, i, tf.newaxis] for i in (0, 1)]
+        y, x = ((gap >= 0) & (gap < settings.cutout) for gap in gaps)
+        square = y[:, :, tf.newaxis, tf.newaxis] & x[:, tf.newaxis, :, tf.newaxis]
+        cropped = tf.where(square, tf.cast(settings.mean, tf.float32), cropped)
+    return tf.ensure_shape(cropped, images.shape)

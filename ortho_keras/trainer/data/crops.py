@@ -13,7 +13,7 @@ END_OF_JPEG = b"\xff\xd9"
 
 
 def resized_crop(image, key, size):
-    """Returns a crop of a decoded image, resized to `size`, `(height, width)`; float32.
+    """Returns a crop of a decoded image, resized to `size`; float32.
 
     Args:
         image: uint8 `(height, width, channels)`.
@@ -36,8 +36,7 @@ def decoded_crop(encoded, key, size):
         # A JPEG file that was cut off would decode as far as the crop goes; one with more bytes after its end is whole.
         complete = tf.size(tf.strings.split(encoded, END_OF_JPEG)) > 1
         with tf.control_dependencies([tf.debugging.Assert(complete | ~jpeg, ["a JPEG file without its end"])]):
-            image = tf.io.decode_image(encoded, 3, expand_animations=False)
-        return resized_crop(image, key, size)
+            return resized_crop(tf.io.decode_image(encoded, 3, expand_animations=False), key, size)
 
     image = tf.cond(jpeg & ends, lambda: _mirrored(_jpeg_crop(encoded, key, size), key), decoded_whole)
     return tf.ensure_shape(image, (*size, 3))
@@ -47,24 +46,25 @@ def _jpeg_crop(encoded, key, size):
     """Decodes a crop at the lowest resolution that has `size` pixels of it; the rest, a factor below 2, is bilinear."""
     shape = tf.io.extract_jpeg_shape(encoded)
     window = _window(shape, key)
-    side = max(size)
-    fraction = tf.reduce_sum(tf.cast(tf.reduce_min(window[2:]) >= [side * ratio for ratio in DECODED_AT[1:]], tf.int32))
+    begin, extent = window[:2], window[2:]
+    enough = tf.reduce_min(extent) >= [max(size) * ratio for ratio in DECODED_AT[1:]]
 
     def reduced(ratio):
         """The window's edges lie between the pixels of the reduced resolution: its values are interpolated at their places."""
-        begin = window[:2] // ratio
-        extent = tf.minimum(-(-(window[:2] + window[2:]) // ratio), -(-shape[:2] // ratio)) - begin
-        image = tf.io.decode_and_crop_jpeg(encoded, tf.concat([begin, extent], 0), 3, ratio, dct_method=EXACT)
+        first = begin // ratio
+        count = tf.minimum(-(-(begin + extent) // ratio), -(-shape[:2] // ratio)) - first
+        image = tf.io.decode_and_crop_jpeg(encoded, tf.concat([first, count], 0), 3, ratio, dct_method=EXACT)
         pixels = tf.constant(size, tf.float32)
-        spacing = tf.cast(window[2:], tf.float32) / (pixels * ratio)
-        first = tf.cast(window[:2], tf.float32) / ratio - tf.cast(begin, tf.float32) + (spacing - 1) / 2
-        box = tf.stack([first, first + (pixels - 1) * spacing]) / tf.cast(tf.maximum(extent - 1, 1), tf.float32)
+        spacing = tf.cast(extent, tf.float32) / (pixels * ratio)
+        start = tf.cast(begin, tf.float32) / ratio - tf.cast(first, tf.float32) + (spacing - 1) / 2
+        box = tf.stack([start, start + (pixels - 1) * spacing]) / tf.cast(tf.maximum(count - 1, 1), tf.float32)
         return tf.image.crop_and_resize(image[tf.newaxis], tf.reshape(box, (1, 4)), [0], size)[0]
 
     def full():
         return tf.image.resize(tf.io.decode_and_crop_jpeg(encoded, window, 3, dct_method=EXACT), size)
 
-    return tf.switch_case(fraction, [full, *(lambda ratio=ratio: reduced(ratio) for ratio in DECODED_AT[1:])])
+    branches = [full, *(lambda ratio=ratio: reduced(ratio) for ratio in DECODED_AT[1:])]
+    return tf.switch_case(tf.math.count_nonzero(enough, dtype=tf.int32), branches)
 
 
 def _window(shape, key):
@@ -73,15 +73,9 @@ def _window(shape, key):
         side = tf.cast(tf.round(CENTRE * tf.cast(tf.reduce_min(shape[:2]), tf.float32)), tf.int32)
         side = tf.maximum(side, 1)
         return tf.stack([(shape[0] - side) // 2, (shape[1] - side) // 2, side, side])
+    options = {"aspect_ratio_range": ASPECT, "area_range": AREA, "max_attempts": 10, "use_image_if_no_bounding_boxes": True}
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
-        shape,
-        tf.zeros((1, 0, 4)),
-        key,
-        min_object_covered=0.0,
-        aspect_ratio_range=ASPECT,
-        area_range=AREA,
-        max_attempts=10,
-        use_image_if_no_bounding_boxes=True,
+        shape, tf.zeros((1, 0, 4)), key, min_object_covered=0.0, **options
     )
     return tf.concat([begin[:2], extent[:2]], 0)
 
