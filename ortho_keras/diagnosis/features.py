@@ -20,15 +20,15 @@ CHANNELS = 4  # input channels that are drawn of each filter
 def plot_features(model, images, layers, path, maps=8):
     """Draws feature maps as a PNG file: a row for each image, with the image at the left and a cell for each layer.
 
-    The model runs in inference mode and is not changed. Each map is scaled to its own range, lowest value black, highest
-    white; a constant map is grey, and values that are not finite are red.
+    The model runs in inference mode. Each map is scaled to its own range, from black to white; a constant map is grey, and
+    values that are not finite are red.
 
     Args:
         model: A built Functional or Sequential model with one input, images `(batch, height, width, channels)`.
-        images: Array `(n, height, width, channels)` as the model takes it, n at least 1, 1 or 3 channels. uint8 images are
-            shown as they are, others scaled to their own range.
-        layers: List of names of layers whose output is `(batch, height, width, channels)`. Layers of the model itself, not
-            of a model inside it. Of a layer that is called several times, the first output is drawn.
+        images: Array `(n, height, width, channels)`, n at least 1, 1 or 3 channels. uint8 images are shown as they are, others
+            scaled to their own range.
+        layers: List of names of the model's own layers (not those of a model inside it) with an output of rank 4. Of a layer
+            that is called several times, the first output is drawn.
         path: Path of the file.
         maps: int, at least 1. The first `maps` channels of each output are drawn.
 
@@ -42,39 +42,35 @@ def plot_features(model, images, layers, path, maps=8):
     >>> plot_features(model, images[:3], ["stem_conv_relu", "stage3_conv14_relu"], "features.png")
 
     Reference:
-        Xie, Xiong, Pu 2017 ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)) compare orthonormal nets with others in
-        their figures; the layout is ours.
+        The figures of Xie, Xiong, Pu 2017 ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)); the layout is ours.
     """
     compare_features({getattr(model, "name", ""): model}, images, layers, path, maps)
 
 
 def compare_features(models, images, layers, path, maps=8):
-    """Draws several models' feature maps side by side: the same images and layers, a block of cells for each model.
+    """Draws several models' feature maps side by side.
 
     Args:
         models: Dict of label to model. Every model must have all of the layers.
-        images: As in `plot_features`, like the arguments after it.
-        layers: List of names.
-        path: Path of the file.
-        maps: int, at least 1.
-
-    Raises:
-        ValueError: As `plot_features`.
+        images, layers, path, maps: As in `plot_features`, which raises the same errors.
     """
     _check_models(models)
     check_number("maps", maps, least=1, integer=True)
-    images = _checked_images(images)
+    images = np.asarray(images)
+    shaped = images.ndim == 4 and images.size and images.shape[-1] in (1, 3)
+    if not shaped or images.dtype.kind not in "iuf" or not np.isfinite(images).all():
+        expected = "`images` must be finite numbers (n, height, width, channels), with n at least 1 and 1 or 3 channels"
+        raise ValueError(f"{expected}. Received: images of shape {images.shape} and type {images.dtype}")
     outputs = {label: layer_outputs(model, images, layers) for label, model in models.items()}
-    maps = min(maps, max(output.shape[-1] for block in outputs.values() for output in block.values()))
-    columns = math.isqrt(maps)
+    columns = math.isqrt(min(maps, max(output.shape[-1] for block in outputs.values() for output in block.values())))
     pixels = [image / 255 if images.dtype == np.uint8 else _stretched(image) for image in images]
     blocks = {"": [[("input", _mosaic([image], 1, columns * (MAP + GAP) - GAP))] for image in pixels]}
+
+    def cell(output):
+        return _mosaic([_stretched(output[..., k, np.newaxis]) for k in range(min(maps, output.shape[-1]))], columns, MAP)
+
     for label, block in outputs.items():
-        blocks[label] = []
-        for row in range(len(images)):
-            drawn = {name: np.moveaxis(output[row], 2, 0)[:maps, ..., np.newaxis] for name, output in block.items()}
-            cells = [(name, _mosaic([_stretched(tile) for tile in tiles], columns, MAP)) for name, tiles in drawn.items()]
-            blocks[label].append(cells)
+        blocks[label] = [[(name, cell(output[row])) for name, output in block.items()] for row in range(len(images))]
     _draw(blocks, path)
 
 
@@ -82,8 +78,8 @@ def plot_filters(model, layers, path, filters=16):
     """Draws convolution kernels as a PNG file: a row for each layer, in it a column for each of its first filters.
 
     A filter with three input channels is one patch in colour; of others the first four input channels are drawn in grey, one
-    below the other. All patches of a layer have one scale, symmetric around 0 (mid-grey), so that norms can be compared. The
-    title gives it, with the kernel's shape and the mean |cosine| between the layer's filters: 0 where they are orthogonal.
+    below the other. All patches of a layer have one scale, symmetric around 0 (mid-grey). The title gives it, with the
+    kernel's shape and the mean |cosine| between the layer's filters.
 
     Args:
         model: A built Keras model.
@@ -103,51 +99,38 @@ def plot_filters(model, layers, path, filters=16):
 
 
 def compare_filters(models, layers, path, filters=16):
-    """Draws several models' kernels side by side: the same layers, a block for each model.
+    """Draws several models' kernels side by side.
 
     Args:
         models: Dict of label to model. Every model must have all of the layers.
-        layers: As in `plot_filters`, like the arguments after it.
-        path: Path of the file.
-        filters: int, at least 1.
-
-    Raises:
-        ValueError: As `plot_filters`.
+        layers, path, filters: As in `plot_filters`, which raises the same errors.
     """
     _check_models(models)
     check_number("filters", filters, least=1, integer=True)
-    blocks = {}
-    for label, model in models.items():
-        blocks[label] = [[_filters(layer, filters)] for layer in _named_layers(model, layers)]
-    _draw(blocks, path)
+    found = {label: _named_layers(model, layers) for label, model in models.items()}
+    _draw({label: [[_filters(layer, filters)] for layer in each] for label, each in found.items()}, path)
 
 
 def layer_outputs(model, images, layers):
     """Returns the named layers' outputs in inference mode, a dict of float32 arrays `(n, height, width, channels)`."""
-    graph = Graph(model)
-    names = {id(layer): layer.name for layer in _named_layers(model, layers)}
+    graph, chosen, found = Graph(model), _named_layers(model, layers), {}
     shapes = [tuple(tensor.shape) for tensor in model.inputs]
-    expected = shapes[0][1:] if len(shapes) == 1 else ()
-    if len(expected) != 3 or any(size not in (None, own) for size, own in zip(expected, images.shape[1:])):
-        raise ValueError(
-            f"`images` must fit the one input of model {model.name!r}, (batch, height, width, channels). "
-            f"Received: images of shape {images.shape}, model inputs {shapes}"
-        )
-    found = {}
+    if len(shapes) > 1 or not tf.TensorShape([None, *shapes[0][1:]]).is_compatible_with(images.shape):
+        expected = f"`images` must fit the inputs of model {model.name!r}, one of shape {shapes[0]}"
+        raise ValueError(f"{expected}. Received: images of shape {images.shape}, {len(shapes)} inputs")
 
     def call(layer, *args, **kwargs):
         outputs = layer(*args, **kwargs)
-        if id(layer) in names:
-            found.setdefault(names[id(layer)], outputs)
+        if layer in chosen:
+            found.setdefault(layer.name, outputs)
         return outputs
 
     graph.run(tf.cast(images, model.inputs[0].dtype), call, training=False)
     for name, output in found.items():
-        if len(getattr(output, "shape", ())) != 4:
-            raise ValueError(
-                "`layers` must name layers whose output is (batch, height, width, channels). "
-                f"Received: {name!r}, whose output is {getattr(output, 'shape', type(output).__name__)}"
-            )
+        shape = getattr(output, "shape", ())
+        if len(shape) != 4:
+            expected = "`layers` must name layers whose output is (batch, height, width, channels)"
+            raise ValueError(f"{expected}. Received: {name!r}, whose output is {shape or type(output).__name__}")
     return {name: tf.cast(found[name], tf.float32).numpy() for name in layers}
 
 
@@ -155,10 +138,8 @@ def _filters(layer, filters):
     """Returns a title and what is drawn of a layer's filters."""
     found = [kernel for kernel in layer_kernels(layer) if len(kernel.variable.shape) == 4 and isinstance(kernel.layout, str)]
     if len(found) != 1:
-        raise ValueError(
-            "`layers` must name layers with one kernel of rank 4: Conv2D, Conv2DTranspose, DepthwiseConv2D. "
-            f"Received: {layer.name!r}, a {type(layer).__name__}"
-        )
+        expected = "`layers` must name layers with one kernel of rank 4: Conv2D, Conv2DTranspose, DepthwiseConv2D"
+        raise ValueError(f"{expected}. Received: {layer.name!r}, a {type(layer).__name__}")
     (kernel,) = found
     height, width = kernel.variable.shape[:2]
     matrices = tf.cast(as_matrices(kernel.variable, kernel.layout, kernel.groups), tf.float32).numpy()
@@ -181,10 +162,8 @@ def _named_layers(model, names):
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0)
-            raise ValueError(
-                f"`layers` must name layers of model {model.name!r} itself (not a model inside it, nor a layer of one). "
-                f"The nearest are {', '.join(map(repr, near))}. Received: {name!r}"
-            )
+            expected = f"`layers` must name layers of model {model.name!r} itself, not a model inside it nor a layer of one"
+            raise ValueError(f"{expected}. The nearest are {', '.join(map(repr, near))}. Received: {name!r}")
     return [known[name] for name in names]
 
 
@@ -193,17 +172,6 @@ def _check_models(models):
         raise ValueError(f"`models` must be a dict of label, a string, to model. Received: models={models!r}")
     for model in models.values():
         check_built(model)
-
-
-def _checked_images(images):
-    images = np.asarray(images)
-    numbers = np.issubdtype(images.dtype, np.integer) or np.issubdtype(images.dtype, np.floating)
-    if images.ndim != 4 or not images.size or images.shape[-1] not in (1, 3) or not numbers or not np.isfinite(images).all():
-        raise ValueError(
-            "`images` must be finite numbers (n, height, width, channels), with n at least 1 and 1 or 3 channels. "
-            f"Received: images of shape {images.shape} and type {images.dtype}"
-        )
-    return images
 
 
 def _stretched(values):
@@ -235,9 +203,7 @@ def _draw(blocks, path):
     width = sum(block_width + 3 * GAP for block in widths.values() for block_width in block)
     height = 40 + sum(heights) + 30 * len({row[0][0] for row in rows})
     if max(width, height) > LARGEST:
-        raise ValueError(
-            f"a plot has at most {LARGEST} pixels a side: choose fewer images, layers or maps. Received: {width} x {height}"
-        )
+        raise ValueError(f"choose fewer images, layers or maps: at most {LARGEST} pixels a side. Received: {width} x {height}")
     figure = new_figure(width / DPI, height / DPI)
     figure.get_layout_engine().set(w_pad=GAP / DPI, h_pad=GAP / DPI, wspace=0, hspace=0)
     subfigures = figure.subfigures(1, len(blocks), squeeze=False, width_ratios=[sum(block) for block in widths.values()])

@@ -1,13 +1,10 @@
 """The signal report as a callback: measured again and again while a model trains."""
 
-import copy
-import csv
 import dataclasses
 import os
 import pathlib
 import random
 import time
-import warnings
 
 import keras
 import numpy as np
@@ -15,7 +12,7 @@ import tensorflow as tf
 
 from ortho_keras.diagnosis.plots import errors_by_step, plot_heat_map
 from ortho_keras.diagnosis.signal_report import Probe
-from ortho_keras.diagnosis.signals import read_signals
+from ortho_keras.diagnosis.signals import append_rows, read_signals
 from ortho_keras.method.checks import check_number, require
 from ortho_keras.method.errors import first_line
 from ortho_keras.method.files import whole_file
@@ -28,29 +25,27 @@ class SignalMonitor(keras.callbacks.Callback):
 
     It writes into `directory`: `signals.csv`, one line for each layer and step, as training proceeds; TensorBoard scalars; and
     at the end `signals.png`, a heat map of the error's magnitude, layer by step. It does not change the training. A run that
-    resumes keeps the lines of the steps before, also those of a file that another version wrote, and also where a callback
-    such as `BackupAndRestore` restores the state: the file is read and the first measurement taken when the first step begins.
+    resumes keeps the lines of the steps before, also where a callback such as `BackupAndRestore` restores the state.
 
-    By default the cost is bounded: a measurement is taken as soon as all of them together have at most `max_share` of the time
-    since training began. The first step and the last are always measured, so a short run spends more: the first measurement
-    records the model's graph, some seconds for a hundred layers. `share` is the share that they took. A second `fit` with the
-    same object and model continues, and counts its steps on where the model was compiled again, which resets the optimizer's
-    count. Otherwise a step is the optimizer's, and a model at step 0 starts a new file.
+    A measurement is taken as soon as all of them together have at most `max_share` of the time since training began. The first
+    step and the last are always measured, so a short run spends more: the first measurement records the model's graph, some
+    seconds for a hundred layers. `share` is the share that they took. A second `fit` with the same object and model continues
+    to count its steps where the model was compiled again, which resets the optimizer's count. Otherwise a step is the
+    optimizer's, and a model at step 0 starts a new file.
 
     Args:
         x: Inputs as in `signal_report`; 64 to 128 samples are enough.
         y: Targets as in `signal_report`.
         directory: Path of a folder; made if missing.
         loss: As in `signal_report`. Defaults to `None`, the compiled model's.
-        every: int, at least 1, steps from one measurement to the next, at any cost. Defaults to `None`, as often as
-            `max_share` allows.
+        every: int, at least 1, steps from one measurement to the next. Defaults to `None`, as often as `max_share` allows.
         max_share: float, above 0. The largest share of training time, where `every` is `None`.
         singular_values: bool. Whether to compute singular values, which is slower.
 
     Raises:
         ImportError: If tensorboard or matplotlib is not installed.
-        ValueError: If `every` or `max_share` is outside its range, or `directory` is no path of a folder; when the first step
-            begins, as `signal_report`, before anything is written.
+        ValueError: If `every` or `max_share` is outside its range, or `directory` is no path of a folder; as `signal_report`
+            when the first step begins.
 
     Example:
 
@@ -68,20 +63,13 @@ class SignalMonitor(keras.callbacks.Callback):
         if not isinstance(directory, (str, os.PathLike)) or (os.path.exists(directory) and not os.path.isdir(directory)):
             raise ValueError(f"`directory` must be the path of a folder. Received: directory={directory!r}")
         require("SignalMonitor", "tensorboard", "matplotlib")
-        self.x = x
-        self.y = y
+        self.x, self.y, self.loss = x, y, loss
         self.directory = pathlib.Path(directory)
-        self.loss = loss
-        self.every = every
-        self.max_share = max_share
-        self.singular_values = singular_values
+        self.every, self.max_share, self.singular_values = every, max_share, singular_values
         self._probe = self._recorded = None  # what the probe is of: a model, its optimizer and loss
-        self._counted = (None, None, 0)  # a model, its optimizer, and the steps that it had taken under earlier optimizers
+        self._counted = (None, None)  # the model and optimizer of the last training
+        self._earlier = 0  # steps that the model had taken under earlier optimizers
         self._spent = self._duration = 0.0
-
-    def __deepcopy__(self, memo):
-        arguments = (self.x, self.y, self.directory, self.loss, self.every, self.max_share, self.singular_values)
-        return type(self)(*copy.deepcopy(arguments, memo))
 
     @property
     def path(self):
@@ -101,50 +89,40 @@ class SignalMonitor(keras.callbacks.Callback):
 
     def _prepare(self):
         began, model = time.perf_counter(), self.model
-        counted = self._counted_on()
-        step = counted[-1] + steps_taken(model)
+        step = self._steps()
         recorded = (model, model.optimizer, model.loss if self.loss is None else self.loss)
         self._rows = [row for row in read_signals(self.path) if row["step"] <= step] if step else []
         if not model.built:
             model.build(np.shape(self.x))
-        measured, report = self._recorded == recorded and self._rows and self._rows[-1]["step"] == step, None
-        if not measured:
+        report = None
+        if self._recorded != recorded or not self._rows or self._rows[-1]["step"] != step:
             self._recorded, self._probe, self._rule = None, self._new_probe(), ErrorModulation()
             self._spent = time.perf_counter() - began
             self._rows = [row for row in self._rows if row["step"] < step]
             report = self._report(step)
-            self._recorded = recorded
-        self._last, self._counted, self._ready = step, counted, True
+        self._last, self._ready, self._recorded = step, True, recorded
+        self._earlier, self._counted = step - steps_taken(model), recorded[:2]
         self.directory.mkdir(parents=True, exist_ok=True)
         self._writer = tf.summary.create_file_writer(str(self.directory / "tensorboard"))
         self._columns = list(self._rows[0]) if self._rows else ["step", *dataclasses.asdict(report.layers[0])]
-        with whole_file(self.path) as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(self._rows)
+        with whole_file(self.path) as part:
+            append_rows(part, self._rows, self._columns)
         if report:
             self._write(report)
-        self._duration = time.perf_counter() - self._began
-
-    def _counted_on(self):
-        """What `_counted` is from now on."""
-        (model, before, offset), optimizer = self._counted, self.model.optimizer
-        if model is not self.model:
-            offset = 0
-        elif before is not optimizer and not steps_taken(model):  # one that has steps was restored, and counts all of them
-            offset += int(before.iterations.numpy())
-        return self.model, optimizer, offset
 
     def _steps(self):
-        return self._counted[-1] + steps_taken(self.model)
+        """The model's steps, those before it was compiled again included."""
+        (model, optimizer), steps = self._counted, steps_taken(self.model)
+        if model is not self.model:
+            return steps
+        # A new optimizer that has steps was restored, and counts all of them.
+        earlier = int(optimizer.iterations.numpy()) if optimizer is not model.optimizer and not steps else 0
+        return self._earlier + earlier + steps
 
     def on_train_batch_end(self, batch, logs=None):
         self._duration = time.perf_counter() - self._began
-        if self.every is None:
-            due = self._spent + self._latest <= self.max_share * self._duration
-        else:
-            due = self._steps() - self._last >= self.every
-        if due:
+        affordable = self._spent + self._latest <= self.max_share * self._duration
+        if self._steps() - self._last >= self.every if self.every else affordable:
             self._write(self._report(self._steps()))
 
     def on_train_end(self, logs=None):
@@ -179,8 +157,7 @@ class SignalMonitor(keras.callbacks.Callback):
 
     def _write(self, report):
         rows = [{"step": self._last, **dataclasses.asdict(layer)} for layer in report.layers]
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self._columns).writerows(rows)
+        append_rows(self.path, rows, self._columns)
         self._rows += rows
         with self._writer.as_default(step=self._last):
             tf.summary.scalar("signal/growth_per_layer", report.growth[1])
@@ -197,15 +174,11 @@ def _copied(model):
     """Returns a clone outside of the strategy, compiled with the model's losses and their weights."""
     state = random.getstate()  # Keras seeds new layers from it
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Keras warns of a lambda before it refuses it
-            copied = keras.models.clone_model(model)
-            weights = keras.saving.deserialize_keras_object(model.get_compile_config()["loss_weights"])
+        copied = keras.models.clone_model(model)
+        weights = keras.saving.deserialize_keras_object(model.get_compile_config()["loss_weights"])
     except Exception as error:  # a custom layer, loss or metric may raise anything
-        raise ValueError(
-            "SignalMonitor needs, under a strategy, a model that `keras.models.clone_model` can copy, with what it is compiled "
-            f"with. Received: a model with loss={model.loss!r} ({first_line(error)})"
-        ) from error
+        expected = "SignalMonitor needs, under a strategy, a model that `keras.models.clone_model` can copy, and its losses"
+        raise ValueError(f"{expected}. Received: a model with loss={model.loss!r} ({first_line(error)})") from error
     finally:
         random.setstate(state)
     copied.compile(loss=model.loss, loss_weights=weights)  # the same loss objects, and no optimizer with its variables

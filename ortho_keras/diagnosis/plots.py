@@ -11,13 +11,7 @@ _MOST_STEPS, _MOST_NAMES = 12, 22  # tick labels that fit below and beside the h
 
 
 def plot_curves(history, path, title):
-    """Plots loss and penalty, accuracy, and learning rate over the steps of a run.
-
-    Args:
-        history: List of one dict of metrics for each epoch, as `Trainer.run` returns it.
-        path: Path of the file.
-        title: String.
-    """
+    """Plots a run's `history`, a list of one dict of metrics for each epoch: loss and penalty, accuracy, learning rate."""
     figure = new_figure(12, 3.8)
     panels = figure.subplots(1, 3)
     lines = (
@@ -36,8 +30,8 @@ def plot_curves(history, path, title):
     panels[0].set(title="cross-entropy and penalty", ylabel="loss", yscale="symlog" if has_zero else "log")
     panels[1].set(title="accuracy", ylabel="accuracy", ylim=(0, 1.02))
     panels[2].set(title="learning rate", ylabel="learning rate", ylim=(0, None))
-    panels[0].legend()
-    panels[1].legend()
+    for axes in panels[:2]:
+        axes.legend()
     figure.suptitle(title)
     save(figure, path)
 
@@ -55,14 +49,13 @@ def plot_signals(report, path):
     error.plot(at, series("error_to_top"), label="error, over the last layer's", **points)
     error.plot(at, np.sqrt(series("forward_moment")), color="0.5", label="activation", **points)
     fired = series("fired") > 0
-    if fired.any():
-        label = "rescaled by modulation" if report.modulated else "modulation would rescale"
-        error.plot(at[fired], series("error_to_top")[fired], "o", color="tab:red", markersize=4, label=label)
+    label = "rescaled by modulation" if report.modulated else "modulation would rescale"
+    error.plot(at[fired], series("error_to_top")[fired], "o", color="tab:red", markersize=4, label=label if fired.any() else "")
     error.set(title="magnitudes", ylabel="root mean square", yscale="log")
-    gradient.plot(at, series("gradient_ratio"), label="gradient norm / kernel norm", **points)
-    gradient.set(title="kernel gradients and filters", ylabel="gradient norm / kernel norm")
-    if (series("gradient_ratio") > 0).any():
-        gradient.set_yscale("log")
+    gradients = series("gradient_ratio")
+    gradient.plot(at, gradients, label="gradient norm / kernel norm", **points)
+    scale = "log" if (gradients > 0).any() else "linear"
+    gradient.set(title="kernel gradients and filters", ylabel="gradient norm / kernel norm", yscale=scale)
     cosine = gradient.twinx()
     cosine.plot(at, series("mean_abs_cosine"), color="tab:green", label="mean |cosine| of filters", **points)
     cosine.set(ylim=(0, None), ylabel="mean |cosine|")
@@ -87,11 +80,9 @@ def plot_signals(report, path):
 
 
 def errors_by_step(rows):
-    """Arranges the lines of a `signals.csv` for `plot_heat_map`.
+    """Arranges the lines of a `signals.csv` for `plot_heat_map`: `(steps, names, ratios)`.
 
-    Returns:
-        `(steps, names, ratios)`. The layers are in the order of the deepest network, as it was last measured: a network that
-        grows gains layers in between. `ratios` is NaN where there was no such layer yet.
+    The layers are in the order of the deepest network, as it was last measured: a network that grows gains layers in between.
     """
     networks = {}
     for row in rows:
@@ -103,15 +94,7 @@ def errors_by_step(rows):
 
 
 def plot_heat_map(steps, names, ratios, path, title):
-    """Plots the errors' magnitudes, layer by step, on a logarithmic colour scale around 1.
-
-    Args:
-        steps: List of ints.
-        names: List of the layers' names, from input to output.
-        ratios: Array `(layers, steps)`, at least 0; NaN, where there is no such layer, is light grey.
-        path: Path of the file.
-        title: String.
-    """
+    """Plots the errors' magnitudes, an array `(layers, steps)`, on a logarithmic colour scale around 1; NaN is light grey."""
     figure = new_figure(10, 5.5)
     axes = figure.subplots()
     with np.errstate(divide="ignore"):

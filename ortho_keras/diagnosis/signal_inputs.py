@@ -9,32 +9,26 @@ from ortho_keras.method.errors import first_line
 
 def checked_inputs(model, x):
     """Returns x as a tensor or, for several inputs, a list in the model's order, in the inputs' types and ranks."""
-    expected = list(model.inputs)
+    expected = [tuple(tensor.shape) for tensor in model.inputs]
+    arrays = [x]
     if isinstance(x, dict):
-        names = [tensor.name for tensor in expected]
-        if isinstance(model.input, dict):
-            names = [next(name for name, own in model.input.items() if own is tensor) for tensor in expected]
-        missing = [name for name in names if name not in x]
-        if missing:
+        given = keras.tree.flatten_with_path(model.input) if isinstance(model.input, dict) else ()
+        names = [path[0] for path, _ in given] or [tensor.name for tensor in model.inputs]
+        if not set(names) <= set(x):
             raise ValueError(f"`x` must have an entry for each of the inputs {names}. Received: a dict with {sorted(x)}")
         arrays = [x[name] for name in names]
-    else:
-        listed = len(expected) > 1 or _is_one_in_a_list(x, model, "input")
-        arrays = list(x) if isinstance(x, (list, tuple)) and listed else [x]
-    wanted = [tuple(tensor.shape) for tensor in expected]
+    elif isinstance(x, (list, tuple)) and (len(expected) > 1 or _is_one_in_a_list(x, model, "input")):
+        arrays = list(x)
+    message = f"`x` must be a batch of at least 2 for inputs of shape {expected}. Received: "
     try:
-        tensors = [_fitted(array, tensor) for array, tensor in zip(arrays, expected)]
+        tensors = [_fitted(array, tensor) for array, tensor in zip(arrays, model.inputs)]
     except Exception as error:
-        raise ValueError(
-            f"`x` must be arrays of shape {_one(wanted)}. Received: {type(x).__name__} ({first_line(error)})"
-        ) from error
+        raise ValueError(f"{message}{type(x).__name__} ({first_line(error)})") from error
     received = [tuple(tensor.shape) for tensor in tensors]
+    fit = [tf.TensorShape([None, *shape[1:]]).is_compatible_with(own) for shape, own in zip(expected, received)]
     sizes = {shape[0] for shape in received if shape}
-    if len(arrays) != len(expected) or not all(map(_agree, wanted, received)) or len(sizes) != 1 or min(sizes) < 2:
-        raise ValueError(
-            f"`x` must be a batch of at least 2 for inputs of shape {_one(wanted)}. "
-            f"Received: {len(arrays)} arrays of shape {_one(received)}"
-        )
+    if len(arrays) != len(expected) or not all(fit) or len(sizes) != 1 or min(sizes) < 2:
+        raise ValueError(f"{message}{len(arrays)} arrays of shape {received}")
     return tensors if len(tensors) > 1 else tensors[0]
 
 
@@ -45,10 +39,6 @@ def _fitted(array, expected):
     if len(tensor.shape) == rank - 1 and expected.shape[-1] == 1:
         return tensor[..., tf.newaxis]
     return tf.squeeze(tensor, -1) if len(tensor.shape) == rank + 1 and tensor.shape[-1] == 1 else tensor
-
-
-def _agree(expected, received):
-    return len(expected) == len(received) and all(size in (None, own) for size, own in zip(expected[1:], received[1:]))
 
 
 def checked_targets(model, y):
@@ -66,16 +56,13 @@ def _is_one_in_a_list(given, model, end):
 
 def checked_loss(loss):
     """Returns a loss function or object."""
-    message = (
-        "`loss` must be one Keras loss, its name, or a function of (y, outputs); several are taken from a compiled model. "
-        f"Received: loss={loss!r}"
-    )
-    if loss is None or isinstance(loss, (dict, list, tuple)):
-        raise ValueError(message)
     try:
-        return keras.losses.get(loss)
-    except (ValueError, TypeError) as error:
-        raise ValueError(message) from error
+        if loss is not None and not isinstance(loss, (dict, list, tuple)):
+            return keras.losses.get(loss)
+    except (ValueError, TypeError):
+        pass
+    expected = "`loss` must be one Keras loss, its name, or a function of (y, outputs); several are taken from a compiled model"
+    raise ValueError(f"{expected}. Received: loss={loss!r}")
 
 
 def is_keras(loss):
@@ -83,26 +70,20 @@ def is_keras(loss):
     return isinstance(loss, str) or (getattr(loss, "__module__", "") or "").startswith("keras.")
 
 
-def loss_name(loss):
-    return loss if isinstance(loss, str) else getattr(loss, "__name__", "")
-
-
-def takes_logits_for_probabilities(loss, outputs):
-    """Whether a cross-entropy of Keras that expects probabilities receives logits.
+def check_probabilities(loss, outputs):
+    """Raises `ValueError` where a cross-entropy of Keras that expects probabilities receives logits.
 
     Negative numbers are no probabilities. Numbers above 1 are divided by their sum in `categorical_crossentropy` alone; the
     sparse one and the binary one clip them to 1.
     """
-    name = (loss_name(loss) or type(loss).__name__).lower()
+    name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
+    name = name.lower().replace("_", "")
     if not is_keras(loss) or not name.endswith("crossentropy") or getattr(loss, "from_logits", False):
-        return False
-    highest = np.inf if name.replace("_", "") == "categoricalcrossentropy" else 1.0
-    return any(tf.reduce_min(tensor) < 0 or tf.reduce_max(tensor) > highest for tensor in keras.tree.flatten(outputs))
+        return
+    highest = np.inf if name == "categoricalcrossentropy" else 1.0
+    if any(tf.reduce_min(tensor) < 0 or tf.reduce_max(tensor) > highest for tensor in keras.tree.flatten(outputs)):
+        raise ValueError("these outputs are logits: give the loss object, with from_logits=True")
 
 
 def shapes(structure):
     return keras.tree.map_structure(lambda tensor: tuple(tensor.shape), structure)
-
-
-def _one(values):
-    return values[0] if len(values) == 1 else values

@@ -6,15 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ortho_keras.diagnosis.signal_inputs import (
-    checked_inputs,
-    checked_loss,
-    checked_targets,
-    is_keras,
-    loss_name,
-    shapes,
-    takes_logits_for_probabilities,
-)
+from ortho_keras.diagnosis import signal_inputs
 from ortho_keras.diagnosis.signals import LayerSignal, SignalReport
 from ortho_keras.diagnosis.trace import Trace, magnitude, ratio
 from ortho_keras.method.checks import check_built
@@ -31,12 +23,11 @@ LOSS_SCALES = (2.0**15, 2.0**11, 2.0**7, 2.0**3, 1.0)
 def signal_report(model, x, y, loss=None, tolerance=2.0, max_scale=1000.0, reference="anchor", singular_values=True):
     """Measures one batch and its backpropagated gradient, the error, at each parametric layer, and changes nothing.
 
-    The model runs as in training (BatchNormalization uses the batch's statistics, dropout is on). Weights, moving averages,
-    the optimizer and the layers' random states are restored afterwards; only a custom layer that draws without a seed
-    generator moves the global one of Keras or TensorFlow. The error is that of the loss alone, the mean over the batch,
-    without penalties. It is taken before a layer's own activation, where it has one (after it in a `TimeDistributed`). A layer
-    that is called several times has one entry for each call; "next" and "last" follow the order of calls. A custom layer, or a
-    subclassed model inside, counts as one layer. Recurrent layers and embeddings are not measured; the report lists them.
+    The model runs as in training (BatchNormalization uses the batch's statistics, dropout is on); its variables are restored
+    afterwards. The error is that of the loss alone, the mean over the batch, without penalties. It is taken before a layer's
+    own activation, where it has one (after it in a `TimeDistributed`). A layer that is called several times has one entry for
+    each call; "next" and "last" follow the order of calls. A custom layer, or a subclassed model inside, counts as one layer.
+    Recurrent layers and embeddings are not measured; the report lists them.
 
     Args:
         model: A built Functional or Sequential Keras model of any shape, nested and branching ones included.
@@ -45,10 +36,8 @@ def signal_report(model, x, y, loss=None, tolerance=2.0, max_scale=1000.0, refer
         loss: A Keras loss, its name, or a function of `(y, outputs)`, which gets `y` of shape `(batch,)` as `(batch, 1)` where
             the outputs are, as in `compile`. Defaults to `None`, what the model is compiled with: one loss or several, their
             weights, and targets as `fit` takes them.
-        tolerance: float, at least 1. As in `ErrorModulation`, like the next two: the report shows what modulation would do. For
-            a model that has `ErrorModulation` layers it shows what they did, and the error after them.
-        max_scale: float, at least 1.
-        reference: `"anchor"` or `"neighbour"`.
+        tolerance, max_scale, reference: As in `ErrorModulation`: the report shows what modulation would do. For a model with
+            `ErrorModulation` layers it shows what they did, and the error after them.
         singular_values: bool. Whether to compute singular values, the slow part for wide layers on large images.
 
     Returns:
@@ -78,22 +67,24 @@ class Probe:
     def __init__(self, model, x, y, loss=None):
         self.model = check_built(model)
         self.graph = Graph(model)
-        self.x = checked_inputs(model, x)
-        self.y = checked_targets(model, y)
+        self.x = signal_inputs.checked_inputs(model, x)
+        self.y = signal_inputs.checked_targets(model, y)
+        self.compiled = model  # whose `compute_loss` gives the loss, as in training; None for a custom loss
         if loss is None and not model.compiled:
             raise ValueError("`loss` must be given for a model that is not compiled. Received: loss=None")
-        self.loss = model.loss if loss is None else checked_loss(loss)
-        self.compiled = model  # whose `compute_loss` gives the loss, as in training; None for a custom loss
+        self.loss = model.loss if loss is None else signal_inputs.checked_loss(loss)
         if loss is not None:
-            self.compiled = None
-            if is_keras(self.loss):
-                self.compiled = keras.Model(model.inputs, model.outputs if len(model.outputs) > 1 else model.outputs[0])
-                self.compiled.compile(loss=self.loss)
+            outputs = model.outputs if len(model.outputs) > 1 else model.outputs[0]
+            self.compiled = keras.Model(model.inputs, outputs) if signal_inputs.is_keras(self.loss) else None
+        if self.compiled not in (None, model):
+            self.compiled.compile(loss=self.loss)
         # An output without a loss may have no target.
         sizes = {leaf.shape[:1] for leaf in keras.tree.flatten(self.y) if leaf.shape or leaf.dtype != object}
         size = len(keras.tree.flatten(self.x)[0])
         if (self.compiled or isinstance(self.loss, keras.losses.Loss)) and sizes != {(size,)}:
-            raise ValueError(f"`y` must hold a target for each of the {size} samples. Received: y of shape {shapes(self.y)}")
+            raise ValueError(
+                f"`y` must hold a target for each of the {size} samples. Received: y of shape {signal_inputs.shapes(self.y)}"
+            )
         self.half = any(getattr(layer, "compute_dtype", "") == "float16" for layer, _ in walk_layers(model))
 
     def measure(self, rule, singular_values=True):
@@ -105,8 +96,8 @@ class Probe:
             if not trace.calls:
                 raise ValueError(f"`model` must call a convolution, dense or einsum layer. Received: model={self.model.name!r}")
             self._backpropagate(trace, tape, loss, rule)
-            for call in trace.calls:
-                call.singular_values = singular_values
+            for call in () if singular_values else trace.calls:
+                call.kernel_values = call.operator_values = (math.nan, math.nan)
             layers = tuple(LayerSignal.of(call) for call in trace.calls)
         return SignalReport(self.model.name, float(loss), layers, trace.modulated, tuple(trace.unmeasured))
 
@@ -117,7 +108,7 @@ class Probe:
         sources = [[getattr(call, name) for call in calls] for name in ("linear", "outputs", "modulated")]
         for factor in LOSS_SCALES if self.half else (1.0,):
             *errors, gradients = tape.gradient(loss, [*sources, list(kernels.values())], tf.constant(factor))
-            if all(_is_finite(gradient) for gradient in keras.tree.flatten(gradients) if gradient is not None):
+            if all(np.isfinite(gradient).all() for gradient in gradients if gradient is not None):
                 break
         gradients = dict(zip(kernels, gradients))
         linear, outputs, modulated = ([magnitude(error, factor) for error in some] for some in errors)
@@ -141,20 +132,18 @@ class Probe:
         try:
             return probe(None, training=True)
         except Exception as error:  # a layer may raise anything
-            raise ValueError(
-                f"`x` must suit the model's layers. Received: x of shape {shapes(self.x)} ({first_line(error)})"
-            ) from error
+            received = f"x of shape {signal_inputs.shapes(self.x)} ({first_line(error)})"
+            raise ValueError(f"`x` must suit the model's layers. Received: {received}") from error
 
     def _loss(self, outputs):
         try:
-            if takes_logits_for_probabilities(self.loss, outputs):
-                raise ValueError("these outputs are logits: give the loss object, with from_logits=True")
+            signal_inputs.check_probabilities(self.loss, outputs)
             value = self._compiled_loss(outputs) if self.compiled else self._custom_loss(outputs)
             return tf.reduce_mean(tf.cast(value, tf.float32))
         except Exception as error:  # a custom loss may raise anything
+            received = f"y of shape {signal_inputs.shapes(self.y)}, loss={self.loss!r} ({first_line(error)})"
             raise ValueError(
-                f"`y` and `loss` must suit the model's outputs {shapes(outputs)}. Received: y of shape {shapes(self.y)}, "
-                f"loss={loss_name(self.loss) or self.loss!r} ({first_line(error)})"
+                f"`y` and `loss` must suit the outputs {signal_inputs.shapes(outputs)}. Received: {received}"
             ) from error
 
     def _compiled_loss(self, outputs):
@@ -180,23 +169,15 @@ class Probe:
 
 
 class _InTraining(keras.Layer):
-    """Calls a function as a layer with `training=True`, so that layers that take no such argument pass it on.
-
-    The model is its sublayer: so Keras clears the losses that the model's layers added in an earlier call, which may be
-    tensors of `fit`'s graph.
-    """
+    """Calls a function as a layer with `training=True`, so that layers that take no such argument pass it on."""
 
     def __init__(self, model, function):
         super().__init__(name="probe", autocast=False)
-        self.model = model
+        self.model = model  # a sublayer, so that Keras clears the losses of an earlier call, which may be `fit`'s tensors
         self.function = function
 
     def call(self, inputs, training=None):
         return self.function()
-
-
-def _is_finite(tensor):
-    return bool(tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(tensor))))
 
 
 def _would_rescale(rule, magnitudes):
@@ -214,5 +195,5 @@ def _gradient_ratio(kernels, gradients, factor):
     pairs = [(tf.cast(w, tf.float64), tf.cast(g, tf.float64)) for w, g in pairs if g is not None]
     if not pairs:
         return math.nan
-    norms = [math.sqrt(sum(float(tf.reduce_sum(tf.square(tensor))) for tensor in tensors)) for tensors in zip(*pairs)]
-    return ratio(norms[1] / factor, norms[0])
+    norm, gradient_norm = (float(tf.linalg.global_norm(tensors)) for tensors in zip(*pairs))
+    return ratio(gradient_norm / factor, norm)

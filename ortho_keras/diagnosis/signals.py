@@ -7,7 +7,7 @@ import os
 import statistics
 
 from ortho_keras.diagnosis.plots import plot_signals
-from ortho_keras.diagnosis.trace import ratio
+from ortho_keras.diagnosis.trace import magnitude, ratio
 from ortho_keras.method.checks import require
 from ortho_keras.method.files import whole_file
 
@@ -15,7 +15,7 @@ LINES = 120  # of a printed table
 
 
 def column(measure, header="", cell=None, findings=None, scalar=False, default=math.nan):
-    """Declares a field of `LayerSignal`: a column of the CSV files and the DataFrame and, with a header, of the table.
+    """Declares a field of `LayerSignal`, which is a column of every file and table.
 
     Args:
         measure: Function of a `Call` that returns the value.
@@ -31,26 +31,26 @@ def column(measure, header="", cell=None, findings=None, scalar=False, default=m
 
 def _forward_findings(report):
     broken = [layer.name for layer in report.layers if not math.isfinite(layer.forward_moment)]
-    return [f"the activations are not finite in {_count(broken, 'layer')}, from {broken[0]!r} up"] if broken else []
+    return [f"the activations are not finite in {_layers(len(broken))}, from {broken[0]!r} up"] if broken else []
 
 
 def _error_findings(report):
     found = []
     broken = [layer.name for layer in report.layers if not math.isfinite(layer.backward_moment)]
     if broken:
-        found.append(f"the error is not finite in {_count(broken, 'layer')}, from {broken[-1]!r} towards the input")
+        found.append(f"the error is not finite in {_layers(len(broken))}, from {broken[-1]!r} towards the input")
     silent = [layer.name for layer in report.layers if layer.backward_moment == 0]
     if silent:
         found.append(f"no error reaches {len(silent)} of {len(report.layers)} layers: {_listed(silent)}")
     for kind in _kinds(report.layers):
         low, *_, high = sorted((layer for _, layer in kind), key=lambda layer: layer.backward_moment)
-        apart = ratio(high.backward_moment, low.backward_moment) ** 0.5
-        if apart > 1000 and apart > 10 * max(_growth(kind)[0], 1 / _growth(kind)[0]):
+        apart, growth = ratio(high.backward_moment, low.backward_moment) ** 0.5, _growth(kind)[0]
+        if apart > 1000 and apart > 10 * max(growth, 1 / growth):
             found.append(f"the error is {apart:.2g} times as large at {high.name!r} as at {low.name!r}")
     total, per_layer, steps = report.growth
     if steps and not silent and not broken and not 0.1 <= total <= 10:
         change = f"{'grows' if total > 1 else 'falls'} by {per_layer:.3g}x per layer"
-        found.append(f"the error {change} towards the input: {total:.2g}x over {_count(steps, 'layer')}")
+        found.append(f"the error {change} towards the input: {total:.2g}x over {_layers(steps)}")
     return found
 
 
@@ -60,18 +60,22 @@ def _image_findings(report):
         return []
     share, name, kind = min(low)
     between, cause = ("images", ", as zero padding causes at the borders") if "Conv" in kind else ("samples", "")
-    return [
-        f"only {100 * share:.2g} % of the variance at {name!r} is between {between}, the rest is one pattern over "
-        f"positions{cause} ({_count(low, 'layer')} below 20 %)"
-    ]
+    shown = f"only {100 * share:.2g} % of the variance at {name!r} is between {between}"
+    return [f"{shown}, the rest is one pattern over positions{cause} ({_layers(len(low))} below 20 %)"]
 
 
 def _dead_findings(report):
     high = [(layer.dead_share, layer.name) for layer in report.layers if layer.dead_share > 0.3]
-    if not high:
-        return []
-    share, name = max(high)
-    return [f"{100 * share:.0f} % of the channels after {name!r} are dead ({_count(high, 'layer')} above 30 %)"]
+    share, name = max(high, default=(0, ""))
+    return [f"{100 * share:.0f} % of the channels after {name!r} are dead ({_layers(len(high))} above 30 %)"] if high else []
+
+
+def _span(kind):
+    return lambda layer: f"{getattr(layer, kind + '_smallest'):.2g}-{getattr(layer, kind + '_largest'):.2g}"
+
+
+def _percent(name):
+    return lambda layer: f"{100 * getattr(layer, name):.0f} %"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,43 +90,30 @@ class LayerSignal:
     kind: str = column(lambda call: type(call.layer).__name__, default="")  # the layer's class
     positions: bool = column(lambda call: call.has_positions, default=None)  # whether the output has pixels or time steps
     forward_moment: float = column(  # mean of squares of the output, before the layer's own activation
-        lambda call: call.forward_moment, "forward", lambda layer: f"{layer.forward_moment**0.5:.3g}", _forward_findings
+        lambda call: magnitude(call.linear) ** 2, "forward", lambda layer: f"{layer.forward_moment**0.5:.3g}", _forward_findings
     )
-    backward_moment: float = column(  # mean of squares of the error, `q` of the paper
-        lambda call: call.error**2, findings=_error_findings
-    )
-    error_to_next: float = column(  # magnitude of the error over that at the next parametric layer towards the output
-        lambda call: ratio(call.error, call.next_error)
-    )
-    error_to_top: float = column(  # magnitude of the error over that at the last parametric layer
-        lambda call: ratio(call.error, call.top_error), "error", scalar=True
-    )
-    gradient_ratio: float = column(  # norm of the kernel's gradient over the kernel's norm
-        lambda call: call.gradient_ratio, "gradient", scalar=True
-    )
-    mean_cosine: float = column(lambda call: call.cosines[0])  # mean cosine similarity of pairs of filters
-    mean_abs_cosine: float = column(  # the mean of the absolute values, which cannot cancel
-        lambda call: call.cosines[1], "|cosine|", scalar=True
-    )
-    kernel_smallest: float = column(  # smallest singular value of the kernel's matrix W
-        lambda call: call.kernel_values[0], "W", lambda layer: f"{layer.kernel_smallest:.2g}-{layer.kernel_largest:.2g}"
-    )
+    # Mean of squares of the error, `q` of the paper.
+    backward_moment: float = column(lambda call: call.error**2, findings=_error_findings)
+    # Magnitude of the error over that at the next parametric layer towards the output.
+    error_to_next: float = column(lambda call: ratio(call.error, call.next_error))
+    # Magnitude of the error over that at the last parametric layer.
+    error_to_top: float = column(lambda call: ratio(call.error, call.top_error), "error", scalar=True)
+    # Norm of the kernel's gradient over the kernel's norm.
+    gradient_ratio: float = column(lambda call: call.gradient_ratio, "gradient", scalar=True)
+    # Mean cosine similarity of pairs of filters, and the mean of the absolute values, which cannot cancel.
+    mean_cosine: float = column(lambda call: call.cosines[0])
+    mean_abs_cosine: float = column(lambda call: call.cosines[1], "|cosine|", scalar=True)
+    # Smallest and largest singular value of the kernel's matrix W, and of the layer's linear map on this input size.
+    kernel_smallest: float = column(lambda call: call.kernel_values[0], "W", _span("kernel"))
     kernel_largest: float = column(lambda call: call.kernel_values[1])
-    operator_smallest: float = column(  # smallest singular value of the layer's linear map on this input size
-        lambda call: call.operator_values[0],
-        "operator",
-        lambda layer: f"{layer.operator_smallest:.2g}-{layer.operator_largest:.2g}",
-    )
+    operator_smallest: float = column(lambda call: call.operator_values[0], "operator", _span("operator"))
     operator_largest: float = column(lambda call: call.operator_values[1])
-    image_share: float = column(  # share of the output's variance between images; the rest is one pattern over positions
-        lambda call: call.image_share, "images", lambda layer: f"{100 * layer.image_share:.0f} %", _image_findings, scalar=True
-    )
-    dead_share: float = column(  # share of channels that the following activation makes constant
-        lambda call: call.dead_share, "dead", lambda layer: f"{100 * layer.dead_share:.0f} %", _dead_findings, scalar=True
-    )
-    scale: float = column(  # factor by which modulation multiplies the error, or would
-        lambda call: call.scale, "scale", lambda layer: f"{layer.scale:.3g}" if layer.fired else ""
-    )
+    # Share of the output's variance between images; the rest is one pattern over positions.
+    image_share: float = column(lambda call: call.image_share, "images", _percent("image_share"), _image_findings, scalar=True)
+    # Share of channels that the following activation makes constant.
+    dead_share: float = column(lambda call: call.dead_share, "dead", _percent("dead_share"), _dead_findings, scalar=True)
+    # Factor by which modulation multiplies the error, or would.
+    scale: float = column(lambda call: call.scale, "scale", lambda layer: f"{layer.scale:.3g}" if layer.fired else "")
     fired: bool = column(lambda call: call.fired, default=None)  # whether modulation rescales the error, or would
 
     @classmethod
@@ -134,10 +125,10 @@ class LayerSignal:
         """Returns the row of the printed table, `{header: text}`; NaN is left blank."""
         row = {}
         for field in dataclasses.fields(self):
-            if field.metadata["header"]:
-                cell = field.metadata["cell"]
+            header, cell = field.metadata["header"], field.metadata["cell"]
+            if header:
                 text = cell(self) if cell else f"{getattr(self, field.name):.3g}"
-                row[field.metadata["header"]] = "" if text in ("nan", "nan-nan", "nan %") else text
+                row[header] = "" if text in ("nan", "nan-nan", "nan %") else text
         return row
 
 
@@ -155,12 +146,11 @@ class SignalReport:
     def growth(self):
         """The growth of the error towards the input: a tuple `(total, per layer, number of steps)` of ratios of magnitudes.
 
-        It is computed among the convolutions (whose output has positions) and among the other layers, never across the two,
-        since pooling changes the error by arithmetic alone; the larger change is returned. Of three or more layers the first
-        is left out: it reads the input, whose scale is arbitrary. The total is the ratio of the magnitudes at both ends,
-        unless the least-squares line through the logarithms of all layers has more than twice or less than half of that slope
-        and either exceeds a factor of 10; then a single layer at an end is an outlier, and the line counts. NaN where there
-        are too few layers.
+        It is computed among the convolutions (whose output has positions) and among the other layers, and the larger change is
+        returned. Of three or more layers the first is left out: it reads the input, whose scale is arbitrary. The total is the
+        ratio of the magnitudes at both ends, unless the least-squares line through the logarithms of all layers has more than
+        twice or less than half of that slope and either exceeds a factor of 10; then the line counts. NaN where there are too
+        few layers.
         """
         growths = [_growth(kind) for kind in _kinds(self.layers)]
         return max(growths, key=lambda growth: abs(math.log(growth[0])), default=(math.nan, math.nan, 0))
@@ -169,18 +159,16 @@ class SignalReport:
     def findings(self):
         """The problems found, the gravest first, a list of sentences; empty if there is none."""
         found = [] if math.isfinite(self.loss) else [f"the loss is {self.loss}: no other value can be trusted"]
-        for field in dataclasses.fields(self.layers[0]):
-            if field.metadata["findings"]:
-                found += field.metadata["findings"](self)
-        return found
+        declared = [field.metadata["findings"] for field in dataclasses.fields(self.layers[0])]
+        return found + [sentence for findings in declared if findings for sentence in findings(self)]
 
     def __str__(self):
         total, _, steps = self.growth
         healthy = "nothing is wrong, and there are too few layers to measure the error's growth"
         if steps:
-            healthy = f"nothing is wrong: the error keeps its magnitude ({total:.2g}x over {_count(steps, 'layer')})"
+            healthy = f"nothing is wrong: the error keeps its magnitude ({total:.2g}x over {_layers(steps)})"
         fired = sum(bool(layer.fired) for layer in self.layers)
-        modulation = f"modulation {'rescaled' if self.modulated else 'would rescale'} {_count(fired, 'layer')}"
+        modulation = f"modulation {'rescaled' if self.modulated else 'would rescale'} {_layers(fired)}"
         if all(math.isnan(layer.scale) for layer in self.layers):
             modulation = "modulation does not apply, the model branches"
         unmeasured = f" (not measured: {_listed(self.unmeasured)})" if self.unmeasured else ""
@@ -190,64 +178,49 @@ class SignalReport:
             "over the last layer's; gradient: the kernel's, over the kernel's norm; W, operator: singular values",
         ]
         rows = [layer.cells() for layer in reversed(self.layers)]
-        names, *headers = rows[0]
-        widths = {header: max(len(text) for text in (header, *(row[header] for row in rows))) for header in rows[0]}
-        for row in ({header: header for header in rows[0]}, *rows):
-            cells = [row[names].ljust(widths[names]), *(row[header].rjust(widths[header]) for header in headers)]
+        rows = [list(rows[0]), *(list(row.values()) for row in rows)]
+        widths = [max(map(len, texts)) for texts in zip(*rows)]
+        for name, *row in rows:
+            cells = [name.ljust(widths[0]), *map(str.rjust, row, widths[1:])]
             lines.append("  ".join(cells).rstrip())
-        left_out = len(rows) - LINES
+        left_out = len(self.layers) - LINES
         if left_out > 0:
             middle = 3 + LINES // 2
             lines[middle : middle + left_out] = [f"... {left_out} layers between: to_csv and to_pandas have all of them ..."]
         return "\n".join(lines)
 
     def to_csv(self, path):
-        """Writes one line for each layer, with a header.
-
-        Args:
-            path: Path of the file, in a folder that exists.
-
-        Raises:
-            ValueError: If the file cannot be written.
-        """
+        """Writes one line for each layer, with a header, to a file; raises `ValueError` if it cannot be written."""
         rows = [dataclasses.asdict(layer) for layer in self.layers]
-        with whole_file(path) as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        with whole_file(path) as part:
+            append_rows(part, rows, list(rows[0]))
 
     def to_pandas(self):
-        """Returns a `pandas.DataFrame` with one row for each layer.
-
-        Raises:
-            ImportError: If pandas is not installed.
-        """
+        """Returns a `pandas.DataFrame` with one row for each layer; raises `ImportError` if pandas is not installed."""
         require("to_pandas", "pandas")
         import pandas
 
         return pandas.DataFrame([dataclasses.asdict(layer) for layer in self.layers])
 
     def plot(self, path):
-        """Plots the columns over the layers, as a PNG file.
-
-        Args:
-            path: Path of the file, in a folder that exists.
-
-        Raises:
-            ImportError: If matplotlib is not installed.
-            ValueError: If the file cannot be written.
-        """
+        """Plots the columns over the layers, as a PNG file; raises `ImportError` if matplotlib is not installed."""
         plot_signals(self, path)
 
 
+def append_rows(path, rows, columns):
+    """Appends dicts to a CSV file, after a header where the file is empty."""
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if not file.tell():
+            writer.writeheader()
+        writer.writerows(rows)
+
+
 def read_signals(path):
-    """Reads the `signals.csv` of a `SignalMonitor` of this or another version into a list of dicts, one for each line.
+    """Reads the `signals.csv` of a `SignalMonitor` of any version into a list of dicts, one for each line; none without a file.
 
     `step` is an int, the other values are of their column's type. A column that the file lacks reads as NaN (a bool as
     `None`), and one that is unknown here is kept as text. A last line that was cut off by a kill is dropped.
-
-    Args:
-        path: Path of the file; where there is none the list is empty.
 
     Raises:
         ValueError: If the file has no columns `step` and `name`, or a value is not of its column's type.
@@ -256,8 +229,7 @@ def read_signals(path):
         return []
     with open(path, newline="") as file:
         reader = csv.DictReader(line for line in file if line.endswith("\n"))
-        lines = list(reader)
-    header = reader.fieldnames
+        header, lines = reader.fieldnames, list(reader)
     if header and not {"step", "name"} <= set(header):
         raise ValueError(f"`path` must be a file with the columns step and name. Received: {path}, with {', '.join(header)}")
     parse = {bool: {"True": True, "False": False}.get, float: float, str: str}
@@ -289,9 +261,8 @@ def _growth(kind):
     return math.exp(total), math.exp(total / steps), steps
 
 
-def _count(things, noun):
-    number = things if isinstance(things, int) else len(things)
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _layers(number):
+    return f"{number} layer{'' if number == 1 else 's'}"
 
 
 def _listed(names, shown=3):

@@ -14,9 +14,8 @@ WRITTEN_OUT = 2048  # inputs of the largest map whose matrix is written out
 def mean_cosines(kernels):
     """Returns the mean cosine similarity over all pairs of columns, and the mean of its absolute values, two floats.
 
-    Args:
-        kernels: Iterable of arrays `(count, f_in, f_out)`; columns of different matrices make no pair. A column of zeros has
-            cosine 0 with every other. NaN where there is no pair.
+    `kernels` are arrays `(count, f_in, f_out)`; columns of different matrices make no pair, and a column of zeros has cosine 0
+    with every other. NaN where there is no pair.
     """
     total, absolute, pairs = 0.0, 0.0, 0
     for matrices in kernels:
@@ -34,13 +33,7 @@ def mean_cosines(kernels):
 
 
 def kernel_extremes(kernel, layout="standard", groups=1):
-    """Returns the smallest and the largest singular value of a kernel read as matrices, two floats; NaN if it is not finite.
-
-    Args:
-        kernel: Tensor of rank 2 to 5.
-        layout: As in `OrthonormalRegularizer`.
-        groups: int.
-    """
+    """Returns the smallest and the largest singular value of a kernel read as matrices, two floats; NaN if it is not finite."""
     matrices = np.asarray(as_matrices(np.asarray(kernel, np.float64), layout, groups))
     if not np.isfinite(matrices).all():
         return math.nan, math.nan
@@ -52,12 +45,10 @@ def operator_extremes(layer, input_shape):
     """Returns the smallest and the largest singular value of a layer's linear map on inputs of one size, two floats.
 
     A convolution with periodic borders is block-diagonal over frequencies, so its singular values are those of one small
-    matrix for each frequency, the kernel's Fourier transform there. Keras pads with zeros or not at all; the difference is
-    confined to the border. With a stride, the frequencies that it folds onto each other share a matrix. An input size that the
-    stride does not divide is rounded up. Inputs less than twice as wide as the window are nearly all border: there the map's
-    own matrix is used, with the layer's padding, where a group has up to 2,048 inputs; above, NaN. A Dense layer's map is its
-    kernel. The values come from the eigenvalues of Gram matrices: one below 1e-7 of the largest is not resolved. A kernel that
-    is not finite gives NaN.
+    matrix for each frequency, the kernel's Fourier transform there. With a stride, the frequencies that it folds onto each
+    other share a matrix; an input size that the stride does not divide is rounded up. Inputs less than twice as wide as the
+    window are nearly all border: there the map's own matrix is used, with the layer's padding, where a group has up to 2,048
+    inputs; above, NaN. A value below 1e-7 of the largest is not resolved. A kernel that is not finite gives NaN.
 
     Args:
         layer: A built convolution of any kind, or Dense.
@@ -67,8 +58,7 @@ def operator_extremes(layer, input_shape):
         `(smallest, largest)`, or `(nan, nan)` for a layer of another kind.
 
     Reference:
-        Sedghi, Gupta, Long 2019 ([arXiv:1805.10408](https://arxiv.org/abs/1805.10408)), theorem 6; strides: the same argument
-        with the frequencies that alias. Not a part of Xie et al. 2017.
+        Sedghi, Gupta, Long 2019 ([arXiv:1805.10408](https://arxiv.org/abs/1805.10408)), theorem 6; strides are ours.
     """
     if isinstance(layer, keras.layers.Dense):
         return kernel_extremes(layer.kernel)
@@ -89,12 +79,7 @@ def operator_extremes(layer, input_shape):
 def convolution_extremes(kernel, groups, sizes, strides, dilations):
     """Returns the smallest and the largest singular value of a convolution with periodic borders.
 
-    Args:
-        kernel: Array `(*window, cin / groups, cout)`.
-        groups: int.
-        sizes: Tuple of ints, the input's size on each axis.
-        strides: Tuple of ints.
-        dilations: Tuple of ints.
+    `kernel` is an array `(*window, cin / groups, cout)`; `sizes`, the input's, `strides` and `dilations` have an int per axis.
     """
     kernel = np.asarray(kernel, np.float64)
     axes = len(sizes)
@@ -109,17 +94,15 @@ def convolution_extremes(kernel, groups, sizes, strides, dilations):
     aliases = _grid(strides) * folded
     offsets = _grid(kernel.shape[:axes]) * dilations / np.multiply(folded, strides)
     taps = kernel.reshape(len(offsets), *kernel.shape[axes:])
-    smallest, largest = math.inf, 0.0
-    rows = math.prod(strides) * kernel.shape[axes]
+    rows, extremes = math.prod(strides) * kernel.shape[axes], []
     step = max(1, 4_000_000 // (rows * kernel.shape[-1]))  # matrices at a time: a wide layer has large ones
     for start in range(0, len(frequencies), step):
         each = frequencies[start : start + step, np.newaxis] + aliases
         matrices = np.tensordot(np.exp(-2j * np.pi * each @ offsets.T), taps, 1)
-        matrices = matrices.reshape(len(each), rows, groups, kernel.shape[-1] // groups).transpose(0, 2, 1, 3)
-        low, high = _gram_extremes(matrices)
-        smallest, largest = min(smallest, low), max(largest, high)
+        matrices = matrices.reshape(len(each), rows, groups, kernel.shape[-1] // groups)
+        extremes.append(_gram_extremes(matrices.swapaxes(1, 2)))
     scale = math.sqrt(math.prod(strides))
-    return smallest / scale, largest / scale
+    return min(low for low, _ in extremes) / scale, max(high for _, high in extremes) / scale
 
 
 def _bordered_extremes(kernel, groups, sizes, strides, dilations, padding):
@@ -137,7 +120,7 @@ def _bordered_extremes(kernel, groups, sizes, strides, dilations, padding):
 
 
 def _gram_extremes(matrices):
-    """The smallest and the largest singular value of stacked matrices, from the eigenvalues of the smaller Gram matrices."""
+    """The same of stacked matrices, from the eigenvalues of the smaller Gram matrices."""
     if matrices.shape[-2] < matrices.shape[-1]:
         matrices = matrices.swapaxes(-2, -1)
     values = np.linalg.eigvalsh(np.conj(matrices.swapaxes(-2, -1)) @ matrices)

@@ -18,35 +18,25 @@ _ACTIVATIONS = (keras.layers.Activation, keras.layers.ReLU, ShiftedReLU)
 
 
 class Call:
-    """One call of a parametric layer. What comes from backpropagation is set after the pass.
+    """One call of a parametric layer. `linear` is its output before its own activation.
 
-    `linear` is the output before the layer's own activation; `modulated` is the output after the `ErrorModulation` that
-    follows it, if one does.
+    `modulated` is the output of the `ErrorModulation` that follows it, or its own. What comes from backpropagation is set
+    after the pass; `error` is the root mean square of the gradient at `linear`.
     """
 
-    singular_values = True  # whether the report takes them
-    error = next_error = top_error = gradient_ratio = scale = math.nan  # error: root mean square of the gradient at `linear`
+    error = next_error = top_error = gradient_ratio = scale = dead_share = math.nan
     fired = False
 
     def __init__(self, layer, name, kernels, inputs, linear, outputs):
-        self.layer = layer
-        self.inner = _unwrapped(layer)
-        self.name = name
-        self.kernels = kernels
+        self.layer, self.inner, self.name, self.kernels = layer, _unwrapped(layer), name, kernels
+        self.linear, self.outputs, self.modulated = linear, outputs, outputs
         timed = isinstance(layer, keras.layers.TimeDistributed)
         self.input_shape = inputs.shape[:1] + inputs.shape[2:] if timed else inputs.shape  # of the inner layer
-        self.linear = linear
-        self.outputs = self.modulated = outputs
         self.channels = _channel_axes(self.inner, len(outputs.shape), int(timed))
-        self.dead_share = math.nan
 
     @property
     def has_positions(self):
         return len(self.linear.shape) > 1 + len(self.channels)
-
-    @property
-    def forward_moment(self):
-        return magnitude(self.linear) ** 2
 
     @property
     def image_share(self):
@@ -66,30 +56,22 @@ class Call:
     @functools.cached_property
     def kernel_values(self):
         """The smallest and the largest singular value of the kernels."""
-        if not self.singular_values:
-            return math.nan, math.nan
         lows, highs = zip(*(kernel_extremes(kernel.variable, kernel.layout, kernel.groups) for kernel in self.kernels))
         return min(lows), max(highs)
 
     @functools.cached_property
     def operator_values(self):
         """The smallest and the largest singular value of the layer's linear map."""
-        return operator_extremes(self.inner, self.input_shape) if self.singular_values else (math.nan, math.nan)
+        return operator_extremes(self.inner, self.input_shape)
 
 
 class Trace:
-    """Calls layers, and follows each tensor back to the parametric layer that it comes from.
-
-    Args:
-        inputs: The model's input tensors.
-    """
+    """Calls layers, and follows each tensor back to the parametric layer that it comes from."""
 
     def __init__(self, inputs):
         self.calls = []
-        self.branches = False
-        self.modulated = False
+        self.branches = self.modulated = False
         self.unmeasured = []  # names of layers whose weights are no kernels: recurrent ones, embeddings
-        self.kernels = {}  # id of a layer -> the LayerKernels in it
         # id of a tensor -> [the tensor, index of the call it comes from or None, whether a layer has received it]
         self.tensors = {id(tensor): [tensor, None, False] for tensor in keras.tree.flatten(inputs)}
 
@@ -103,11 +85,14 @@ class Trace:
         with _recorded_activation(layer) as linear:
             outputs = layer(*args, **kwargs)
         first = keras.tree.flatten(outputs)[0]
-        kernels = self._kernels(layer)
+        inner = walk_layers(layer) if isinstance(layer, keras.Layer) else ()
+        kernels = [kernel for each, _ in inner for kernel in layer_kernels(each)]
         if kernels:
             inputs = next(value for value in received if hasattr(value, "shape"))  # flags may come first, by keyword
-            linear_outputs = linear[0] if len(linear) == 1 else first
-            self.calls.append(Call(layer, self._call_name(layer), kernels, inputs, linear_outputs, first))
+            before = linear[0] if len(linear) == 1 else first
+            number = 1 + sum(call.layer.name == layer.name for call in self.calls)
+            name = layer.name if number == 1 else f"{layer.name} ({number})"
+            self.calls.append(Call(layer, name, kernels, inputs, before, first))
             source = len(self.calls) - 1
         elif isinstance(layer, ErrorModulation) and source is not None:
             self.calls[source].modulated, self.modulated = first, True
@@ -120,20 +105,6 @@ class Trace:
         for tensor in keras.tree.flatten(outputs)[: 1 if isinstance(layer, ErrorModulation) else None]:
             self.tensors[id(tensor)] = [tensor, source, False]
         return outputs
-
-    def _kernels(self, layer):
-        if id(layer) not in self.kernels:
-            inner = walk_layers(layer) if isinstance(layer, keras.Layer) else ()
-            self.kernels[id(layer)] = [kernel for each, _ in inner for kernel in layer_kernels(each)]
-        return self.kernels[id(layer)]
-
-    def _call_name(self, layer):
-        """The layer's name, numbered where the layer is called again or another nested model has one of the same name."""
-        names = {call.name for call in self.calls}
-        name, number = layer.name, 2
-        while name in names:
-            name, number = f"{layer.name} ({number})", number + 1
-        return name
 
 
 def magnitude(tensor, scale=1.0):
@@ -150,7 +121,7 @@ def ratio(numerator, denominator):
 
 @contextlib.contextmanager
 def _recorded_activation(layer):
-    """Collects, in a list, what a convolution, dense or einsum layer, wrapped or not, passes to its own activation."""
+    """Collects, in a list, what a layer with a kernel, wrapped or not, passes to its own activation."""
     layer = _unwrapped(layer)
     linear, activation = [], getattr(layer, "activation", None)
     if activation in (None, keras.activations.linear) or not isinstance(layer, keras.Layer) or not layer_kernels(layer):

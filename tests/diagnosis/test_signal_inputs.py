@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from reports import LOGITS, batch, report_of
+from reports import LOGITS, batch
 
 import ortho_keras
 
@@ -38,14 +38,6 @@ def test_images_without_an_axis_of_channels():
     assert flat == full and flat.loss == pytest.approx(float(LOGITS(y, model(x[..., None]))), rel=1e-5)
 
 
-def test_layers_called_by_keyword():
-    inputs = keras.Input((5, 6))
-    base = keras.Sequential([keras.Input((5, 6)), layers.Dense(6, name="inside")])
-    x = layers.MultiHeadAttention(2, 3, name="attention")(query=inputs, value=base(inputs=inputs))
-    model = keras.Model(inputs, layers.Dense(10, name="top")(layers.Flatten()(x)))
-    assert [layer.name for layer in report_of(model, (5, 6)).layers] == ["inside", "attention", "top"]
-
-
 def test_several_inputs_and_outputs_in_dicts_and_lists():
     left, right = keras.Input((4,)), keras.Input((6,))
     x = layers.Concatenate()([layers.Dense(5, name="l")(left), layers.Dense(5, name="r")(right)])
@@ -71,45 +63,38 @@ def test_several_inputs_and_outputs_in_dicts_and_lists():
     assert not any(variable.numpy() for metric in model.metrics for variable in metric.variables)
 
 
-@pytest.mark.parametrize("loss", ["mse", keras.losses.mean_squared_error, keras.losses.MeanSquaredError()])
-def test_a_mask_counts_as_in_evaluate(loss):
+def test_a_mask_counts_as_in_evaluate():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(8, 6, 3)).astype("float32"), rng.normal(size=(8, 6, 2)).astype("float32")
     x[:, 3:] = 0
     model = keras.Sequential([keras.Input((6, 3)), layers.Masking(), layers.LSTM(4, return_sequences=True), layers.Dense(2)])
-    report = ortho_keras.signal_report(model, x, y, loss)
-    assert report.loss == pytest.approx(np.mean(np.square(np.asarray(model(x), np.float64) - y)[:, :3]), rel=1e-5)
-    model.compile("sgd", loss)
-    assert report.layers == ortho_keras.signal_report(model, x, y).layers
+    model.compile("sgd", "mse")
+    expected = np.mean(np.square(np.asarray(model(x), np.float64) - y)[:, :3])
+    for loss in (None, keras.losses.mean_squared_error, keras.losses.MeanSquaredError()):
+        assert ortho_keras.signal_report(model, x, y, loss, singular_values=False).loss == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("pack", [lambda one: [one], lambda one: (one,), lambda one: {"only": one}])
-def test_one_output_in_a_list_or_dict(pack):
+def test_one_output_in_a_list_or_dict():
     base, (x, y) = dense(), batch((4,))
     expected = ortho_keras.signal_report(base, x, y, LOGITS)
-    packed = keras.Model(base.inputs, pack(base.outputs[0]), name=base.name)
-    for inputs, targets in ((x, y), (x, pack(y)), ([x], y)):
-        assert ortho_keras.signal_report(packed, inputs, targets, LOGITS) == expected
+    for pack in (lambda one: [one], lambda one: {"only": one}):
+        packed = keras.Model(base.inputs, pack(base.outputs[0]), name=base.name)
+        for inputs, targets in ((x, y), (x, pack(y)), ([x], y)):
+            assert ortho_keras.signal_report(packed, inputs, targets, LOGITS) == expected
 
-
-def test_a_custom_loss_gets_the_structures_as_they_are():
-    base, (x, y) = dense(), batch((4,))
-    weights = np.arange(1, 9, dtype="float32")
-    named = keras.Model(base.inputs, {"only": base.outputs[0]}, name=base.name)
-
-    def weighted(given, outputs):
+    def weighted(given, outputs):  # gets the structures as they are
         return LOGITS(given["y"], outputs["only"], sample_weight=given["weights"])
 
-    report = ortho_keras.signal_report(named, x, {"y": y, "weights": weights}, weighted)
+    weights = np.arange(1, 9, dtype="float32")
+    report = ortho_keras.signal_report(packed, x, {"y": y, "weights": weights}, weighted)
     assert report.loss == pytest.approx(float(LOGITS(y, base(x), sample_weight=weights)), rel=1e-5)
 
 
-FUNCTIONS = ["binary_crossentropy", "binary_focal_crossentropy", "poisson"]
+FUNCTIONS = ["binary_crossentropy", "poisson"]
 COMPILED = {
     **{name: (1, {"loss": name}) for name in FUNCTIONS},
     "custom": (1, {"loss": lambda y, outputs: tf.reduce_mean(tf.square(y - outputs), -1)}),
     "sum": (1, {"loss": keras.losses.MeanSquaredError(reduction="sum")}),
-    "one for two": (2, {"loss": "mse"}),
     "two": (2, {"loss": ["mse", "binary_crossentropy"], "loss_weights": [0.25, 2.0]}),
     "none for the second": (2, {"loss": ["mse", None]}),
     "classes": (10, {"loss": "crossentropy"}),
@@ -157,9 +142,8 @@ def test_a_penalty_far_above_the_loss():
     for loss in (None, "binary_crossentropy"):
         report = ortho_keras.signal_report(model, x, y, loss)
         assert before > 1e5 and float(model.losses[0]) == before
-        assert report.loss == pytest.approx(expected.loss, rel=1e-5)
-        for mine, theirs in zip(report.layers, expected.layers):
-            assert mine.gradient_ratio == pytest.approx(theirs.gradient_ratio, rel=1e-5)
+        found, wanted = ([layer.gradient_ratio for layer in each.layers] for each in (report, expected))
+        assert [report.loss, *found] == pytest.approx([expected.loss, *wanted], rel=1e-5)
 
 
 def my_crossentropy(y, outputs):
@@ -167,36 +151,28 @@ def my_crossentropy(y, outputs):
 
 
 class MyCrossentropy(keras.losses.Loss):
-    def call(self, y, outputs):
-        return my_crossentropy(y, outputs)
+    call = staticmethod(my_crossentropy)
 
 
-@pytest.mark.parametrize("loss", [my_crossentropy, MyCrossentropy()], ids=["function", "object"])
-def test_a_custom_loss_may_be_called_a_crossentropy(loss):
+def test_a_custom_loss_may_be_called_a_crossentropy():
     model, (x, y) = dense(), batch((4,))
     expected = ortho_keras.signal_report(model, x, y, LOGITS)
-    given = ortho_keras.signal_report(model, x, y, loss)
-    model.compile("sgd", loss)
-    for report in (given, ortho_keras.signal_report(model, x, y)):
-        assert report.loss == pytest.approx(expected.loss, rel=1e-6)
-        assert report.layers[0].backward_moment == pytest.approx(expected.layers[0].backward_moment, rel=1e-4)
+    for loss in (my_crossentropy, MyCrossentropy()):
+        model.compile("sgd", loss)
+        for given in (None, loss):
+            report = ortho_keras.signal_report(model, x, y, given)
+            assert report.loss == pytest.approx(expected.loss, rel=1e-6)
+            assert report.layers[0].backward_moment == pytest.approx(expected.layers[0].backward_moment, rel=1e-4)
 
 
-KERAS = [
-    "sparse_categorical_crossentropy",
-    keras.losses.sparse_categorical_crossentropy,
-    keras.losses.SparseCategoricalCrossentropy,
-    keras.losses.SparseCategoricalCrossentropy(),
-]
-
-
-@pytest.mark.parametrize("loss", KERAS, ids=["name", "function", "class", "object"])
-def test_a_crossentropy_of_probabilities_does_not_fit_logits(loss):
+def test_a_crossentropy_of_probabilities_does_not_fit_logits():
     model, (x, y) = dense(), batch((4,))
-    model.compile("sgd", loss)
-    for given in (None, loss):
-        with pytest.raises(ValueError, match="these outputs are logits: give the loss object, with from_logits=True"):
-            ortho_keras.signal_report(model, x, y, given)
+    names = keras.losses.sparse_categorical_crossentropy, keras.losses.SparseCategoricalCrossentropy
+    for loss in ("sparse_categorical_crossentropy", *names, keras.losses.SparseCategoricalCrossentropy()):
+        model.compile("sgd", loss)
+        for given in (None, loss):
+            with pytest.raises(ValueError, match="these outputs are logits: give the loss object, with from_logits=True"):
+                ortho_keras.signal_report(model, x, y, given)
 
 
 def test_shares_that_do_not_sum_to_one_are_no_logits():
@@ -218,31 +194,21 @@ class OwnCall(keras.Model):
         return 1000 * super().call(x)
 
 
-def own_call():
-    inputs = keras.Input((4,))
-    return OwnCall(inputs, layers.Dense(10)(inputs))
-
-
-def no_kernels():
-    return keras.Sequential([keras.Input((4,)), layers.ReLU()])
-
-
-@pytest.mark.parametrize(
-    ("model", "x", "y", "loss", "message"),
-    [
-        (lambda: keras.Sequential([layers.Dense(3)]), 8, 8, LOGITS, "`model` must be a built Keras model"),
-        (no_kernels, 8, 8, LOGITS, "must call a convolution, dense or"),
-        (own_call, 8, 8, LOGITS, "Sequential model that does not override `call`"),
-        (dense, 1, 1, LOGITS, r"`x` must be a batch of at least 2 .* \(1, 4\)"),
-        (lambda: keras.Sequential([keras.Input((5,)), layers.Dense(10)]), 8, 8, LOGITS, r"`x` .* \(None, 5\). .* \(8, 4\)"),
-        (dense, 8, 8, None, "`loss` must be given for a model that is not compiled"),
-        (dense, 8, 8, "nonsense", "`loss` must be one Keras loss, .* Received: loss='nonsense'"),
-        (dense, 8, 8, {"a": "mse"}, "`loss` must be one Keras loss, its name, or a function"),
-        (dense, 8, 5, LOGITS, r"`y` must hold a target for each of the 8 samples.*\(5,\)"),
-        (dense, 8, (8, 3), "mse", r"`y` and `loss` must suit .*\(8, 10\)"),
-    ],
-)
-def test_bad_input(model, x, y, loss, message):
+def test_bad_input():
     """`x` and `y` are the number of samples, or a shape."""
-    with pytest.raises(ValueError, match=message):
-        ortho_keras.signal_report(model(), np.ones((x, 4), np.float32), np.zeros(y, np.int64), loss)
+    inputs = keras.Input((4,))
+    model, wide = dense(), keras.Sequential([keras.Input((5,)), layers.Dense(10)])
+    for given, x, y, loss, message in (
+        (keras.Sequential([layers.Dense(3)]), 8, 8, LOGITS, "`model` must be a built Keras model"),
+        (keras.Sequential([keras.Input((4,)), layers.ReLU()]), 8, 8, LOGITS, "must call a convolution, dense or"),
+        (OwnCall(inputs, layers.Dense(10)(inputs)), 8, 8, LOGITS, "Sequential model that does not override `call`"),
+        (model, 1, 1, LOGITS, r"`x` must be a batch of at least 2 .* arrays of shape \[\(1, 4\)\]"),
+        (wide, 8, 8, LOGITS, r"`x` .* \[\(None, 5\)\]. .* \[\(8, 4\)\]"),
+        (model, 8, 8, None, "`loss` must be given for a model that is not compiled"),
+        (model, 8, 8, "nonsense", "`loss` must be one Keras loss, .* Received: loss='nonsense'"),
+        (model, 8, 8, {"a": "mse"}, "`loss` must be one Keras loss, its name, or a function"),
+        (model, 8, 5, LOGITS, r"`y` must hold a target for each of the 8 samples.*\(5,\)"),
+        (model, 8, (8, 3), "mse", r"`y` and `loss` must suit .*\(8, 10\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ortho_keras.signal_report(given, np.ones((x, 4), np.float32), np.zeros(y, np.int64), loss)

@@ -47,9 +47,6 @@ def test_what_modulation_would_do_is_what_it_does(tolerance, reference):
     x, y = batch((8, 8, 1))
     model = ortho_keras.plain_cnn(8, (8, 8, 1), width=4, seed=0)
     report = ortho_keras.signal_report(model, x, y, LOGITS, tolerance, reference=reference, singular_values=False)
-    for layer, after in zip(report.layers, [*report.layers[1:], report.layers[-1]]):
-        for found, other in ((layer.error_to_next, after), (layer.error_to_top, report.layers[-1])):
-            assert found == pytest.approx(math.sqrt(layer.backward_moment / other.backward_moment))
     names = {layer.name for layer in report.layers}
     gradients, scales = references.modulated_gradients(model, x, y, names, tolerance, 1000.0, reference)
     modulated = ortho_keras.modulate(model, tolerance, reference=reference)
@@ -69,73 +66,46 @@ def test_the_plain_net_explodes_and_the_report_says_so():
     total, per_layer, steps = report.growth
     assert steps == 41 and total == pytest.approx(per_layer**steps)  # 43 convolutions, the first left out
     assert total > 50 and 1.1 < per_layer < 1.25  # theory for dense nets: sqrt(pi / (pi - 1)) = 1.21
-    first = str(report).splitlines()[0]
-    assert first == f"plain44: the error grows by {per_layer:.3g}x per layer towards the input: {total:.2g}x over 41 layers"
+    assert str(report).startswith(f"plain44: the error grows by {per_layer:.3g}x per layer towards the input: {total:.2g}x")
     calm = report_of(ortho_keras.plain_cnn(44, (8, 8, 1), relu_shift=3.0, seed=0), **options)
     assert calm.findings == [] and str(calm).startswith("plain44: nothing is wrong: the error keeps its magnitude")
 
 
-def test_zero_padding_drowns_the_images_where_activations_have_a_mean():
-    model = ortho_keras.plain_cnn(26, (8, 8, 1), width=4, seed=0)
-    for weight in model.trainable_variables:
-        if weight.name == "beta":
-            weight.assign(tf.fill(weight.shape, 2.0))
-    report = report_of(model, (8, 8, 1), singular_values=False)
-    worst = min(layer.image_share for layer in report.layers if layer.positions)
-    assert worst < 0.05 and f"only {100 * worst:.2g} % of the variance at " in str(report).splitlines()[0]
-
-
 def test_image_share_and_dead_channels_by_hand():
     # A 1x1 identity over two channels: the first differs between images only, the second between positions only.
-    x = np.zeros((4, 2, 2, 3), np.float32)
+    x = np.full((4, 2, 2, 3), -5, np.float32)
     x[..., 0] = np.array([-1.0, 1.0, -1.0, 1.0])[:, None, None]
     x[..., 1] = np.array([[-2.0, 2.0], [2.0, -2.0]])
-    x[..., 2] = -5.0
-    conv = layers.Conv2D(3, 1, use_bias=False)
+    conv = layers.Conv2D(3, 1, use_bias=False, kernel_initializer=lambda shape, dtype: np.eye(3, dtype="f4")[None, None])
     model = keras.Sequential([keras.Input((2, 2, 3)), conv, layers.ReLU(), layers.Flatten(), layers.Dense(1)])
-    conv.kernel.assign(np.eye(3).reshape(1, 1, 3, 3))
     layer = ortho_keras.signal_report(model, x, np.ones((4, 1), np.float32), "mean_squared_error").layers[0]
-    assert layer.image_share == pytest.approx(1 / (1 + 4))
-    assert layer.dead_share == pytest.approx(1 / 3)
+    assert (layer.image_share, layer.dead_share) == pytest.approx((1 / (1 + 4), 1 / 3))
 
 
 def test_nothing_is_changed():
-    x, y = batch((6, 6, 3), 16)
+    x, y = batch((4, 3))
 
     def train(report):
         keras.utils.set_random_seed(5)
-        noisy = [layers.GaussianNoise(0.1), layers.Conv2D(4, 3), layers.BatchNormalization(), layers.Dropout(0.5)]
+        noisy = [layers.GaussianNoise(0.1), layers.Conv1D(4, 3), layers.BatchNormalization(), layers.Dropout(0.5)]
+        recurrent = layers.Bidirectional(layers.GRU(4, stateful=True))  # whose states are no variables of the model
         head = layers.SpectralNormalization(layers.Dense(10))
-        model = keras.Sequential([keras.Input((6, 6, 3)), *noisy, layers.Flatten(), head])
+        model = keras.Sequential([keras.Input(batch_shape=(8, 4, 3)), *noisy, recurrent, head])
         model.compile(keras.optimizers.Adam(0.01), LOGITS)
         model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+        variables = [*model.variables, *model.optimizer.variables]
+        variables += [*recurrent.forward_layer.states, *recurrent.backward_layer.states]
+        before = [variable.numpy().copy() for variable in variables]
         if report:
-            variables = (*model.variables, *model.optimizer.variables)
-            before = [variable.numpy().copy() for variable in variables]
             first, second = (ortho_keras.signal_report(model, x, y) for _ in range(2))
             assert repr(first) == repr(second)  # dropout and noise drew the same
-            for old, new in zip(before, variables):
-                np.testing.assert_array_equal(old, new.numpy())
+        for old, new in zip(before, variables):
+            np.testing.assert_array_equal(old, new.numpy())
         model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
         return model.get_weights()
 
     for with_report, without in zip(train(True), train(False)):
         np.testing.assert_array_equal(with_report, without)
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_the_states_of_a_recurrent_layer_stay(wrapped):
-    recurrent = layers.GRU(4, stateful=True)
-    layer = layers.Bidirectional(recurrent) if wrapped else recurrent
-    model = keras.Sequential([keras.Input(batch_shape=(8, 5, 3)), layer, layers.Dense(10)])
-    x, y = batch((5, 3))
-    model(x)
-    states = [state for each in ([layer.forward_layer, layer.backward_layer] if wrapped else [layer]) for state in each.states]
-    before = [state.numpy() for state in states]
-    assert all(value.any() for value in before)
-    ortho_keras.signal_report(model, x, y, LOGITS)
-    for state, value in zip(states, before, strict=True):
-        np.testing.assert_array_equal(state.numpy(), value)
 
 
 def test_activations_inside_a_layer_or_after_it_are_the_same_net():
@@ -147,29 +117,21 @@ def test_activations_inside_a_layer_or_after_it_are_the_same_net():
     np.testing.assert_allclose(figures(report_of(net(True))), figures(report_of(net(False))), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("head", "classes", "loss"), [("softmax", 10, "sparse_categorical_crossentropy"), ("sigmoid", 1, "binary_crossentropy")]
-)
-def test_a_head_of_probabilities_equals_one_of_logits(head, classes, loss):
+def test_a_head_of_probabilities_equals_one_of_logits():
     def net(activation):
         keras.utils.set_random_seed(1)
-        return keras.Sequential([keras.Input((6,)), layers.Dense(8, "relu"), layers.Dense(classes, activation)])
+        return keras.Sequential([keras.Input((6,)), layers.Dense(8, "relu"), layers.Dense(10, activation)])
 
-    x, y = batch((6,), 16, 2)
-    y = y.astype("float32")[:, None] if classes == 1 else y
-    logits = LOGITS if classes > 1 else keras.losses.BinaryCrossentropy(from_logits=True)
-    probabilities, expected = (ortho_keras.signal_report(net(a), x, y, b) for a, b in ((head, loss), (None, logits)))
+    probabilities, expected = report_of(net("softmax"), loss="sparse_categorical_crossentropy"), report_of(net(None))
     np.testing.assert_allclose(figures(probabilities)[0], figures(expected)[0], rtol=1e-4)
     np.testing.assert_allclose(figures(probabilities)[1][:3], figures(expected)[1][:3], rtol=1e-4)
     assert probabilities.layers[-1].error_to_top == 1
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_an_inference_mode_that_the_graph_fixes_is_not_what_fit_runs(nested):
+def test_an_inference_mode_that_the_graph_fixes_is_not_what_fit_runs():
     inputs = keras.Input((6,))
-    normalization = layers.BatchNormalization()
-    base = keras.Sequential([keras.Input((8,)), layers.Dense(8), normalization]) if nested else normalization
-    hidden = base(layers.Dense(8)(inputs), training=False)
+    base = keras.Sequential([keras.Input((8,)), layers.Dense(8), layers.BatchNormalization()])
+    hidden = base(layers.BatchNormalization()(layers.Dense(8)(inputs), training=False), training=False)
     model = keras.Model(inputs, layers.Dense(10)(layers.ReLU()(hidden)))
     x, y = batch((6,), 16)
     x = 100 + 50 * x
@@ -179,9 +141,9 @@ def test_an_inference_mode_that_the_graph_fixes_is_not_what_fit_runs(nested):
         loss = LOGITS(y, model(x, training=True))
     gradients = tape.gradient(loss, [kernel.value for kernel in kernels])
     ratios = [np.linalg.norm(gradient) / np.linalg.norm(kernel) for gradient, kernel in zip(gradients, kernels)]
+    np.testing.assert_allclose([layer.gradient_ratio for layer in report.layers], ratios, rtol=1e-4)
     model.compile(keras.optimizers.SGD(0.0), LOGITS)
     assert report.loss == pytest.approx(float(loss), rel=1e-5) == pytest.approx(model.fit(x, y, verbose=0).history["loss"][0])
-    np.testing.assert_allclose([layer.gradient_ratio for layer in report.layers], ratios, rtol=1e-4)
 
 
 def test_a_custom_layer_and_a_subclassed_model_are_one_layer_each_and_run_in_training_mode():
@@ -193,21 +155,18 @@ def test_a_custom_layer_and_a_subclassed_model_are_one_layer_each_and_run_in_tra
         def call(self, x, flag=None):
             return self.normalization(self.dense(x))
 
-    class Inner(keras.Model):
-        def __init__(self):
-            super().__init__(name="inner")
-            self.dense = layers.Dense(10)
-
-        def call(self, x):
-            return self.dense(x)
+    class Inner(Block, keras.Model):
+        pass
 
     inputs = keras.Input((6,))
-    model = keras.Model(inputs, Inner()(Block()(x=inputs, flag=True)))  # a flag by keyword, in addition to the inputs
+    model = keras.Model(
+        inputs, layers.Dense(10)(Inner()(Block()(x=inputs, flag=True)))
+    )  # a flag by keyword, in addition to the inputs
     x, y = batch((6,), 16)
     x = 100 + 50 * x
     report = ortho_keras.signal_report(model, x, y, LOGITS)
     assert report.loss == pytest.approx(float(LOGITS(y, model(x, training=True))), rel=1e-5)
-    assert [layer.kind for layer in report.layers] == ["Block", "Inner"] and report.layers[1].gradient_ratio > 0
+    assert [layer.kind for layer in report.layers] == ["Block", "Inner", "Dense"] and report.layers[1].gradient_ratio > 0
 
 
 def test_the_channels_of_an_einsum_can_be_several_axes():
@@ -266,14 +225,9 @@ def test_branches_shared_and_nested_layers_and_activation_functions():
     report = report_of(keras.Model(inputs, layers.Dense(10, name="top")(x)))
     assert {layer.name for layer in report.layers} == {"shared", "shared (2)", "inner", "dead", "top"}
     assert all(math.isnan(layer.scale) and not layer.fired for layer in report.layers)  # no chain, no modulation
+    assert "; modulation does not apply, the model branches. Last layer first" in str(report).splitlines()[1]
     dead = {layer.name: layer.dead_share for layer in report.layers}
     assert dead["dead"] == 1 and all(0 <= dead[name] < 1 for name in ("shared", "shared (2)", "inner"))
-
-
-def test_growth_is_not_measured_across_pooling():
-    model = [keras.Input((8, 8, 1)), layers.Conv2D(4, 3), layers.GlobalAveragePooling2D(), layers.Dense(10)]
-    report = report_of(keras.Sequential(model), (8, 8, 1))
-    assert math.isnan(report.growth[0]) and report.growth[2] == 0
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
@@ -287,14 +241,5 @@ def test_half_precision(policy):
     keras.config.set_dtype_policy(policy)
     half = report()
     assert half.loss == pytest.approx(full.loss, rel=0.05)
-    for a, b in zip(full.layers, half.layers):
-        assert math.sqrt(b.backward_moment) == pytest.approx(math.sqrt(a.backward_moment), rel=0.3)
-        assert b.gradient_ratio == pytest.approx(a.gradient_ratio, rel=0.3)
-
-
-def test_a_network_of_keras_applications():
-    model = keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3), alpha=0.35, classifier_activation=None)
-    report = ortho_keras.signal_report(model, *batch((32, 32, 3), 4), LOGITS, singular_values=False)
-    convolutions = (layers.Conv2D, layers.DepthwiseConv2D, layers.Dense)
-    assert len(report.layers) == sum(isinstance(layer, convolutions) for layer in model.layers)
-    assert all(math.isfinite(layer.gradient_ratio) for layer in report.layers)
+    found, expected = (np.array(figures(each))[:, 1:3] ** (0.5, 1) for each in (half, full))
+    np.testing.assert_allclose(found, expected, rtol=0.3)

@@ -1,12 +1,10 @@
 """Singular values against those of the whole linear map, written out as a matrix in NumPy."""
 
-import keras
 import numpy as np
 import pytest
 from keras import layers
 
 from ortho_keras.diagnosis.spectra import convolution_extremes, kernel_extremes, mean_cosines, operator_extremes
-from ortho_keras.method.initializers import OrthonormalInitializer
 
 
 def whole_map(kernel, groups, sizes, strides, dilations):
@@ -29,12 +27,8 @@ def whole_map(kernel, groups, sizes, strides, dilations):
 
 
 CASES = [
-    ((3, 3, 2, 4), 1, (6, 5), (1, 1), (1, 1)),
-    ((3, 3, 3, 2), 1, (4, 6), (2, 2), (1, 1)),
     ((3, 3, 2, 5), 1, (4, 4), (2, 1), (1, 1)),
-    ((3, 3, 2, 2), 1, (6, 6), (1, 1), (2, 2)),
     ((3, 3, 2, 6), 3, (4, 4), (2, 2), (1, 1)),
-    ((5, 3, 4), 1, (6,), (3,), (1,)),
     ((5, 2, 3), 1, (4,), (1,), (1,)),  # the window is wider than the image
     ((2, 2, 2, 2, 3), 1, (2, 4, 2), (1, 2, 1), (1, 1, 1)),
 ]
@@ -63,30 +57,11 @@ def build(layer, shape):
     return layer
 
 
-def separable(depthwise, pointwise):
-    """The kernel of a depthwise and then a pointwise convolution."""
-    channels, multiplier = depthwise.shape[-2:]
-    first = np.zeros((*depthwise.shape[:2], channels, channels * multiplier))
-    for channel in range(channels):
-        first[:, :, channel, channel * multiplier : (channel + 1) * multiplier] = depthwise[:, :, channel]
-    return np.einsum("abcm,mo->abco", first, pointwise[0, 0])
-
-
 LAYERS = [
     (layers.Conv2D(3, 3, strides=2), (6, 6, 2), lambda w: whole_map(w, 1, (6, 6), (2, 2), (1, 1))),
-    (layers.Conv2D(4, 3, groups=2), (6, 6, 4), lambda w: whole_map(w, 2, (6, 6), (1, 1), (1, 1))),
     (layers.Conv2D(3, 3, data_format="channels_first"), (2, 6, 7), lambda w: whole_map(w, 1, (6, 7), (1, 1), (1, 1))),
     (layers.Conv2DTranspose(3, 3, 2, "same"), (3, 3, 2), lambda w: whole_map(w, 1, (6, 6), (2, 2), (1, 1))),
-    (
-        layers.DepthwiseConv2D(3, depth_multiplier=2),
-        (6, 6, 3),
-        lambda w: whole_map(w.reshape(3, 3, 1, 6), 3, (6, 6), (1, 1), (1, 1)),
-    ),
-    (
-        layers.SeparableConv2D(5, 3, depth_multiplier=2),
-        (6, 6, 3),
-        lambda *w: whole_map(separable(*w), 1, (6, 6), (1, 1), (1, 1)),
-    ),
+    (layers.DepthwiseConv2D(3), (6, 6, 3), lambda w: whole_map(w.reshape(3, 3, 1, 3), 3, (6, 6), (1, 1), (1, 1))),
     (layers.Conv1D(3, 3, dilation_rate=2), (10, 2), lambda w: whole_map(w, 1, (10,), (1,), (2,))),
     (layers.Dense(3), (5,), lambda w: w),
 ]
@@ -100,27 +75,23 @@ def test_operator_extremes_of_layers(layer, shape, whole):
     np.testing.assert_allclose(operator_extremes(layer, (None, *shape)), [values[-1], values[0]], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("layer", "shape"),
-    [
-        (layers.Conv2D(5, 3, 2, "same"), (4, 4, 3)),
-        (layers.Conv2D(2, 3, padding="same"), (1, 1, 2)),
-        (layers.Conv2D(3, 3, padding="same", dilation_rate=4), (8, 8, 2)),
-        (layers.Conv2D(4, 5), (8, 8, 2)),
-        (layers.Conv2D(6, 3, padding="same", groups=2), (3, 5, 4)),
-        (layers.DepthwiseConv2D(3, padding="same", depth_multiplier=2), (2, 3, 3)),
-        (layers.SeparableConv2D(5, 3, padding="same"), (3, 3, 2)),
-        (layers.Conv1D(3, 3, padding="causal", dilation_rate=2), (5, 2)),
-        (layers.Conv2DTranspose(3, 3, 2, "same"), (2, 2, 2)),
-        (layers.Conv3D(2, 3, padding="same"), (2, 3, 2, 2)),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, keras.Layer) else str(value),
-)
+BORDERED = [
+    (layers.Conv2D(3, 3, padding="same", dilation_rate=4), (8, 8, 2)),
+    (layers.Conv2D(4, 5), (8, 8, 2)),
+    (layers.Conv2D(6, 3, 2, "same", groups=2), (3, 5, 4)),
+    (layers.DepthwiseConv2D(3, padding="same", depth_multiplier=2), (2, 3, 3)),
+    (layers.SeparableConv2D(5, 3, padding="same", depth_multiplier=2), (3, 3, 2)),
+    (layers.Conv1D(3, 3, padding="causal", dilation_rate=2), (5, 2)),
+    (layers.Conv2DTranspose(3, 3, 2, "same"), (2, 2, 2)),
+    (layers.Conv3D(2, 3, padding="same"), (2, 3, 2, 2)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), BORDERED)
 def test_a_map_that_is_nearly_all_border_is_the_layers_own(layer, shape):
     layer.use_bias = False
     size = int(np.prod(shape))
-    basis = np.eye(size, dtype=np.float32).reshape(size, *shape)
-    matrix = np.asarray(layer(basis), np.float64).reshape(size, -1)  # each basis vector through the layer
+    matrix = np.asarray(layer(np.eye(size, dtype=np.float32).reshape(size, *shape)), np.float64).reshape(size, -1)
     values = np.linalg.svd(matrix, compute_uv=False)
     smallest, largest = operator_extremes(layer, (None, *shape))
     np.testing.assert_allclose(largest, values[0], rtol=1e-5)
@@ -134,14 +105,6 @@ def test_what_is_left_out_and_rounded():
     assert np.isnan(operator_extremes(layers.ReLU(), (None, 4))).all()
     strided = build(layers.Conv2D(3, 3, strides=2), (7, 7, 2))
     assert operator_extremes(strided, (None, 7, 7, 2)) == operator_extremes(strided, (None, 8, 8, 2))
-
-
-def test_orthonormal_filters_are_not_an_isometry():
-    # Why W^T W = I bounds the map only by the window's size: |sigma| <= sqrt(kh * kw), reached by no random kernel.
-    layer = build(layers.Conv2D(16, 3, kernel_initializer=OrthonormalInitializer(seed=0)), (8, 8, 16))
-    assert kernel_extremes(layer.kernel) == pytest.approx((1, 1), abs=1e-5)
-    smallest, largest = operator_extremes(layer, (None, 8, 8, 16))
-    assert smallest < 0.3 and 1.5 < largest <= 3
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 4), (3, 4, 7), (2, 1, 3)])
