@@ -127,7 +127,7 @@ def _cropped(images, settings, key, rows):
         left = tf.where(draws[:, 2] < 0.5, left, left[:, ::-1])
     cropped = tf.gather(tf.gather(padded, top, axis=1, batch_dims=1), left, axis=2, batch_dims=1)
     if settings.cutout:
-        draws = tf.random.stateless_uniform((settings.batch_size, 2), key + [CUTOUT_SEED, 0])
+        draws = tf.random.stateless_uniform((settings.batch_size, 2), tf.add(key, [CUTOUT_SEED, 0]))
         first = tf.cast(tf.gather(draws, rows) * sizes, tf.int32) - settings.cutout // 2
         gaps = [tf.range(sizes[i]) - first[:, i, tf.newaxis] for i in (0, 1)]
         y, x = ((gap >= 0) & (gap < settings.cutout) for gap in gaps)

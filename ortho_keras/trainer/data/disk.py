@@ -1,5 +1,6 @@
 """Images of one split that stay on the disk: read, cropped and decoded when a step needs them."""
 
+import itertools
 import os
 
 import numpy as np
@@ -57,10 +58,10 @@ class DiskSplit:
         return np.clip(np.round(images[:count]), 0, 255).astype(np.uint8), np.array(labels[:count])
 
     def read(self, indices, keys=None, replace=False):
-        """Returns float32 images, labels, and whether each was decoded, of `(n,)` indices in this split; in a graph.
+        """Returns float32 images, labels, and whether each was decoded; called in a graph.
 
         Args:
-            indices: int64 `(n,)`.
+            indices: int64 `(n,)`, of images in this split.
             keys: int64 `(n, 2)`, the seeds of random crops (see `decoded_crop`); `None` for the central parts.
             replace: bool. Whether the next image that decodes takes the place of one that does not.
         """
@@ -78,31 +79,26 @@ class DiskSplit:
         return tf.while_loop(lambda _, __, decoded, *rest: ~tf.reduce_all(decoded), decode_missing, (*nothing, indices, 0))[:3]
 
     def _decoded(self, indices, keys):
-        count, size = tf.size(indices, tf.int64), self.image_shape[:2]
-        numbers = tf.gather(self._numbers, indices)
-        seeds = tf.zeros((count, 2), tf.int64) if keys is None else keys
+        numbers, count = tf.gather(self._numbers, indices), tf.size(indices, tf.int64)
 
-        def decode(row, number, handle, seed):
+        def decode(row, number, handle, key=None):
             encoded, label = self.source.open(handle, number)
-            return row, decoded_crop(encoded, None if keys is None else seed, size), label
+            return decoded_crop(encoded, key, self.image_shape[:2]), label, row
 
-        slices = (tf.range(count), numbers, self.source.handles(numbers), seeds)
+        slices = (tf.range(count), numbers, self.source.handles(numbers), *([] if keys is None else [keys]))
         one_by_one = tf.data.Dataset.from_tensor_slices(slices)
         good = one_by_one.map(decode, num_parallel_calls=cpu_cores(), deterministic=True).ignore_errors()
-        # `get_single_element` needs one element: with an extra row there is one also where nothing was decoded.
-        extra = (count, tf.zeros(self.image_shape), tf.zeros((), tf.int64))
-        good = good.concatenate(tf.data.Dataset.from_tensors(extra)).batch(count + 1)
-        rows, images, labels = (values[:-1] for values in good.get_single_element())
-        decoded = tf.scatter_nd(rows[:, tf.newaxis], tf.ones_like(rows), [count]) > 0
-        with tf.control_dependencies([tf.numpy_function(self._note, [tf.boolean_mask(numbers, ~decoded)], [])]):
-            images = tf.scatter_nd(rows[:, tf.newaxis], images, tf.stack([count, *self.image_shape]))
-        labels = tf.scatter_nd(rows[:, tf.newaxis], labels, [count])
-        shapes = [indices.shape + self.image_shape, indices.shape, indices.shape]
-        return [tf.ensure_shape(*pair) for pair in zip((images, labels, decoded), shapes)]
+        # `get_single_element` needs one element: with an extra row, -1, there is one also where nothing was decoded.
+        extra = tf.data.Dataset.from_tensors((tf.zeros(self.image_shape), np.int64(0), np.int64(-1)))
+        images, labels, rows = good.concatenate(extra).batch(count + 1).get_single_element()
+        values = (images, labels, tf.ones_like(rows))
+        images, labels, decoded = (tf.math.unsorted_segment_sum(value, rows, count) for value in values)  # drops row -1
+        decoded = decoded > 0
+        tf.numpy_function(self._note, [tf.boolean_mask(numbers, ~decoded)], [])
+        return [tf.ensure_shape(value, indices.shape + value.shape[1:]) for value in (images, labels, decoded)]
 
     def _note(self, numbers):
-        for number in numbers:
-            self.skipped[self.source.name(number)] = True
+        self.skipped |= dict.fromkeys(map(self.source.name, numbers), True)
 
 
 class ImageFiles:
@@ -133,8 +129,8 @@ class ImageRecords:
 
     def __init__(self, flag, files, features):
         self.flag, self.files, self.features = flag, [str(path) for path in files], features
-        places = [self._record_places(number) for number in range(len(self.files))]
-        self.places = np.concatenate([np.zeros((0, 3), np.int64), *places])  # file, offset, length
+        places = itertools.chain.from_iterable(map(self._record_places, range(len(self.files))))
+        self.places = np.fromiter(places, np.dtype((np.int64, 3)))  # file, offset, length
 
     def __len__(self):
         return len(self.places)
@@ -161,15 +157,14 @@ class ImageRecords:
         return np.array(records, object)
 
     def _record_places(self, number):
-        """Reads the lengths of a file's records: each has its length (8 bytes), a checksum (4), the data, a checksum (4)."""
-        path, places, at = self.files[number], [], 0
+        """A record has its length (8 bytes), a checksum (4), the data, and a checksum (4)."""
+        path, at = self.files[number], 0
         size = os.path.getsize(path)
         with open(path, "rb", buffering=0) as opened:
             while at + 12 <= size:
                 opened.seek(at)
                 length = int.from_bytes(opened.read(8), "little")
-                places.append((number, at + 12, length))
+                yield number, at + 12, length
                 at += length + 16
         if at != size:
             raise InputError(f"{self.flag} must be complete. Received: {path}, of {size} bytes where its records end at {at}")
-        return np.array(places, np.int64).reshape(-1, 3)

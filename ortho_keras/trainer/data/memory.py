@@ -41,9 +41,8 @@ class MemorySplit:
         """Returns float32 images, labels, and that each was decoded; the arguments are those of `DiskSplit.read`."""
         images, labels = (tf.gather(values, indices) for values in self._tensors)
         if keys is not None:
-            size = self.image_shape[:2]
-            crops = tf.map_fn(lambda pair: resized_crop(*pair, size), (images, keys), fn_output_signature=tf.float32)
-            images = tf.ensure_shape(crops, images.shape)
+            shape, signature = images.shape, tf.TensorSpec(self.image_shape)
+            images = tf.map_fn(lambda pair: resized_crop(*pair, shape[1:3]), (images, keys), fn_output_signature=signature)
         return tf.cast(images, tf.float32), labels, tf.ones_like(labels, tf.bool)
 
     @functools.cached_property

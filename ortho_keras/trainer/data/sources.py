@@ -66,23 +66,21 @@ class ImageFolder(Source, name="folder:"):
         self.path = pathlib.Path(path).expanduser()
         if not path or not self.path.is_dir():
             raise InputError(f"{self.flag} must be a folder that exists. Received: {path!r}")
+        names = _splits([folder.name for folder in _folders(self.path)])
         # A class can be called `train`: as a split it contains folders itself.
-        split_names = _splits([folder.name for folder in _folders(self.path) if folder.name != "train" or _folders(folder)])
-        places = {split: self.path / name for split, name in split_names.items()}
-        folders = {split: _folders(place) for split, place in (places if "train" in places else {"train": self.path}).items()}
-        self.class_names = sorted({folder.name for found in folders.values() for folder in found})
-        self.files = {split: list(self._files(found)) for split, found in folders.items()}
-        if not self.files["train"]:
-            raise InputError(
-                f"{self.flag} must contain one folder of JPEG or PNG images for each class, or train/ and test/ with such "
-                f"folders in each. Received: no image in {sum(map(len, folders.values()))} folder(s)"
-            )
-        self.files = {split: pairs for split, pairs in self.files.items() if pairs}
-
-    def _files(self, folders):
-        for folder in folders:
-            label = self.class_names.index(folder.name)
-            yield from ((path, label) for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES)
+        if "train" not in names or not _folders(self.path / "train"):
+            names = {"train": ""}
+        classes = {split: _folders(self.path / name) for split, name in names.items()}
+        self.class_names = sorted({folder.name for folders in classes.values() for folder in folders})
+        labels = {name: label for label, name in enumerate(self.class_names)}
+        self.files = {}  # {split: pairs of a path and a label}
+        for split, folders in classes.items():
+            files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
+            if files:
+                self.files[split] = [(path, labels[path.parent.name]) for path in files]
+        if "train" not in self.files:
+            expected = "one folder of JPEG or PNG images for each class, or train/ and test/ with such folders in each"
+            raise InputError(f"{self.flag} must contain {expected}. Received: no image")
 
     def examples(self):
         return {split: self._decoded(split) for split in self.files}
@@ -98,10 +96,8 @@ class ImageFolder(Source, name="folder:"):
             try:
                 yield tf.io.decode_image(path.read_bytes(), channels=3, expand_animations=False).numpy(), label
             except tf.errors.InvalidArgumentError as error:
-                raise InputError(
-                    f"{self.flag} must contain images that decode. Received: {path.relative_to(self.path)}, which does not "
-                    f"({first_line(error)})"
-                ) from error
+                received = f"{path.relative_to(self.path)}, which does not ({first_line(error)})"
+                raise InputError(f"{self.flag} must contain images that decode. Received: {received}") from error
 
 
 def _folders(path):
@@ -126,10 +122,8 @@ class TfdsDataset(Source):
         try:
             self.builder = tfds.builder(name, data_dir=data_dir)
         except Exception as error:  # depending on the form of the name, TFDS raises almost anything
-            raise InputError(
-                f"--dataset must be digits, folder:PATH or the name of a TFDS data set. Received: {name!r} "
-                f"({first_line(error)})"
-            ) from error
+            expected = "digits, folder:PATH or the name of a TFDS data set"
+            raise InputError(f"--dataset must be {expected}. Received: {name!r} ({first_line(error)})") from error
         features = self.builder.info.features
         if "image" not in features or "label" not in features or not hasattr(features["label"], "names"):
             raise InputError(f"{self.flag} must have an image and a class label in each example. Received: {list(features)}")
@@ -154,11 +148,10 @@ class TfdsDataset(Source):
                 requests.head(urls[0], timeout=10)
             self.builder.download_and_prepare()
         except Exception as error:  # TFDS passes on whatever its downloader raises
-            manual = f"; its files must be downloaded manually: {' '.join(instructions.split())}" if instructions else ""
-            raise InputError(
-                f"{self.flag} must be prepared in --data_dir or downloadable. Received: nothing prepared in "
-                f"{self.builder.data_path}, and the download failed ({first_line(error)}){manual}"
-            ) from error
+            received = f"nothing prepared in {self.builder.data_path}, and the download failed ({first_line(error)})"
+            if instructions:
+                received += f"; its files must be downloaded manually: {' '.join(instructions.split())}"
+            raise InputError(f"{self.flag} must be prepared in --data_dir or downloadable. Received: {received}") from error
 
     def examples(self):
         dtype = np.dtype(self.builder.info.features["image"].np_dtype)
