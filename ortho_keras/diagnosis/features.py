@@ -34,7 +34,7 @@ def plot_features(model, images, layers, path, maps=8):
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If an argument is not as above. For an unknown layer the message lists the nearest names.
+        ValueError: If an argument is not as above.
 
     Example:
 
@@ -77,9 +77,8 @@ def compare_features(models, images, layers, path, maps=8):
 def plot_filters(model, layers, path, filters=16):
     """Draws convolution kernels as a PNG file: a row for each layer, in it a column for each of its first filters.
 
-    A filter with three input channels is one patch in colour; of others the first four input channels are drawn in grey, one
-    below the other. All patches of a layer have one scale, symmetric around 0 (mid-grey). The title gives it, with the
-    kernel's shape and the mean |cosine| between the layer's filters.
+    A filter with three input channels is one patch in colour; of others the first four input channels are drawn in grey. All
+    patches of a layer have one scale, symmetric around 0 (mid-grey), given in the title with the mean |cosine| of its filters.
 
     Args:
         model: A built Keras model.

@@ -25,17 +25,15 @@ class SignalMonitor(keras.callbacks.Callback):
 
     It writes into `directory`: `signals.csv`, one line for each layer and step, as training proceeds; TensorBoard scalars; and
     at the end `signals.png`, a heat map of the error's magnitude, layer by step. It does not change the training. A run that
-    resumes keeps the lines of the steps before, also where a callback such as `BackupAndRestore` restores the state.
+    resumes keeps the lines of the steps before, also where a callback such as `BackupAndRestore` restores the state. A model
+    that is compiled again, which resets the optimizer's count, continues to count its steps in a second `fit` with the same
+    object. Otherwise a model at step 0 starts a new file.
 
-    A measurement is taken as soon as all of them together have at most `max_share` of the time since training began. The first
-    step and the last are always measured, so a short run spends more: the first measurement records the model's graph, some
-    seconds for a hundred layers. `share` is the share that they took. A second `fit` with the same object and model continues
-    to count its steps where the model was compiled again, which resets the optimizer's count. Otherwise a step is the
-    optimizer's, and a model at step 0 starts a new file.
+    A measurement is taken as soon as all of them together, `share`, have at most `max_share` of the time since training began.
+    The first step and the last are always measured; the first one takes some seconds for a hundred layers.
 
     Args:
-        x: Inputs as in `signal_report`; 64 to 128 samples are enough.
-        y: Targets as in `signal_report`.
+        x, y: As in `signal_report`; 64 to 128 samples are enough.
         directory: Path of a folder; made if missing.
         loss: As in `signal_report`. Defaults to `None`, the compiled model's.
         every: int, at least 1, steps from one measurement to the next. Defaults to `None`, as often as `max_share` allows.
@@ -44,8 +42,7 @@ class SignalMonitor(keras.callbacks.Callback):
 
     Raises:
         ImportError: If tensorboard or matplotlib is not installed.
-        ValueError: If `every` or `max_share` is outside its range, or `directory` is no path of a folder; as `signal_report`
-            when the first step begins.
+        ValueError: If an argument is not as above; for `x`, `y` and `loss`, when the first step begins.
 
     Example:
 

@@ -52,10 +52,8 @@ def plot_signals(report, path):
     label = "rescaled by modulation" if report.modulated else "modulation would rescale"
     error.plot(at[fired], series("error_to_top")[fired], "o", color="tab:red", markersize=4, label=label if fired.any() else "")
     error.set(title="magnitudes", ylabel="root mean square", yscale="log")
-    gradients = series("gradient_ratio")
-    gradient.plot(at, gradients, label="gradient norm / kernel norm", **points)
-    scale = "log" if (gradients > 0).any() else "linear"
-    gradient.set(title="kernel gradients and filters", ylabel="gradient norm / kernel norm", yscale=scale)
+    gradient.plot(at, series("gradient_ratio"), label="gradient norm / kernel norm", **points)
+    gradient.set(title="kernel gradients and filters", ylabel="gradient norm / kernel norm", yscale="log")
     cosine = gradient.twinx()
     cosine.plot(at, series("mean_abs_cosine"), color="tab:green", label="mean |cosine| of filters", **points)
     cosine.set(ylim=(0, None), ylabel="mean |cosine|")

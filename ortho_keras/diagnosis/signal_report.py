@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from ortho_keras.diagnosis import signal_inputs
+from ortho_keras.diagnosis.signal_inputs import shapes
 from ortho_keras.diagnosis.signals import LayerSignal, SignalReport
 from ortho_keras.diagnosis.trace import Trace, magnitude, ratio
 from ortho_keras.method.checks import check_built
@@ -24,18 +25,16 @@ def signal_report(model, x, y, loss=None, tolerance=2.0, max_scale=1000.0, refer
     """Measures one batch and its backpropagated gradient, the error, at each parametric layer, and changes nothing.
 
     The model runs as in training (BatchNormalization uses the batch's statistics, dropout is on); its variables are restored
-    afterwards. The error is that of the loss alone, the mean over the batch, without penalties. It is taken before a layer's
-    own activation, where it has one (after it in a `TimeDistributed`). A layer that is called several times has one entry for
-    each call; "next" and "last" follow the order of calls. A custom layer, or a subclassed model inside, counts as one layer.
-    Recurrent layers and embeddings are not measured; the report lists them.
+    afterwards. The error is that of the loss alone, without penalties, before a layer's own activation, where it has one
+    (after it in a `TimeDistributed`). A layer that is called several times has one entry for each call. A custom layer, or a
+    subclassed model inside, counts as one layer. Recurrent layers and embeddings are not measured; the report lists them.
 
     Args:
         model: A built Functional or Sequential Keras model of any shape, nested and branching ones included.
         x: Inputs, arrays `(batch, ...)`, a batch of at least 2: one, a list in the model's order, or a dict by inputs' names.
         y: Targets, as the loss takes them; a list or dict of arrays for a model of several outputs.
-        loss: A Keras loss, its name, or a function of `(y, outputs)`, which gets `y` of shape `(batch,)` as `(batch, 1)` where
-            the outputs are, as in `compile`. Defaults to `None`, what the model is compiled with: one loss or several, their
-            weights, and targets as `fit` takes them.
+        loss: A Keras loss, its name, or a function of `(y, outputs)`, which gets `y` in the outputs' rank as in `compile`.
+            Defaults to `None`, what the model is compiled with: one loss or several, their weights, and targets as in `fit`.
         tolerance, max_scale, reference: As in `ErrorModulation`: the report shows what modulation would do. For a model with
             `ErrorModulation` layers it shows what they did, and the error after them.
         singular_values: bool. Whether to compute singular values, the slow part for wide layers on large images.
@@ -74,17 +73,15 @@ class Probe:
             raise ValueError("`loss` must be given for a model that is not compiled. Received: loss=None")
         self.loss = model.loss if loss is None else signal_inputs.checked_loss(loss)
         if loss is not None:
-            outputs = model.outputs if len(model.outputs) > 1 else model.outputs[0]
-            self.compiled = keras.Model(model.inputs, outputs) if signal_inputs.is_keras(self.loss) else None
-        if self.compiled not in (None, model):
-            self.compiled.compile(loss=self.loss)
+            self.compiled = None
+            if signal_inputs.is_keras(self.loss):
+                self.compiled = keras.Model(model.inputs, model.outputs if len(model.outputs) > 1 else model.outputs[0])
+                self.compiled.compile(loss=self.loss)
         # An output without a loss may have no target.
         sizes = {leaf.shape[:1] for leaf in keras.tree.flatten(self.y) if leaf.shape or leaf.dtype != object}
         size = len(keras.tree.flatten(self.x)[0])
         if (self.compiled or isinstance(self.loss, keras.losses.Loss)) and sizes != {(size,)}:
-            raise ValueError(
-                f"`y` must hold a target for each of the {size} samples. Received: y of shape {signal_inputs.shapes(self.y)}"
-            )
+            raise ValueError(f"`y` must hold a target for each of the {size} samples. Received: y of shape {shapes(self.y)}")
         self.half = any(getattr(layer, "compute_dtype", "") == "float16" for layer, _ in walk_layers(model))
 
     def measure(self, rule, singular_values=True):
@@ -114,25 +111,22 @@ class Probe:
         linear, outputs, modulated = ([magnitude(error, factor) for error in some] for some in errors)
         # Keras takes the gradient of a softmax at its logits, which bypasses the output.
         outputs = [own if error is None else at_output for own, error, at_output in zip(linear, errors[1], outputs)]
+        scales = [math.nan] * len(calls)
         if trace.modulated:
             scales = [ratio(own, before) if own else 1.0 for own, before in zip(outputs, modulated)]
-            rescaled = [(scale, scale != 1.0) for scale in scales]
-        elif trace.branches:
-            rescaled = [(math.nan, False)] * len(calls)
-        else:
-            rescaled = _would_rescale(rule, outputs)
+        elif not trace.branches:
+            scales = _scales(rule, outputs)
         top = next((error for error in reversed(linear) if error > 0), 0.0)
-        for call, error, next_error, (scale, fired) in zip(calls, linear, [*linear[1:], linear[-1]], rescaled):
-            call.error, call.next_error, call.top_error = error, next_error, top
+        for call, error, next_error, scale in zip(calls, linear, [*linear[1:], linear[-1]], scales):
+            call.error, call.next_error, call.top_error, call.scale = error, next_error, top, scale
             call.gradient_ratio = _gradient_ratio(call.kernels, gradients, factor)
-            call.scale, call.fired = scale, fired
 
     def _outputs(self, trace):
         probe = _InTraining(self.model, lambda: self.graph.run(self.x, trace.call, training=True))
         try:
             return probe(None, training=True)
         except Exception as error:  # a layer may raise anything
-            received = f"x of shape {signal_inputs.shapes(self.x)} ({first_line(error)})"
+            received = f"x of shape {shapes(self.x)} ({first_line(error)})"
             raise ValueError(f"`x` must suit the model's layers. Received: {received}") from error
 
     def _loss(self, outputs):
@@ -141,10 +135,8 @@ class Probe:
             value = self._compiled_loss(outputs) if self.compiled else self._custom_loss(outputs)
             return tf.reduce_mean(tf.cast(value, tf.float32))
         except Exception as error:  # a custom loss may raise anything
-            received = f"y of shape {signal_inputs.shapes(self.y)}, loss={self.loss!r} ({first_line(error)})"
-            raise ValueError(
-                f"`y` and `loss` must suit the outputs {signal_inputs.shapes(outputs)}. Received: {received}"
-            ) from error
+            received = f"y of shape {shapes(self.y)}, loss={self.loss!r} ({first_line(error)})"
+            raise ValueError(f"`y` and `loss` must suit the outputs {shapes(outputs)}. Received: {received}") from error
 
     def _compiled_loss(self, outputs):
         """The loss of training, with the ranks of the targets and the weights of several losses, but without penalties."""
@@ -180,14 +172,14 @@ class _InTraining(keras.Layer):
         return self.function()
 
 
-def _would_rescale(rule, magnitudes):
-    """Pairs `(scale, fired)`: what a rule would do to errors of these magnitudes, layer by layer from the input."""
-    above, passed, rescaled = tf.constant(0.0), 1.0, []
+def _scales(rule, magnitudes):
+    """By what a rule would multiply errors of these magnitudes, layer by layer from the input."""
+    above, passed, scales = tf.constant(0.0), 1.0, []
     for own in reversed(magnitudes):
-        scale, fired, above = rule.decide(tf.constant(own * passed, tf.float32), above)
-        rescaled.append((float(scale), bool(fired)))
-        passed *= float(scale)  # the error is linear in the error of the next layer
-    return rescaled[::-1]
+        scale, _, above = rule.decide(tf.constant(own * passed, tf.float32), above)
+        scales.append(float(scale))
+        passed *= scales[-1]  # the error is linear in the error of the next layer
+    return scales[::-1]
 
 
 def _gradient_ratio(kernels, gradients, factor):

@@ -114,7 +114,7 @@ class LayerSignal:
     dead_share: float = column(lambda call: call.dead_share, "dead", _percent("dead_share"), _dead_findings, scalar=True)
     # Factor by which modulation multiplies the error, or would.
     scale: float = column(lambda call: call.scale, "scale", lambda layer: f"{layer.scale:.3g}" if layer.fired else "")
-    fired: bool = column(lambda call: call.fired, default=None)  # whether modulation rescales the error, or would
+    fired: bool = column(lambda call: abs(call.scale - 1) > 0, default=None)  # whether modulation rescales the error, or would
 
     @classmethod
     def of(cls, call):
@@ -146,11 +146,10 @@ class SignalReport:
     def growth(self):
         """The growth of the error towards the input: a tuple `(total, per layer, number of steps)` of ratios of magnitudes.
 
-        It is computed among the convolutions (whose output has positions) and among the other layers, and the larger change is
-        returned. Of three or more layers the first is left out: it reads the input, whose scale is arbitrary. The total is the
-        ratio of the magnitudes at both ends, unless the least-squares line through the logarithms of all layers has more than
-        twice or less than half of that slope and either exceeds a factor of 10; then the line counts. NaN where there are too
-        few layers.
+        It is the larger change among the convolutions (whose output has positions) or among the other layers. Of three or more
+        layers the first is left out: it reads the input, whose scale is arbitrary. The total is the ratio of both ends, unless
+        the least-squares line through all layers' logarithms has more than twice or less than half of that slope and either
+        exceeds a factor of 10; then the line counts. NaN where there are too few layers.
         """
         growths = [_growth(kind) for kind in _kinds(self.layers)]
         return max(growths, key=lambda growth: abs(math.log(growth[0])), default=(math.nan, math.nan, 0))
@@ -221,9 +220,6 @@ def read_signals(path):
 
     `step` is an int, the other values are of their column's type. A column that the file lacks reads as NaN (a bool as
     `None`), and one that is unknown here is kept as text. A last line that was cut off by a kill is dropped.
-
-    Raises:
-        ValueError: If the file has no columns `step` and `name`, or a value is not of its column's type.
     """
     if not os.path.exists(path):
         return []
@@ -235,11 +231,10 @@ def read_signals(path):
     parse = {bool: {"True": True, "False": False}.get, float: float, str: str}
     types = {field.name: parse[field.type] for field in dataclasses.fields(LayerSignal)}
     missing = dataclasses.asdict(LayerSignal())
-    rows = []
-    for line in lines:
-        values = {name: types[name](text) if name in types else text for name, text in line.items()}
-        rows.append({"step": int(values.pop("step")), **missing, **values})
-    return rows
+    for at, line in enumerate(lines):
+        values = {name: types.get(name, str)(text) for name, text in line.items()}
+        lines[at] = {"step": int(values.pop("step")), **missing, **values}
+    return lines
 
 
 def _kinds(layers):

@@ -70,6 +70,8 @@ def operator_extremes(layer, input_shape):
         shape = layer.compute_output_shape(shape)
     sizes = tuple(shape[2:] if layer.data_format == "channels_first" else shape[1:-1])
     kernel, groups = _as_grouped(kernels)
+    if not np.isfinite(kernel).all():
+        return math.nan, math.nan
     spans = [(size - 1) * dilation + 1 for size, dilation in zip(kernel.shape, layer.dilation_rate)]
     if any(span > 1 and size < 2 * span for size, span in zip(sizes, spans)):
         return _bordered_extremes(kernel, groups, sizes, layer.strides, layer.dilation_rate, padding)
@@ -83,8 +85,6 @@ def convolution_extremes(kernel, groups, sizes, strides, dilations):
     """
     kernel = np.asarray(kernel, np.float64)
     axes = len(sizes)
-    if not np.isfinite(kernel).all():
-        return math.nan, math.nan
     if all(size == 1 for size in (*kernel.shape[:axes], *strides)):  # the same matrix at every frequency
         sizes = (1,) * axes
     folded = [-(-size // stride) for size, stride in zip(sizes, strides)]
@@ -108,7 +108,7 @@ def convolution_extremes(kernel, groups, sizes, strides, dilations):
 def _bordered_extremes(kernel, groups, sizes, strides, dilations, padding):
     """The same with a layer's padding, from each group's whole matrix."""
     inputs = math.prod(sizes) * kernel.shape[-2]
-    if inputs > WRITTEN_OUT or not np.isfinite(kernel).all():
+    if inputs > WRITTEN_OUT:
         return math.nan, math.nan
     basis = np.eye(inputs).reshape(inputs, *sizes, kernel.shape[-2])
     if padding == "causal":

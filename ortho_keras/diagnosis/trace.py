@@ -1,6 +1,5 @@
 """One pass through a model's layers that records what each parametric layer received and returned."""
 
-import contextlib
 import functools
 import math
 import re
@@ -25,7 +24,6 @@ class Call:
     """
 
     error = next_error = top_error = gradient_ratio = scale = dead_share = math.nan
-    fired = False
 
     def __init__(self, layer, name, kernels, inputs, linear, outputs):
         self.layer, self.inner, self.name, self.kernels = layer, _unwrapped(layer), name, kernels
@@ -50,13 +48,12 @@ class Call:
 
     @functools.cached_property
     def cosines(self):
-        kernels = [(np.asarray(kernel.variable, np.float64), kernel.layout, kernel.groups) for kernel in self.kernels]
-        return mean_cosines(np.asarray(as_matrices(*kernel)) for kernel in kernels)
+        return mean_cosines(as_matrices(k.variable.numpy().astype(np.float64), k.layout, k.groups) for k in self.kernels)
 
     @functools.cached_property
     def kernel_values(self):
         """The smallest and the largest singular value of the kernels."""
-        lows, highs = zip(*(kernel_extremes(kernel.variable, kernel.layout, kernel.groups) for kernel in self.kernels))
+        lows, highs = zip(*(kernel_extremes(k.variable, k.layout, k.groups) for k in self.kernels))
         return min(lows), max(highs)
 
     @functools.cached_property
@@ -82,8 +79,7 @@ class Trace:
         for entry in known:
             entry[2] = True
         source = max((index for _, index, _ in known if index is not None), default=None)
-        with _recorded_activation(layer) as linear:
-            outputs = layer(*args, **kwargs)
+        outputs, linear = _called(layer, args, kwargs)
         first = keras.tree.flatten(outputs)[0]
         inner = walk_layers(layer) if isinstance(layer, keras.Layer) else ()
         kernels = [kernel for each, _ in inner for kernel in layer_kernels(each)]
@@ -119,24 +115,22 @@ def ratio(numerator, denominator):
     return numerator / denominator
 
 
-@contextlib.contextmanager
-def _recorded_activation(layer):
-    """Collects, in a list, what a layer with a kernel, wrapped or not, passes to its own activation."""
-    layer = _unwrapped(layer)
-    linear, activation = [], getattr(layer, "activation", None)
-    if activation in (None, keras.activations.linear) or not isinstance(layer, keras.Layer) or not layer_kernels(layer):
-        yield linear
-        return
+def _called(layer, args, kwargs):
+    """Returns a layer's outputs, and a list of what it, wrapped or not, passed to its own activation after a kernel."""
+    inner, linear = _unwrapped(layer), []
+    activation = getattr(inner, "activation", None)
+    if activation in (None, keras.activations.linear) or not isinstance(inner, keras.Layer) or not layer_kernels(inner):
+        return layer(*args, **kwargs), linear
 
     def record(inputs):
         linear.append(inputs)
         return activation(inputs)
 
-    layer.activation = record
+    inner.activation = record
     try:
-        yield linear
+        return layer(*args, **kwargs), linear
     finally:
-        layer.activation = activation
+        inner.activation = activation
 
 
 def _unwrapped(layer):
