@@ -90,7 +90,9 @@ ARMS = {
         "identities, max(x, -2), the penalty; BatchNormalization's moving averages", "ours", {**_DIRAC, "bn_batches": 0}
     ),
     "residual_l2": Arm("the residual counterpart, He initialization, L2", "control", {**_L2, "network": "residual"}),
-    "residual_orthonormal": Arm("the residual counterpart, orthonormal initialization and penalty", "paper", {"network": "residual"}),
+    "residual_orthonormal": Arm(
+        "the residual counterpart, orthonormal initialization and penalty", "paper", {"network": "residual"}
+    ),
 }
 
 flags.DEFINE_enum("rung", "digits", list(RUNGS), "Data and steps.")

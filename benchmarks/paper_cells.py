@@ -87,10 +87,11 @@ class Cell:
     def recipe(self, precision):
         """The recipe of the run; a search is the beginning of the reported one, before the rate is first divided."""
         values = {"depth": self.depth, "factor": self.factor, "learning_rate": self.rate, "seed": self.seed}
+        values |= {"modulation": "off", "tolerance": 2.0}  # unless the arm says otherwise
         values |= {"max_steps": self.steps, "epochs": EPOCHS, "warmup_steps": WARMUP, "evaluate_every": 3}
         if self.steps < STEPS:
             values["schedule"] = "constant"
-        return dataclasses.replace(RECIPES[BASE].recipe, **values, **ARMS[self.arm].values, precision=precision)
+        return dataclasses.replace(RECIPES[BASE].recipe, **{**values, **ARMS[self.arm].values}, precision=precision)
 
 
 class Table:

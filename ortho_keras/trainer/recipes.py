@@ -93,6 +93,7 @@ _IMAGENET = Recipe(
 )
 _PAPER_44 = "87.2 (orthonormal, read off a figure), best 88.42 (as cited by others)"
 _PAPER_110 = "81.6 (orthonormal and modulation, as cited by others)"
+_NEIGHBOUR = {"modulation": "neighbour", "tolerance": 1.1}  # the paper's rule; it does not give the tolerance
 
 
 def _preset(base, about, paper="", **changes):
@@ -106,7 +107,7 @@ def _residual(base, plain, paper="", **changes):
 def _baseline(name, preset):
     """The same data, steps, seed and schedule with He initialization and L2 instead of the method."""
     changes = dict(initializer="he_normal", stem_initializer="same", relu_shift=0.0, regularizer="l2", factor=1e-4)
-    changes |= dict(modulation="off", start_depth=0, grow_epoch=0)
+    changes |= dict(modulation="off", tolerance=2.0, start_depth=0, grow_epoch=0)
     if preset.recipe.optimizer == "muon":
         changes |= dict(optimizer="sgd", learning_rate=0.1, rate_depth=0)
     return _preset(preset.recipe, f"baseline of {name}: He initialization and L2", **changes)
@@ -122,7 +123,7 @@ _PRESETS = {
     ),
     "plain110_digits": _preset(_SMALL_DIGITS, "110 layers on digits of 8x8 pixels", depth=110),
     "plain1004_digits": _preset(_SMALL_DIGITS, "1,004 layers on digits of 8x8 pixels", depth=1004, epochs=10, evaluate_every=5),
-    "plain44_cifar10": _preset(_PAPER, "the paper's plain net of 44 layers", _PAPER_44),
+    "plain44_cifar10": _preset(_PAPER, "the paper's plain net of 44 layers, and its modulation", _PAPER_44, **_NEIGHBOUR),
     "plain44_cifar10_fast": _preset(
         _FAST, "44 layers in 16 epochs: identities, shifted ReLU (ours) and Muon", hold_out=False, **_SMALLER_CROP
     ),
@@ -139,11 +140,14 @@ _PRESETS = {
     ),
     "plain110_cifar10": _preset(
         _PAPER,
-        "the paper's plain net of 110 layers, modulated by the anchor (ours; the paper: by the neighbour)",
+        "the paper's plain net of 110 layers, and its modulation",
         _PAPER_110,
         depth=110,
-        modulation="anchor",
         learning_rate=0.01,
+        **_NEIGHBOUR,
+    ),
+    "plain110_cifar10_anchor": _preset(
+        _PAPER, "plain110_cifar10 modulated by the anchor (ours)", depth=110, learning_rate=0.01, modulation="anchor"
     ),
     "plain110_cifar10_fast": _preset(
         _FAST,
@@ -160,10 +164,13 @@ _PRESETS = {
     "plain34_imagenet": _preset(_IMAGENET, "the paper's plain net of 34 layers for ImageNet"),
     "plain101_imagenet": _preset(
         _IMAGENET,
-        "the paper's plain net of 101 layers for ImageNet, modulated by the anchor (ours; the paper: by the neighbour)",
+        "the paper's plain net of 101 layers for ImageNet, and its modulation",
         "70.0 (as cited by others)",
         depth=101,
-        modulation="anchor",
+        **_NEIGHBOUR,
+    ),
+    "plain101_imagenet_anchor": _preset(
+        _IMAGENET, "plain101_imagenet modulated by the anchor (ours)", depth=101, modulation="anchor"
     ),
     "resnet34_imagenet": _residual(_IMAGENET, "plain34_imagenet", "72.9 (orthonormal, read off a figure; L2: 72.3)"),
     "resnet101_imagenet": _residual(
@@ -182,10 +189,11 @@ _PRESETS = {
     ),
 }
 
-# Each preset, followed by its baseline.
-RECIPES = {
-    name: preset for own, base in _PRESETS.items() for name, preset in ((own, base), (f"{own}_l2", _baseline(own, base)))
-}
+RECIPES = {}
+for _name, _own in _PRESETS.items():
+    RECIPES[_name] = _own
+    if not _name.endswith("_anchor"):  # whose baseline is that of the paper's rule
+        RECIPES[f"{_name}_l2"] = _baseline(_name, _own)
 
 
 def find_preset(name):
