@@ -2,13 +2,14 @@
 
 python -m ortho_keras.trainer.report runs/digits runs/digits_l2 --output=report.html
 
-All plots are inside the page, which therefore can be mailed or put on any server.
+All plots are inside the page.
 """
 
 import argparse
 import base64
 import itertools
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -38,6 +39,7 @@ SUMMARY = {
     "images/s": ("images_per_second", "{:.0f}"),
     "parameters": ("parameters", "{:,}"),
     "images skipped": ("skipped_images", "{:,}"),
+    "largest |WᵀW − I|": ("largest_error", "{:.3g}"),
 }
 # Left out where no run has a value: with few classes, without mirroring, and with sound data.
 OPTIONAL = ("test_top5_accuracy", "test_mirrored_accuracy", "skipped_images")
@@ -48,23 +50,23 @@ class Run:
     """The content of a workdir: the recipe, and what the run has written so far."""
 
     def __init__(self, workdir):
+        def read(name, missing):
+            return json.loads((workdir / name).read_text()) if (workdir / name).exists() else missing
+
         try:
             begun = json.loads((workdir / "run.json").read_text())
             self.recipe = dict(begun["recipe"])
-            self.history, result = (
-                json.loads((workdir / name).read_text()) if (workdir / name).exists() else missing
-                for name, missing in (("history.json", []), ("result.json", {}))
-            )
+            self.history, self.result = read("history.json", []), read("result.json", {})
             first_epoch = self.recipe.get("grow_epoch", 0) if self.recipe.get("start_depth") else 0
-            self.values = {**progress(self.history, first_epoch), **result}
+            self.values = {**progress(self.history, first_epoch), **self.result}
             self.signals = read_signals(workdir / "signals.csv")
         except (OSError, ValueError, KeyError, TypeError) as error:
             expected = "WORKDIR must be the folder of a run of train.py"
             raise InputError(f"{expected}. Received: {str(workdir)!r} ({first_line(error)})") from error
-        self.finished = bool(result)
-        self.errors = result.get("orthonormality_error", {})
-        self.environment = {"data_sha256": result.get("data_sha256") or begun.get("data_sha256") or ""}
-        self.environment |= {**result.get("device", {}), **result.get("versions", {})}
+        self.errors = self.result.get("orthonormality_error", {})
+        self.values["largest_error"] = max(self.errors.values(), default=None)
+        self.environment = {"data_sha256": self.result.get("data_sha256") or begun.get("data_sha256") or ""}
+        self.environment |= {**self.result.get("device", {}), **self.result.get("versions", {})}
         self.model = workdir / "final.keras"
 
 
@@ -100,14 +102,12 @@ def write_report(workdirs, path):
 
 
 def _labelled(workdirs):
-    """Returns `{label: Run}`: a folder's name, with as many of its parents' as make the labels unique."""
-    full = [workdir.resolve().parts for workdir in workdirs]
-    if len(set(full)) < len(full):
+    """Returns `{label: Run}`: a folder's name, after the folders in which it differs from the others."""
+    paths = [workdir.resolve() for workdir in workdirs]
+    if len(set(paths)) < len(paths):
         raise InputError(f"each WORKDIR must be listed once. Received: {' '.join(map(str, workdirs))}")
-    count = 1
-    while len({parts[-count:] for parts in full}) < len(full):
-        count += 1
-    return {"/".join(parts[-count:]): Run(workdir) for parts, workdir in zip(full, workdirs)}
+    common = os.path.commonpath([path.parent for path in paths])
+    return {os.path.relpath(path, common): Run(workdir) for path, workdir in zip(paths, workdirs)}
 
 
 def _summary(runs):
@@ -117,17 +117,14 @@ def _summary(runs):
         values = [run.values.get(key) for run in runs]
         if any(values) or key not in OPTIONAL:
             rows.append((name, ["" if value is None else form.format(value) for value in values], False))
-    errors = [f"{max(run.errors.values()):.3g}" if run.errors else "" for run in runs]
-    return [*rows, ("largest |WᵀW − I|", errors, False)]
+    return rows
 
 
 def _comparison(columns):
     """Returns rows of every value by run, marked where runs differ."""
-    rows = []
-    for name in dict.fromkeys(itertools.chain(*columns)):
-        values = [str(column.get(name, "")) for column in columns]
-        rows.append((name, values, len(set(values)) > 1))
-    return rows
+    names = dict.fromkeys(itertools.chain(*columns))
+    rows = {name: [str(column.get(name, "")) for column in columns] for name in names}
+    return [(name, values, len(set(values)) > 1) for name, values in rows.items()]
 
 
 def _curves(runs):

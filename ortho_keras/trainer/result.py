@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import pathlib
 import platform
+import statistics
 
 from ortho_keras.method.kernels import model_kernels, orthonormality_error
 from ortho_keras.trainer.runtime import cpu_cores, device_names
@@ -13,33 +14,19 @@ PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "scikit-learn
 
 
 def result_of(name, recipe, data, model, history, test, runtime):
-    """Returns the content of `result.json`, a dict.
-
-    Args:
-        name: The recipe's name.
-        recipe: `Recipe`.
-        data: `ImageData`.
-        model: The trained model.
-        history: List of the epochs' metrics, at least one.
-        test: Dict of the metrics on the test split.
-        runtime: `Runtime`.
-    """
+    """Returns the content of `result.json`, a dict; `history` has at least one epoch, `test` the metrics on the test split."""
+    kernels = model_kernels(model)
     return {
         "recipe_name": name,
         "recipe": recipe.to_json(),
         "seed": recipe.seed,
         **progress(history, recipe.grow_epoch if recipe.start_depth else 0),
-        "test_accuracy": test["accuracy"],
-        "test_top5_accuracy": test.get("top5_accuracy"),
-        "test_mirrored_accuracy": test.get("mirrored_accuracy"),
-        "test_crossentropy": test["crossentropy"],
+        **{f"test_{key}": test.get(key) for key in ("accuracy", "top5_accuracy", "mirrored_accuracy", "crossentropy")},
         "penalty": test["penalty"],
         "skipped_images": len(data.skipped),
         "data_sha256": data.fingerprint,
         "parameters": model.count_params(),
-        "orthonormality_error": {
-            kernel.path: orthonormality_error(kernel.variable, kernel.layout, kernel.groups) for kernel in model_kernels(model)
-        },
+        "orthonormality_error": {one.path: orthonormality_error(one.variable, one.layout, one.groups) for one in kernels},
         "device": {
             "type": device_names(),
             "cpu_cores": cpu_cores(),
@@ -55,7 +42,7 @@ def progress(history, first_epoch=0):
     """Returns the part of `result.json` that the epochs so far determine; the pace is the median from `first_epoch` on."""
     if not history:
         return {}
-    rates = sorted(row["images/s"] for row in history[first_epoch:] if "images/s" in row)
+    rates = [row["images/s"] for row in history[first_epoch:] if "images/s" in row]
     validated = [row["validation_accuracy"] for row in history if "validation_accuracy" in row]
     return {
         "validation_accuracy": validated[-1] if validated else None,
@@ -63,7 +50,7 @@ def progress(history, first_epoch=0):
         "penalty": history[-1]["penalty"],
         "steps": history[-1]["step"],
         "seconds": round(sum(row["seconds"] for row in history), 3),
-        "images_per_second": round(rates[len(rates) // 2], 1) if rates else None,
+        "images_per_second": round(statistics.median_high(rates), 1) if rates else None,
     }
 
 
@@ -85,8 +72,7 @@ def hardware(device):
 
 def processor():
     """Returns the name of the machine's processor."""
-    try:
+    with contextlib.suppress(OSError, StopIteration):
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+    return platform.processor()
