@@ -1,7 +1,6 @@
 """Writes a trained model as it is deployed: BatchNormalization folded, modulation removed, float32."""
 
 import pathlib
-import tempfile
 
 import keras
 import numpy as np
@@ -32,7 +31,7 @@ def deploy(path, output):
         output: Path. `*.keras` and `*.tflite` are files; a name without a suffix is a new folder for a SavedModel.
 
     Returns:
-        A line of text: how many layers were folded, and the largest difference of outputs on noise, relative to the largest.
+        A line of text: how many layers were folded, and the outputs' largest difference on noise, relative to the largest.
 
     Raises:
         InputError: If `path` holds no model that can be read and folded, or `output` cannot be written.
@@ -50,25 +49,24 @@ def deploy(path, output):
         deployed.export(output, format="tf_saved_model", verbose=False)
     else:
         with whole_file(output) as part:
-            part.write_bytes(_tflite(deployed)) if output.suffix == ".tflite" else deployed.save(part)
-    layers = [[layer for layer, _ in walk_layers(one)] for one in (model, deployed)]
-    before, left = (sum(isinstance(layer, keras.layers.BatchNormalization) for layer in found) for found in layers)
+            if output.suffix == ".keras":
+                deployed.save(part)
+            else:  # with the weights as constants
+                deployed.export(str(part), "litert", verbose=False, experimental_enable_resource_variables=False)
+    before, left = (
+        sum(isinstance(layer, keras.layers.BatchNormalization) for layer, _ in walk_layers(one)) for one in (model, deployed)
+    )
     difference = f"outputs differ by {_difference(model, deployed):.1e} of the largest on noise"
     return f"{output}: {before - left} of {before} BatchNormalization layers folded, {difference}"
 
 
 def _difference(model, deployed):
-    """Returns how far the outputs of a model and its copy differ on noise, relative to the largest output."""
     rng = np.random.default_rng(0)
-    shapes = [(16, *(size or 32 for size in tensor.shape[1:])) for tensor in model.inputs]
-    noise = [tf.cast(rng.uniform(0, 255, shape), tensor.dtype) for shape, tensor in zip(shapes, model.inputs)]
-    batch = keras.tree.pack_sequence_as(model.input, noise) if isinstance(model, keras.Function) else noise[0]
+
+    def noise(tensor):
+        return tf.cast(rng.uniform(0, 255, (16, *(size or 32 for size in tensor.shape[1:]))), tensor.dtype)
+
+    batch = keras.tree.map_structure(noise, deployed.input)
     mine, theirs = (keras.tree.flatten(one(batch, training=False)) for one in (model, deployed))
     pairs = [(np.asarray(tf.cast(a, tf.float32)), np.asarray(b)) for a, b in zip(mine, theirs)]
     return max(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30) for a, b in pairs)
-
-
-def _tflite(model):
-    with tempfile.TemporaryDirectory() as folder:
-        model.export(folder, format="tf_saved_model", verbose=False)
-        return tf.lite.TFLiteConverter.from_saved_model(folder).convert()

@@ -38,10 +38,9 @@ def fold_batchnorm(model, dtype=None):
     >>> deployed = fold_batchnorm(keras.models.load_model("runs/digits/final.keras"))
     >>> deployed.save("digits.keras")
     """
-    graph = Graph(check_built(model))
+    graph, copies = Graph(check_built(model)), {}
     folded = _foldable(graph, _inputs(model))
     removed = {id(normalization) for normalization in folded.values()}
-    copies = {}
 
     def call_copy(layer, *args, **kwargs):
         if isinstance(layer, ErrorModulation):
@@ -85,21 +84,17 @@ def _foldable(graph, inputs):
         calls.append((layer, keras.tree.flatten((args, kwargs)), keras.tree.flatten(outputs)))
         return outputs
 
-    takers = collections.defaultdict(list)  # id of a tensor -> layers that take it; None for the model's outputs
-    for tensor in keras.tree.flatten(graph.run(inputs, record)):
-        takers[id(tensor)].append(None)
-    for layer, taken, _ in calls:
-        for tensor in taken:
-            takers[id(tensor)].append(layer)
-    sole = {key: layers[0] for key, layers in takers.items() if len(layers) == 1}
+    outputs = keras.tree.flatten(graph.run(inputs, record))
+    makers = {id(made): layer for layer, _, results in calls for made in results}
+    takes = collections.Counter(id(tensor) for tensor in outputs)  # of each tensor, by layers or as the model's output
+    takes.update(id(tensor) for _, taken, _ in calls for tensor in taken)
     count = collections.Counter(id(layer) for layer, _, _ in calls)
     found = {}
-    for layer, _, outputs in calls:
-        for output in outputs:
-            taker = sole.get(id(output))
-            once = count[id(layer)] == count[id(taker)] == 1
-            if once and isinstance(taker, keras.layers.BatchNormalization) and _fits(layer, taker, len(output.shape)):
-                found[id(layer)] = taker
+    for normalization, taken, _ in calls:
+        if isinstance(normalization, keras.layers.BatchNormalization):
+            layer, once = makers.get(id(taken[0])), takes[id(taken[0])] == 1
+            if once and count[id(layer)] == count[id(normalization)] == 1 and _fits(layer, normalization, taken[0].ndim):
+                found[id(layer)] = normalization
     return found
 
 
@@ -115,15 +110,13 @@ def _fits(layer, normalization, rank):
 
 def _folded_weights(layer, normalization):
     """Returns the weights of a layer, in the order of its variables, with a BatchNormalization folded into them."""
-    mean, variance = (np.asarray(v, np.float64) for v in (normalization.moving_mean, normalization.moving_variance))
-    gamma = np.asarray(normalization.gamma, np.float64) if normalization.scale else 1.0
-    beta = np.asarray(normalization.beta, np.float64) if normalization.center else 0.0
-    bias = np.asarray(layer.bias, np.float64) if layer.use_bias else 0.0
-    scale = gamma / np.sqrt(variance + normalization.epsilon)
+
+    def value(variable, default=None):
+        return default if variable is None else np.asarray(variable, np.float64)
+
+    scale = value(normalization.gamma, 1.0) / np.sqrt(value(normalization.moving_variance) + normalization.epsilon)
+    shift = value(normalization.beta, 0.0) - value(normalization.moving_mean) * scale
     *before, last = layer_kernels(layer)  # a separable convolution's depthwise kernel stays as it is
-    kernel = np.asarray(last.variable, np.float64)
-    if last.layout == "transposed":
-        kernel *= scale[:, np.newaxis]
-    else:
-        kernel *= scale.reshape(kernel.shape[-2:]) if last.layout == "depthwise" else scale
-    return [*(np.asarray(one.variable) for one in before), kernel, (bias - mean) * scale + beta]
+    shapes = {"transposed": (-1, 1), "depthwise": last.variable.shape[-2:]}
+    kernel = value(last.variable) * scale.reshape(shapes.get(last.layout, -1))
+    return [*(np.asarray(one.variable) for one in before), kernel, value(layer.bias, 0.0) * scale + shift]

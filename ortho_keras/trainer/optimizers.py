@@ -8,8 +8,8 @@ from keras import ops
 
 from ortho_keras.method.checks import check_number
 
-SHAPES = ("step", "thirds", "cosine", "constant")
 DROPS = {"step": (1 / 2, 3 / 4), "thirds": (1 / 3, 2 / 3)}  # where the rate is divided by 10, as shares of the steps
+SHAPES = (*DROPS, "cosine", "constant")
 FLOAT16_EPSILON = 6e-5  # float16 rounds a smaller one to 0, or as coarsely as it does squared gradients
 
 
@@ -42,20 +42,16 @@ class LearningRate(keras.optimizers.schedules.LearningRateSchedule):
     def __call__(self, step):
         step = tf.cast(step, tf.float32)
         done = tf.minimum((step + self.first_step) / self.total_steps, 1.0)
+        first, second = DROPS.get(self.shape, (math.inf, math.inf))
+        share = tf.where(done < first, 1.0, tf.where(done < second, 0.1, 0.01))
         if self.shape == "cosine":
             share = 0.5 * (1 + tf.cos(math.pi * done))
-        elif self.shape in DROPS:
-            first, second = DROPS[self.shape]
-            share = tf.where(done < first, 1.0, tf.where(done < second, 0.1, 0.01))
-        else:
-            share = 1.0
         if self.warmup_steps:
             share *= tf.minimum((step + 1) / self.warmup_steps, 1.0)
         return self.peak * share
 
     def get_config(self):
-        names = ("peak", "total_steps", "shape", "warmup_steps", "first_step")
-        return {name: getattr(self, name) for name in names}
+        return dict(vars(self))
 
 
 @keras.saving.register_keras_serializable(package="ortho_keras")
@@ -70,8 +66,7 @@ class Muon(keras.optimizers.Muon):
         W = W - learning_rate * orthonormal(G + momentum * M)
 
     where `orthonormal` sets all singular values to about 1 by five Newton-Schulz iterations. The size of a step therefore does
-    not depend on the gradient's: layers whose gradients differ a millionfold are changed by as much. With orthonormal kernels,
-    `learning_rate` is the relative change of a kernel in one step.
+    not depend on the gradient's. With orthonormal kernels, `learning_rate` is the relative change of a kernel in one step.
     Variables of rank 0 and 1 (BatchNormalization's gamma and beta), and those that `exclude` lists, are trained by Adam at
     `vector_rate * learning_rate`.
 
@@ -126,10 +121,9 @@ class Muon(keras.optimizers.Muon):
         if self.built:
             return
         keras.optimizers.Optimizer.build(self, variables)
-        self.momentums = [self.add_variable_from_reference(one, name="momentum") for one in variables]
-        self.adam_velocities = [
-            self.add_variable_from_reference(one, name="squares") if self._should_use_adamw(one) else None for one in variables
-        ]
+        add = self.add_variable_from_reference
+        self.momentums = [add(one, name="momentum") for one in variables]
+        self.adam_velocities = [add(one, name="squares") if self._should_use_adamw(one) else None for one in variables]
 
     def update_step(self, gradient, variable, learning_rate):
         gradient = tf.convert_to_tensor(tf.cast(gradient, variable.dtype))  # an embedding's is sparse
@@ -165,7 +159,7 @@ class AllReplicaLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     """Keras's `LossScaleOptimizer`, which skips a step where *any* replica's gradient is not finite.
 
     Keras (3.15) checks the first replica alone: an inf on another one then reaches the weights of all, and the scale stays.
-    Here the step is skipped on all replicas, and the scale is halved. With one replica it is Keras's.
+    Here the step is skipped on all replicas, and the scale is halved.
 
     Args:
         inner_optimizer: The `keras.optimizers.Optimizer` that takes the steps.
