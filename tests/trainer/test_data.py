@@ -8,17 +8,9 @@ from loaded import as_numpy, assert_equal_batches
 from ortho_keras.trainer.data import BatchSettings, ImageData, MemorySplit, evaluation_batches, load_data, training_batches
 
 
-@pytest.fixture(autouse=True)
-def fresh_state():
-    """Nothing: no test here makes a layer, and clearing Keras takes longer than most of them."""
-
-
 def random_split(n=64, shape=(16, 8, 3), seed=0):
     """Random images; an image's label is its index."""
     return MemorySplit(np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8), np.arange(n))
-
-
-# --- The digits
 
 
 @pytest.fixture(scope="module")
@@ -26,44 +18,27 @@ def digits():
     return load_data("digits")
 
 
-def test_digits_are_split_once_and_completely(digits):
+def test_digits_are_split_once_and_completely_at_every_load(digits):
     from sklearn.datasets import load_digits
 
     source = load_digits()
     where = {np.rint(image / 16 * 255).astype("uint8").tobytes(): i for i, image in enumerate(source.images)}
     assert len(where) == 1797  # no two digits are alike, so an image tells its index
+
+    def found(*splits):
+        return [where[image.tobytes()] for split in splits for image in split.images]
+
     splits = (digits.train, digits.validation, digits.test)
-    assert [len(split) for split in splits] == [1293, 144, 360]
-    found = [where[image.tobytes()] for split in splits for image in split.images]
-    assert sorted(found) == list(range(1797))
-    np.testing.assert_array_equal(np.concatenate([split.labels for split in splits]), source.target[found])
+    assert [len(split) for split in splits] == [1293, 144, 360] and sorted(found(*splits)) == list(range(1797))
+    np.testing.assert_array_equal(np.concatenate([split.labels for split in splits]), source.target[found(*splits)])
     assert digits.image_shape == (8, 8, 1) and digits.class_names == tuple("0123456789")
     assert all(split.images.dtype == np.uint8 and split.labels.dtype == np.int64 for split in splits)
     assert np.all(np.abs(np.bincount(digits.test.labels) - np.bincount(source.target) * 360 / 1797) < 1)  # stratified
-
-
-def test_digits_are_held_out_alike_at_every_load(digits):
     keras.utils.set_random_seed(1)  # the run's own seed must not matter
     again, whole = load_data("digits"), load_data("digits", hold_out=False)
-    for name in ("train", "validation", "test"):
-        np.testing.assert_array_equal(getattr(again, name).images, getattr(digits, name).images)
-    assert whole.validation is None
-    np.testing.assert_array_equal(whole.test.images, digits.test.images)
-    both = [*digits.train.images, *digits.validation.images]
-    assert sorted(image.tobytes() for image in both) == sorted(image.tobytes() for image in whole.train.images)
-
-
-@pytest.mark.parametrize("size", [5, 20])
-def test_image_size_resizes_by_the_antialiased_triangle_filter(digits, size):
-    data = load_data("digits", image_size=size)
-    scale = 8 / size
-    centers = (np.arange(size)[:, np.newaxis] + 0.5) * scale
-    weights = np.maximum(0, 1 - np.abs(np.arange(8) + 0.5 - centers) / max(scale, 1))
-    weights /= weights.sum(1, keepdims=True)
-    expected = weights @ digits.test.images[..., 0] @ weights.T
-    assert data.image_shape == (size, size, 1) and data.test.images.dtype == np.uint8
-    assert np.abs(data.test.images[..., 0] - expected).max() < 0.501  # rounded to the nearest
-    np.testing.assert_array_equal(data.train.labels, digits.train.labels)
+    assert found(again.train, again.validation, again.test) == found(*splits)
+    assert whole.validation is None and found(whole.test) == found(digits.test)
+    assert sorted(found(whole.train)) == sorted(found(digits.train, digits.validation))
 
 
 def test_the_fingerprint_is_the_images_and_labels_whatever_their_order():
@@ -74,13 +49,12 @@ def test_the_fingerprint_is_the_images_and_labels_whatever_their_order():
     pixel, swapped = whole.images.copy(), whole.labels.copy()
     pixel[3, 2, 1, 0] ^= 1
     swapped[[2, 4]] = swapped[[4, 2]]
-    turned = [MemorySplit(split.images.reshape(-1, 8, 16, 3), split.labels) for split in (whole, test)]
     others = [
         ImageData(MemorySplit(pixel, whole.labels), None, test, ()),
         ImageData(MemorySplit(whole.images, swapped), None, test, ()),
         ImageData(whole.take([0, 1, 2, 3, 4, 5, 6, 6]), None, test, ()),
         ImageData(test, None, whole, ()),
-        ImageData(turned[0], None, turned[1], ()),
+        ImageData(*(MemorySplit(split.images.reshape(-1, 8, 16, 3), split.labels) for split in (whole, whole, test)), ()),
     ]
     assert len({cut.fingerprint, *(other.fingerprint for other in others)}) == 6
 
@@ -97,32 +71,25 @@ def test_channel_statistics_equal_those_of_whole_numbers():
     assert all(type(value) is float for value in mean + variance)
 
 
-# --- Training batches
-
-
-@pytest.mark.parametrize(("n", "batch_size"), [(37, 8), (5, 5), (1, 1)])
+@pytest.mark.parametrize(("n", "batch_size"), [(37, 8), (1, 1)])
 def test_an_epoch_visits_each_image_at_most_once(n, batch_size):
     split, steps = random_split(n, (2, 2, 1)), n // batch_size
     batches = as_numpy(training_batches(split, BatchSettings(batch_size, seed=3), stop=40 * steps))
-    assert len(batches) == 40 * steps
-    for epoch in range(40):
-        labels = np.concatenate([labels for _, labels in batches[epoch * steps : (epoch + 1) * steps]])
-        assert len(labels) == len(set(labels)) == steps * batch_size
-    assert {label for _, labels in batches for label in labels} == set(range(n))  # none is left out for good
+    epochs = np.reshape([labels for _, labels in batches], (40, -1))
+    assert all(len(set(labels)) == steps * batch_size for labels in epochs)
+    assert set(epochs.ravel()) == set(range(n))  # none is left out for good
     for images, labels in batches:
         assert images.dtype == np.float32 and labels.dtype == np.int64
         np.testing.assert_array_equal(images, split.images[labels])  # "none" changes nothing
 
 
 def test_every_epoch_and_every_seed_has_an_order_of_its_own():
-    split = random_split(40, (1, 1, 1))
-    places = [(0, epoch) for epoch in (*range(8), 255, 256, 257, 512, 65536)]
-    places += [(seed, 0) for seed in (*range(1, 8), 255, 256, 257, 512, 65536, 2**31 - 1)]
-    orders = set()
-    for seed, epoch in places:
+    split, orders = random_split(40, (1, 1, 1)), set()
+    numbers = (*range(8), 255, 256, 257, 512, 65536)
+    for seed, epoch in [(0, number) for number in numbers] + [(number, 0) for number in numbers[1:]]:
         [(_, labels)] = training_batches(split, BatchSettings(40, seed=seed), epoch, epoch + 1)
         orders.add(tuple(labels.numpy()))
-    assert len(orders) == len(places)
+    assert len(orders) == 2 * len(numbers) - 1
 
 
 def test_orders_are_uniform():
@@ -147,9 +114,6 @@ def test_a_step_is_a_function_of_the_seed_alone(augment):
     assert not any(np.array_equal(a[1], b[1]) for a, b in zip(whole, other))
 
 
-# --- Augmentation
-
-
 @pytest.mark.parametrize(
     ("augment", "padding", "border", "expected"),
     [("crop", "mean", 0, (2, 1)), ("crop_flip", "symmetric", 1, (1, 1)), ("crop_flip", "mean", 3, (3, 3))],
@@ -162,23 +126,20 @@ def test_crops_are_uniform_windows_of_the_padded_image(augment, padding, border,
     windows = [padded[:, y : y + 16, x : x + 8] for y in rows for x in columns]
     windows = np.stack([*windows, *(window[:, :, ::-1] for window in windows)], axis=1)
     found = []
-    settings = BatchSettings(24, augment, 5, padding, border, mean=mean)
-    for images, labels in training_batches(split, settings, stop=150):
+    for images, labels in training_batches(split, BatchSettings(24, augment, 5, padding, border, mean=mean), stop=150):
         gap = np.abs(windows[labels] - images.numpy()[:, np.newaxis]).max((2, 3, 4))
         assert np.all((gap < 1e-3).sum(1) == 1)  # random pixels: no other window is near
-        found += [tuple(place) for place in gap.argmin(1).reshape(-1, 24)]
-    counts = np.bincount(np.concatenate(found), minlength=2 * len(rows) * len(columns)).reshape(2, -1)
-    if augment == "crop":
-        assert counts[1].sum() == 0
-        counts = counts[:1]
+        found.append(gap.argmin(1))
+    sides = 2 if augment == "crop_flip" else 1
+    counts = np.bincount(np.concatenate(found), minlength=sides * len(rows) * len(columns)).reshape(sides, -1)
     share = 3600 / counts.size
     assert np.all(np.abs(counts - share) < 5 * np.sqrt(share))  # all offsets, both sides, all alike
-    assert abs(counts[-1].sum() - 3600 / len(counts)) < 5 * np.sqrt(900)
-    assert len(set(found)) == 150  # each step draws anew
+    assert abs(counts[-1].sum() - 3600 / sides) < 5 * np.sqrt(900)
+    assert len({tuple(places) for places in found}) == 150  # each step draws anew
     assert all(len(set(places)) > min(7, counts.size // 2) for places in found)  # for each image
 
 
-@pytest.mark.parametrize("side", [1, 4, 5])
+@pytest.mark.parametrize("side", [4, 5])
 def test_cutout_fills_a_square_around_any_pixel(side):
     split, mean, found = random_split(16, (12, 10, 3)), np.float32([10.5, 128.25, 249.75]), []
     settings = [BatchSettings(8, "crop_flip", 5, "symmetric", 2, cutout, mean) for cutout in (0, side)]
@@ -199,16 +160,6 @@ def test_cutout_fills_a_square_around_any_pixel(side):
     assert len({tuple(found[start : start + 8]) for start in range(0, 2400, 8)}) == 300  # each step draws anew
     counts = np.bincount(found, minlength=120)
     assert len(counts) == 120 and np.all(np.abs(counts - 20) < 5 * np.sqrt(20))  # every pixel, all alike
-
-
-def test_images_of_one_pixel_can_be_cropped():
-    split = MemorySplit(np.full((3, 1, 1, 1), 9, np.uint8), np.arange(3))
-    images = np.concatenate([images for images, _ in as_numpy(training_batches(split, BatchSettings(3, "crop_flip"), stop=60))])
-    assert images.shape == (180, 1, 1, 1) and set(images.ravel()) == {0, 9}  # black by default
-    assert 5 < np.count_nonzero(images) < 40  # one offset of nine is the pixel
-
-
-# --- Evaluation batches
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(10, 4), (8, 4), (3, 8)])
