@@ -13,8 +13,7 @@ from ortho_keras.method.checks import check_built, check_number
 from ortho_keras.method.graphs import Graph
 from ortho_keras.method.kernels import as_matrices, layer_kernels
 
-MAP, PATCH, GAP, DPI, LARGEST = 72, 36, 4, 144, 20_000  # pixels
-CHANNELS = 4  # input channels that are drawn of each filter
+MAP, PATCH, GAP, DPI, LARGEST, CHANNELS = 72, 36, 4, 144, 20_000, 4  # pixels, and the input channels drawn of each filter
 
 
 def plot_features(model, images, layers, path, maps=8):
@@ -54,8 +53,7 @@ def compare_features(models, images, layers, path, maps=8):
         models: Dict of label to model. Every model must have all of the layers.
         images, layers, path, maps: As in `plot_features`, which raises the same errors.
     """
-    _check_models(models)
-    check_number("maps", maps, least=1, integer=True)
+    _check(models, "maps", maps)
     images = np.asarray(images)
     shaped = images.ndim == 4 and images.size and images.shape[-1] in (1, 3)
     if not shaped or images.dtype.kind not in "iuf" or not np.isfinite(images).all():
@@ -104,8 +102,7 @@ def compare_filters(models, layers, path, filters=16):
         models: Dict of label to model. Every model must have all of the layers.
         layers, path, filters: As in `plot_filters`, which raises the same errors.
     """
-    _check_models(models)
-    check_number("filters", filters, least=1, integer=True)
+    _check(models, "filters", filters)
     found = {label: _named_layers(model, layers) for label, model in models.items()}
     _draw({label: [[_filters(layer, filters)] for layer in each] for label, each in found.items()}, path)
 
@@ -166,11 +163,12 @@ def _named_layers(model, names):
     return [known[name] for name in names]
 
 
-def _check_models(models):
+def _check(models, name, number):
     if not isinstance(models, dict) or not models or not all(isinstance(label, str) for label in models):
         raise ValueError(f"`models` must be a dict of label, a string, to model. Received: models={models!r}")
     for model in models.values():
         check_built(model)
+    check_number(name, number, least=1, integer=True)
 
 
 def _stretched(values):
@@ -209,12 +207,10 @@ def _draw(blocks, path):
     for subfigure, (label, rows) in zip(subfigures[0], blocks.items()):
         subfigure.suptitle(label or " ", x=0.01, ha="left", fontsize=9, fontweight="bold", parse_math=False)
         grid = subfigure.subplots(len(rows), len(rows[0]), squeeze=False, width_ratios=widths[label], height_ratios=heights)
-        above = [("", None)] * len(rows[0])
-        for line, row in zip(grid, rows):
+        for line, row, above in zip(grid, rows, [[("", None)] * len(rows[0]), *rows]):
             for axes, (title, pixels), (title_above, _) in zip(line, row, above):
                 axes.imshow(pixels, interpolation="nearest")
                 axes.set_title("" if title == title_above else title, loc="left", fontsize=7, parse_math=False)
                 axes.set_anchor("NW")
                 axes.axis("off")
-            above = row
     save(figure, path, DPI)

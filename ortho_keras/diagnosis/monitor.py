@@ -27,10 +27,8 @@ class SignalMonitor(keras.callbacks.Callback):
     at the end `signals.png`, a heat map of the error's magnitude, layer by step. It does not change the training. A run that
     resumes keeps the lines of the steps before, also where a callback such as `BackupAndRestore` restores the state. A model
     that is compiled again, which resets the optimizer's count, continues to count its steps in a second `fit` with the same
-    object. Otherwise a model at step 0 starts a new file.
-
-    A measurement is taken as soon as all of them together, `share`, have at most `max_share` of the time since training began.
-    The first step and the last are always measured; the first one takes some seconds for a hundred layers.
+    object. Otherwise a model at step 0 starts a new file. A measurement is taken as soon as all of them together, `share`, have
+    at most `max_share` of the time since training began, and always at the first step and the last.
 
     Args:
         x, y: As in `signal_report`; 64 to 128 samples are enough.
@@ -62,15 +60,12 @@ class SignalMonitor(keras.callbacks.Callback):
         require("SignalMonitor", "tensorboard", "matplotlib")
         self.x, self.y, self.loss = x, y, loss
         self.directory = pathlib.Path(directory)
+        self.path = self.directory / "signals.csv"
         self.every, self.max_share, self.singular_values = every, max_share, singular_values
         self._probe = self._recorded = None  # what the probe is of: a model, its optimizer and loss
         self._counted = (None, None)  # the model and optimizer of the last training
         self._earlier = 0  # steps that the model had taken under earlier optimizers
         self._spent = self._duration = 0.0
-
-    @property
-    def path(self):
-        return self.directory / "signals.csv"
 
     @property
     def share(self):
@@ -85,8 +80,7 @@ class SignalMonitor(keras.callbacks.Callback):
             self._prepare()  # not before: another callback's `on_train_begin` may bring weights and steps back
 
     def _prepare(self):
-        began, model = time.perf_counter(), self.model
-        step = self._steps()
+        began, model, step = time.perf_counter(), self.model, self._steps()
         recorded = (model, model.optimizer, model.loss if self.loss is None else self.loss)
         self._rows = [row for row in read_signals(self.path) if row["step"] <= step] if step else []
         if not model.built:
@@ -112,9 +106,9 @@ class SignalMonitor(keras.callbacks.Callback):
         (model, optimizer), steps = self._counted, steps_taken(self.model)
         if model is not self.model:
             return steps
-        # A new optimizer that has steps was restored, and counts all of them.
-        earlier = int(optimizer.iterations.numpy()) if optimizer is not model.optimizer and not steps else 0
-        return self._earlier + earlier + steps
+        if optimizer is not model.optimizer and not steps:  # one that has steps was restored, and counts all of them
+            steps = int(optimizer.iterations.numpy())
+        return self._earlier + steps
 
     def on_train_batch_end(self, batch, logs=None):
         self._duration = time.perf_counter() - self._began
@@ -123,8 +117,7 @@ class SignalMonitor(keras.callbacks.Callback):
             self._write(self._report(self._steps()))
 
     def on_train_end(self, logs=None):
-        if not self._ready:  # training took no step
-            self._prepare()
+        self.on_train_batch_begin(0)  # where training took no step
         if self._steps() > self._last:
             self._write(self._report(self._steps()))
         drawing = time.perf_counter()
@@ -168,15 +161,14 @@ class SignalMonitor(keras.callbacks.Callback):
 
 
 def _copied(model):
-    """Returns a clone outside of the strategy, compiled with the model's losses and their weights."""
+    """Returns a clone outside of the strategy, which Keras compiles as the model is."""
     state = random.getstate()  # Keras seeds new layers from it
     try:
         copied = keras.models.clone_model(model)
-        weights = keras.saving.deserialize_keras_object(model.get_compile_config()["loss_weights"])
     except Exception as error:  # a custom layer, loss or metric may raise anything
         expected = "SignalMonitor needs, under a strategy, a model that `keras.models.clone_model` can copy, and its losses"
         raise ValueError(f"{expected}. Received: a model with loss={model.loss!r} ({first_line(error)})") from error
     finally:
         random.setstate(state)
-    copied.compile(loss=model.loss, loss_weights=weights)  # the same loss objects, and no optimizer with its variables
+    copied.optimizer = None  # its variables take memory
     return copied

@@ -7,8 +7,6 @@ import numpy as np
 from ortho_keras.method.checks import require
 from ortho_keras.method.files import whole_file
 
-_MOST_STEPS, _MOST_NAMES = 12, 22  # tick labels that fit below and beside the heat map
-
 
 def plot_curves(history, path, title):
     """Plots a run's `history`, a list of one dict of metrics for each epoch: loss and penalty, accuracy, learning rate."""
@@ -78,10 +76,7 @@ def plot_signals(report, path):
 
 
 def errors_by_step(rows):
-    """Arranges the lines of a `signals.csv` for `plot_heat_map`: `(steps, names, ratios)`.
-
-    The layers are in the order of the deepest network, as it was last measured: a network that grows gains layers in between.
-    """
+    """Returns `plot_heat_map`'s `(steps, names, ratios)`, the layers in the order of the deepest network, as it was last."""
     networks = {}
     for row in rows:
         networks.setdefault(row["step"], {})[row["name"]] = row["error_to_top"]
@@ -101,7 +96,7 @@ def plot_heat_map(steps, names, ratios, path, title):
     decades = decades.clip(-limit, limit)  # an error of 0 has the darkest blue
     image = axes.imshow(decades, "RdBu_r", aspect="auto", origin="lower", vmin=-limit, vmax=limit, interpolation="nearest")
     image.set_cmap(image.cmap.with_extremes(bad="0.85"))
-    for set_ticks, labels, most in ((axes.set_xticks, steps, _MOST_STEPS), (axes.set_yticks, names, _MOST_NAMES)):
+    for set_ticks, labels, most in ((axes.set_xticks, steps, 12), (axes.set_yticks, names, 22)):  # as many as fit
         every = -(-len(labels) // most)
         set_ticks(range(0, len(labels), every), labels[::every])
     axes.set(xlabel="step", ylabel="layer, from input to output", title=title)
@@ -112,12 +107,9 @@ def plot_heat_map(steps, names, ratios, path, title):
 def new_figure(width, height):
     """Returns a matplotlib figure of a size in inches that no window shows."""
     require("a plot", "matplotlib")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure, path, dpi=120):

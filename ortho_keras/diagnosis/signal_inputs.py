@@ -1,5 +1,7 @@
 """Checks of a report's inputs, targets and loss against the model."""
 
+import contextlib
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -48,19 +50,16 @@ def checked_targets(model, y):
     return np.asarray(y)
 
 
-def _is_one_in_a_list(given, model, end):
-    if isinstance(model, keras.Sequential):  # which never has lists
-        return False
-    return all(isinstance(value, (list, tuple)) and len(value) == 1 for value in (given, getattr(model, end)))
+def _is_one_in_a_list(given, model, end):  # a Sequential model never has lists
+    both = (given, getattr(model, end)) if not isinstance(model, keras.Sequential) else (None,)
+    return all(isinstance(value, (list, tuple)) and len(value) == 1 for value in both)
 
 
 def checked_loss(loss):
     """Returns a loss function or object."""
-    try:
-        if loss is not None and not isinstance(loss, (dict, list, tuple)):
+    if loss is not None and not isinstance(loss, (dict, list, tuple)):
+        with contextlib.suppress(ValueError, TypeError):
             return keras.losses.get(loss)
-    except (ValueError, TypeError):
-        pass
     expected = "`loss` must be one Keras loss, its name, or a function of (y, outputs); several are taken from a compiled model"
     raise ValueError(f"{expected}. Received: loss={loss!r}")
 
@@ -71,16 +70,12 @@ def is_keras(loss):
 
 
 def check_probabilities(loss, outputs):
-    """Raises `ValueError` where a cross-entropy of Keras that expects probabilities receives logits.
-
-    Negative numbers are no probabilities. Numbers above 1 are divided by their sum in `categorical_crossentropy` alone; the
-    sparse one and the binary one clip them to 1.
-    """
+    """Raises `ValueError` where a cross-entropy of Keras that expects probabilities receives logits."""
     name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
     name = name.lower().replace("_", "")
     if not is_keras(loss) or not name.endswith("crossentropy") or getattr(loss, "from_logits", False):
         return
-    highest = np.inf if name == "categoricalcrossentropy" else 1.0
+    highest = np.inf if name == "categoricalcrossentropy" else 1.0  # it divides by their sum; the others clip them to 1
     if any(tf.reduce_min(tensor) < 0 or tf.reduce_max(tensor) > highest for tensor in keras.tree.flatten(outputs)):
         raise ValueError("these outputs are logits: give the loss object, with from_logits=True")
 

@@ -17,9 +17,6 @@ from ortho_keras.method.kernels import walk_layers
 from ortho_keras.method.modulation import ErrorModulation
 from ortho_keras.method.state import unchanged
 
-# float16: the loss is multiplied by the first of these factors for which all gradients are finite.
-LOSS_SCALES = (2.0**15, 2.0**11, 2.0**7, 2.0**3, 1.0)
-
 
 def signal_report(model, x, y, loss=None, tolerance=2.0, max_scale=1000.0, reference="anchor", singular_values=True):
     """Measures one batch and its backpropagated gradient, the error, at each parametric layer, and changes nothing.
@@ -40,8 +37,7 @@ def signal_report(model, x, y, loss=None, tolerance=2.0, max_scale=1000.0, refer
         singular_values: bool. Whether to compute singular values, the slow part for wide layers on large images.
 
     Returns:
-        A `SignalReport`: `.layers`, `.growth`, `.findings`, `.to_csv(path)`, `.to_pandas()`, `.plot(path)`; `print` shows
-        a table.
+        A `SignalReport`: `.layers`, `.growth`, `.findings`, `.to_csv(path)`, `.to_pandas()`, `.plot(path)`, and `print`.
 
     Raises:
         ValueError: If the model is of another kind or has no parametric layer, or if the batch or the loss does not fit it.
@@ -68,15 +64,13 @@ class Probe:
         self.graph = Graph(model)
         self.x = signal_inputs.checked_inputs(model, x)
         self.y = signal_inputs.checked_targets(model, y)
-        self.compiled = model  # whose `compute_loss` gives the loss, as in training; None for a custom loss
         if loss is None and not model.compiled:
             raise ValueError("`loss` must be given for a model that is not compiled. Received: loss=None")
         self.loss = model.loss if loss is None else signal_inputs.checked_loss(loss)
-        if loss is not None:
-            self.compiled = None
-            if signal_inputs.is_keras(self.loss):
-                self.compiled = keras.Model(model.inputs, model.outputs if len(model.outputs) > 1 else model.outputs[0])
-                self.compiled.compile(loss=self.loss)
+        self.compiled = model if loss is None else None  # whose `compute_loss` gives the loss, unless that is a custom one
+        if loss is not None and signal_inputs.is_keras(self.loss):
+            self.compiled = keras.Model(model.inputs, model.outputs if len(model.outputs) > 1 else model.outputs[0])
+            self.compiled.compile(loss=self.loss)
         # An output without a loss may have no target.
         sizes = {leaf.shape[:1] for leaf in keras.tree.flatten(self.y) if leaf.shape or leaf.dtype != object}
         size = len(keras.tree.flatten(self.x)[0])
@@ -103,7 +97,7 @@ class Probe:
         calls = trace.calls
         kernels = {id(kernel.variable): kernel.variable.value for call in calls for kernel in call.kernels}
         sources = [[getattr(call, name) for call in calls] for name in ("linear", "outputs", "modulated")]
-        for factor in LOSS_SCALES if self.half else (1.0,):
+        for factor in (2.0**15, 2.0**11, 2.0**7, 2.0**3, 1.0) if self.half else (1.0,):  # of the loss; the first that is finite
             *errors, gradients = tape.gradient(loss, [*sources, list(kernels.values())], tf.constant(factor))
             if all(np.isfinite(gradient).all() for gradient in gradients if gradient is not None):
                 break
@@ -154,10 +148,9 @@ class Probe:
                 variable.regularizer = regularizer
 
     def _custom_loss(self, outputs):
-        y, one_each = self.y, tf.is_tensor(outputs) and outputs.shape[1:] == (1,)
-        if one_each and np.ndim(y) == 1 and not isinstance(self.loss, keras.losses.Loss):
-            y = y[:, np.newaxis]  # as `compile` does for a function
-        return self.loss(y, outputs)
+        one_each = tf.is_tensor(outputs) and outputs.shape[1:] == (1,) and np.ndim(self.y) == 1
+        ranked = one_each and not isinstance(self.loss, keras.losses.Loss)  # as `compile` does for a function
+        return self.loss(self.y[:, np.newaxis] if ranked else self.y, outputs)
 
 
 class _InTraining(keras.Layer):

@@ -83,7 +83,7 @@ class LayerSignal:
     """One call of a parametric layer; values that do not apply are NaN.
 
     "Error" is the backpropagated gradient at the layer's output, before the layer's own activation; its magnitude is the
-    root mean square. Adding a field, with `column`, adds it to every table, file and log.
+    root mean square.
     """
 
     name: str = column(lambda call: call.name, "layer", lambda layer: layer.name, default="")
@@ -147,9 +147,8 @@ class SignalReport:
         """The growth of the error towards the input: a tuple `(total, per layer, number of steps)` of ratios of magnitudes.
 
         It is the larger change among the convolutions (whose output has positions) or among the other layers. Of three or more
-        layers the first is left out: it reads the input, whose scale is arbitrary. The total is the ratio of both ends, unless
-        the least-squares line through all layers' logarithms has more than twice or less than half of that slope and either
-        exceeds a factor of 10; then the line counts. NaN where there are too few layers.
+        layers the first is left out: it reads the input, whose scale is arbitrary. The total is the ratio of both ends or, if
+        either exceeds 10 and they differ by more than a factor of 2, the least-squares line through all layers' logarithms.
         """
         growths = [_growth(kind) for kind in _kinds(self.layers)]
         return max(growths, key=lambda growth: abs(math.log(growth[0])), default=(math.nan, math.nan, 0))
@@ -163,28 +162,25 @@ class SignalReport:
 
     def __str__(self):
         total, _, steps = self.growth
-        healthy = "nothing is wrong, and there are too few layers to measure the error's growth"
-        if steps:
-            healthy = f"nothing is wrong: the error keeps its magnitude ({total:.2g}x over {_layers(steps)})"
+        keeps = f": the error keeps its magnitude ({total:.2g}x over {_layers(steps)})"
+        healthy = keeps if steps else ", and there are too few layers to measure the error's growth"
         fired = sum(bool(layer.fired) for layer in self.layers)
         modulation = f"modulation {'rescaled' if self.modulated else 'would rescale'} {_layers(fired)}"
         if all(math.isnan(layer.scale) for layer in self.layers):
             modulation = "modulation does not apply, the model branches"
         unmeasured = f" (not measured: {_listed(self.unmeasured)})" if self.unmeasured else ""
         lines = [
-            f"{self.model}: {'; '.join(self.findings) or healthy}{unmeasured}",
+            f"{self.model}: {'; '.join(self.findings) or 'nothing is wrong' + healthy}{unmeasured}",
             f"{len(self.layers)} parametric layers, loss {self.loss:.4g}; {modulation}. Last layer first; error: its magnitude "
             "over the last layer's; gradient: the kernel's, over the kernel's norm; W, operator: singular values",
         ]
-        rows = [layer.cells() for layer in reversed(self.layers)]
-        rows = [list(rows[0]), *(list(row.values()) for row in rows)]
+        rows = [self.layers[0].cells().keys(), *(layer.cells().values() for layer in reversed(self.layers))]
         widths = [max(map(len, texts)) for texts in zip(*rows)]
         for name, *row in rows:
             cells = [name.ljust(widths[0]), *map(str.rjust, row, widths[1:])]
             lines.append("  ".join(cells).rstrip())
-        left_out = len(self.layers) - LINES
+        middle, left_out = 3 + LINES // 2, len(self.layers) - LINES
         if left_out > 0:
-            middle = 3 + LINES // 2
             lines[middle : middle + left_out] = [f"... {left_out} layers between: to_csv and to_pandas have all of them ..."]
         return "\n".join(lines)
 
@@ -229,12 +225,9 @@ def read_signals(path):
     if header and not {"step", "name"} <= set(header):
         raise ValueError(f"`path` must be a file with the columns step and name. Received: {path}, with {', '.join(header)}")
     parse = {bool: {"True": True, "False": False}.get, float: float, str: str}
-    types = {field.name: parse[field.type] for field in dataclasses.fields(LayerSignal)}
-    missing = dataclasses.asdict(LayerSignal())
-    for at, line in enumerate(lines):
-        values = {name: types.get(name, str)(text) for name, text in line.items()}
-        lines[at] = {"step": int(values.pop("step")), **missing, **values}
-    return lines
+    types = {"step": int, **{field.name: parse[field.type] for field in dataclasses.fields(LayerSignal)}}
+    empty = {"step": 0, **dataclasses.asdict(LayerSignal())}
+    return [empty | {name: types.get(name, str)(text) for name, text in line.items()} for line in lines]
 
 
 def _kinds(layers):
@@ -257,7 +250,7 @@ def _growth(kind):
 
 
 def _layers(number):
-    return f"{number} layer{'' if number == 1 else 's'}"
+    return "1 layer" if number == 1 else f"{number} layers"
 
 
 def _listed(names, shown=3):

@@ -14,8 +14,7 @@ WRITTEN_OUT = 2048  # inputs of the largest map whose matrix is written out
 def mean_cosines(kernels):
     """Returns the mean cosine similarity over all pairs of columns, and the mean of its absolute values, two floats.
 
-    `kernels` are arrays `(count, f_in, f_out)`; columns of different matrices make no pair, and a column of zeros has cosine 0
-    with every other. NaN where there is no pair.
+    `kernels` are arrays `(count, f_in, f_out)`; columns of different matrices make no pair. NaN where there is no pair.
     """
     total, absolute, pairs = 0.0, 0.0, 0
     for matrices in kernels:
@@ -42,20 +41,13 @@ def kernel_extremes(kernel, layout="standard", groups=1):
 
 
 def operator_extremes(layer, input_shape):
-    """Returns the smallest and the largest singular value of a layer's linear map on inputs of one size, two floats.
+    """Returns the smallest and the largest singular value of a convolution's or Dense layer's map on one size; else NaN, NaN.
 
-    A convolution with periodic borders is block-diagonal over frequencies, so its singular values are those of one small
-    matrix for each frequency, the kernel's Fourier transform there. With a stride, the frequencies that it folds onto each
-    other share a matrix; an input size that the stride does not divide is rounded up. Inputs less than twice as wide as the
-    window are nearly all border: there the map's own matrix is used, with the layer's padding, where a group has up to 2,048
-    inputs; above, NaN. A value below 1e-7 of the largest is not resolved. A kernel that is not finite gives NaN.
-
-    Args:
-        layer: A built convolution of any kind, or Dense.
-        input_shape: Tuple, the shape of the layer's input; the size of the batch may be `None`.
-
-    Returns:
-        `(smallest, largest)`, or `(nan, nan)` for a layer of another kind.
+    A convolution with periodic borders is block-diagonal over frequencies: its singular values are those of the kernel's
+    Fourier transform at each frequency, where those that a stride folds onto each other share a matrix; an input size that the
+    stride does not divide is rounded up. For inputs less than twice as wide as the window, which are nearly all border, the
+    whole matrix with the layer's padding is used, up to 2,048 inputs; above, NaN. So it is for a kernel that is not finite. A
+    value below 1e-7 of the largest is not resolved.
 
     Reference:
         Sedghi, Gupta, Long 2019 ([arXiv:1805.10408](https://arxiv.org/abs/1805.10408)), theorem 6; strides are ours.
@@ -101,8 +93,8 @@ def convolution_extremes(kernel, groups, sizes, strides, dilations):
         matrices = np.tensordot(np.exp(-2j * np.pi * each @ offsets.T), taps, 1)
         matrices = matrices.reshape(len(each), rows, groups, kernel.shape[-1] // groups)
         extremes.append(_gram_extremes(matrices.swapaxes(1, 2)))
-    scale = math.sqrt(math.prod(strides))
-    return min(low for low, _ in extremes) / scale, max(high for _, high in extremes) / scale
+    lows, highs = np.transpose(extremes) / math.sqrt(math.prod(strides))
+    return float(lows.min()), float(highs.max())
 
 
 def _bordered_extremes(kernel, groups, sizes, strides, dilations, padding):

@@ -17,24 +17,18 @@ _ACTIVATIONS = (keras.layers.Activation, keras.layers.ReLU, ShiftedReLU)
 
 
 class Call:
-    """One call of a parametric layer. `linear` is its output before its own activation.
+    """One call of a parametric layer; its linear output is the one before its own activation."""
 
-    `modulated` is the output of the `ErrorModulation` that follows it, or its own. What comes from backpropagation is set
-    after the pass; `error` is the root mean square of the gradient at `linear`.
-    """
-
-    error = next_error = top_error = gradient_ratio = scale = dead_share = math.nan
+    error = next_error = top_error = gradient_ratio = scale = dead_share = math.nan  # until they are found
 
     def __init__(self, layer, name, kernels, inputs, linear, outputs):
         self.layer, self.inner, self.name, self.kernels = layer, _unwrapped(layer), name, kernels
-        self.linear, self.outputs, self.modulated = linear, outputs, outputs
+        self.linear, self.outputs = linear, outputs
+        self.modulated = outputs  # or those of the `ErrorModulation` that follows
         timed = isinstance(layer, keras.layers.TimeDistributed)
         self.input_shape = inputs.shape[:1] + inputs.shape[2:] if timed else inputs.shape  # of the inner layer
         self.channels = _channel_axes(self.inner, len(outputs.shape), int(timed))
-
-    @property
-    def has_positions(self):
-        return len(self.linear.shape) > 1 + len(self.channels)
+        self.has_positions = len(linear.shape) > 1 + len(self.channels)
 
     @property
     def image_share(self):
@@ -51,14 +45,12 @@ class Call:
         return mean_cosines(as_matrices(k.variable.numpy().astype(np.float64), k.layout, k.groups) for k in self.kernels)
 
     @functools.cached_property
-    def kernel_values(self):
-        """The smallest and the largest singular value of the kernels."""
+    def kernel_values(self):  # the smallest and the largest singular value, as below
         lows, highs = zip(*(kernel_extremes(k.variable, k.layout, k.groups) for k in self.kernels))
         return min(lows), max(highs)
 
     @functools.cached_property
     def operator_values(self):
-        """The smallest and the largest singular value of the layer's linear map."""
         return operator_extremes(self.inner, self.input_shape)
 
 

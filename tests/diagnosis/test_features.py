@@ -179,9 +179,7 @@ def test_wrong_arguments(tmp_path):
             compare_features(models, IMAGES, ["conv"], tmp_path / "b.png")
     assert not list(tmp_path.iterdir())
 
-
-def test_a_model_without_a_graph_has_filters_only(tmp_path):
-    class Subclassed(keras.Model):
+    class Subclassed(keras.Model):  # has filters, but no graph
         def call(self, x):
             return self.conv(x)
 
@@ -199,10 +197,9 @@ def test_command(tmp_path, monkeypatch, capsys):
     import features as command
 
     for name, depth in (("first", 8), ("second", 14)):
-        run = tmp_path / name
-        run.mkdir()
-        plain_cnn(depth, (8, 8, 1), width=2, seed=0).save(run / "final.keras")
-        (run / "run.json").write_text(json.dumps({"recipe": {"dataset": "digits", "image_size": 8}}))
+        (tmp_path / name).mkdir()
+        plain_cnn(depth, (8, 8, 1), width=2, seed=0).save(tmp_path / name / "final.keras")
+        (tmp_path / name / "run.json").write_text(json.dumps({"recipe": {"dataset": "digits", "image_size": 8}}))
     (tmp_path / "second" / "result.json").write_text(json.dumps({"recipe_name": "digits"}))
     both = f"--models={tmp_path / 'first'},{tmp_path / 'second' / 'final.keras'}"
     for flag, expected in {

@@ -25,16 +25,11 @@ def test_two_dense_layers_by_hand():
     model.set_weights([a, b])
     report = ortho_keras.signal_report(model, x.astype("float32"), y.astype("float32"), "mean_squared_error")
     hidden = x @ a
-    output = hidden @ b
-    top = 2 * (output - y) / 2  # the mean over two samples of one output each
+    top = 2 * (hidden @ b - y) / 2  # the mean over two samples of one output each
     error = top @ b.T
     first, second = report.layers
-    assert report.loss == pytest.approx(np.mean((output - y) ** 2))
-    assert first.forward_moment == pytest.approx(np.mean(hidden**2))
-    assert second.backward_moment == pytest.approx(np.mean(top**2))
-    assert first.backward_moment == pytest.approx(np.mean(error**2))
-    assert first.error_to_next == first.error_to_top == pytest.approx(np.sqrt(np.mean(error**2) / np.mean(top**2)))
-    assert (second.error_to_next, second.error_to_top) == (1, 1)
+    moments = report.loss, first.forward_moment, first.backward_moment, second.backward_moment
+    assert moments == pytest.approx([np.mean(values**2) for values in (top, hidden, error, top)])
     assert first.gradient_ratio == pytest.approx(np.linalg.norm(x.T @ error) / np.linalg.norm(a))
     assert second.gradient_ratio == pytest.approx(np.linalg.norm(hidden.T @ top) / np.linalg.norm(b))
     assert (first.kernel_smallest, first.kernel_largest, first.operator_largest) == pytest.approx((2, 3, 3))
@@ -47,6 +42,9 @@ def test_what_modulation_would_do_is_what_it_does(tolerance, reference):
     x, y = batch((8, 8, 1))
     model = ortho_keras.plain_cnn(8, (8, 8, 1), width=4, seed=0)
     report = ortho_keras.signal_report(model, x, y, LOGITS, tolerance, reference=reference, singular_values=False)
+    for layer, after in zip(report.layers, [*report.layers[1:], report.layers[-1]]):
+        for found, other in ((layer.error_to_next, after), (layer.error_to_top, report.layers[-1])):
+            assert found == pytest.approx(math.sqrt(layer.backward_moment / other.backward_moment))
     names = {layer.name for layer in report.layers}
     gradients, scales = references.modulated_gradients(model, x, y, names, tolerance, 1000.0, reference)
     modulated = ortho_keras.modulate(model, tolerance, reference=reference)
