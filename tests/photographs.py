@@ -5,10 +5,8 @@ import io
 import numpy as np
 from PIL import Image
 
-WIDE, HIGH = 60, 40  # of a ramp
 
-
-def ramp(width=WIDE, height=HIGH):
+def ramp(width=60, height=40):
     """An image whose first two channels are its own coordinates: each pixel's middle, over the image's size, times 240."""
     x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
     red, green = np.meshgrid(240 * x, 240 * y)
@@ -24,14 +22,6 @@ def encoded(image, kind="JPEG", mode=None):
     return stream.getvalue()
 
 
-def photograph(rng, label, classes):
-    """A noisy image of a size of its own, whose brightness tells its class."""
-    height, width = rng.integers(48, 120, 2)
-    low = rng.normal(0, 25, (height // 8 + 1, width // 8 + 1, 3))
-    noise = np.kron(low, np.ones((8, 8, 1)))[:height, :width]
-    return np.clip(noise + 20 + 200 * label / classes, 0, 255).astype(np.uint8)
-
-
 def corrupt(data, number):
     """One of several ways in which a file can be no image."""
     return (data[: len(data) // 2], b"", b"no image at all", data[:200], data[:-2])[number % 5]
@@ -40,7 +30,7 @@ def corrupt(data, number):
 def write_photographs(root, counts, classes=12, broken=0.0, seed=0):
     """Writes `root/split/class/number.jpg`, `counts` images a class in each split; returns the names of the corrupt ones.
 
-    A tenth is grayscale, a tenth CMYK, a tenth PNG.
+    Images are noisy and of different sizes; their brightness gives the class. A tenth is grayscale, a tenth CMYK, a tenth PNG.
     """
     rng, names = np.random.default_rng(seed), []
     for split, count in counts.items():
@@ -49,10 +39,10 @@ def write_photographs(root, counts, classes=12, broken=0.0, seed=0):
             folder.mkdir(parents=True)
             for number in range(count):
                 kind = rng.integers(10)
-                image = photograph(rng, label, classes)
-                mode = {0: "L", 1: "CMYK"}.get(kind)
+                noise = rng.normal(20 + 200 * label / classes, 25, (*rng.integers(48, 120, 2), 3))
                 path = folder / f"{number}.{'png' if kind == 2 else 'jpg'}"
-                data = encoded(image, "PNG" if kind == 2 else "JPEG", mode)
+                image = np.clip(noise, 0, 255).astype(np.uint8)
+                data = encoded(image, "PNG" if kind == 2 else "JPEG", {0: "L", 1: "CMYK"}.get(kind))
                 if rng.random() < broken:
                     data = corrupt(data, len(names))
                     names.append(str(path.relative_to(root)))

@@ -10,11 +10,6 @@ from loaded import refusal, values
 from ortho_keras.trainer.data import load_data
 
 
-@pytest.fixture(autouse=True)
-def fresh_state():
-    """Nothing: no test here makes a layer, and clearing Keras takes longer than most of them."""
-
-
 def write_image(path, value, shape=(4, 6, 3), encode=tf.io.encode_png):
     """Writes an image of one value."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,22 +39,19 @@ def test_folder_of_classes(tmp_path):
     assert len(set(data.train.labels[:8])) > 1  # not class by class
 
 
-@pytest.mark.parametrize("validation", [None, "val", "validation"])
-def test_folder_with_splits(tmp_path, validation):
+def test_folder_with_splits(tmp_path, monkeypatch):
     write_classes(tmp_path / "train", {"a": 10, "b": 10})
     write_classes(tmp_path / "test", {"b": 3, "a": 2}, 100)
-    if validation:
-        write_classes(tmp_path / validation, {"a": 1, "b": 1}, 50)
     data = load_data(f"folder:{tmp_path}")
     assert data.class_names == ("a", "b")
     assert dict(zip(values(data.test), data.test.labels.tolist())) == {100: 1, 101: 1, 102: 1, 103: 0, 104: 0}
-    assert sorted(values(data.train, data.validation)) == [*range(20), *((50, 51) if validation else ())]
-    assert (len(data.train), len(data.validation)) == ((20, 2) if validation else (18, 2))
-
-
-def test_folder_where_a_class_is_called_train(tmp_path, monkeypatch):
+    assert sorted(values(data.train, data.validation)) == [*range(20)] and len(data.validation) == 2
+    for name in ("val", "validation"):
+        write_classes(tmp_path / name, {"a": 1, "b": 1}, 50)
+        data = load_data(f"folder:{tmp_path}")
+        assert (len(data.train), sorted(values(data.validation))) == (20, [50, 51])
     monkeypatch.setenv("HOME", str(tmp_path))
-    write_classes(tmp_path / "set", {"bus": 2, "train": 2})
+    write_classes(tmp_path / "set", {"bus": 2, "train": 2})  # a class called train
     assert load_data("folder:~/set").class_names == ("bus", "train")
 
 
@@ -87,42 +79,33 @@ def test_many_sizes_need_image_size(tmp_path):
     for name in ("within", "between"):
         assert "--image_size" in refusal(f"folder:{tmp_path / name}")
         data = load_data(f"folder:{tmp_path / name}", image_size=5, hold_out=False)
-        assert data.image_shape == (5, 5, 3)
-        assert sorted(set(values(data.train, data.test))) == [0, 1, 2, 3]
+        assert data.image_shape == (5, 5, 3) and set(values(data.train, data.test)) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("folders", [(), ("a", "b"), ("train", "test"), ("train/a", "train/b", "test/a"), ("test/a",)])
+@pytest.mark.parametrize("folders", [("a", "b"), ("train/a", "test/a"), ("test/a",)])
 def test_folders_without_images(tmp_path, folders):
     for folder in folders:
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "image.png").touch()  # in no class's folder
-    (tmp_path / folders[0] / "image.bmp" if folders else tmp_path / "image.bmp").touch()
+    (tmp_path / folders[0] / "image.bmp").touch()
     message = refusal(f"folder:{tmp_path}")
     assert "one folder of JPEG or PNG images for each class" in message and "no image" in message
 
 
-def test_a_path_that_is_no_folder(tmp_path):
-    assert f"'{tmp_path}/nowhere'" in refusal(f"folder:{tmp_path}/nowhere")
-    assert "''" in refusal("folder:")
-    write_image(tmp_path / "image.png", 0)
-    assert "image.png" in refusal(f"folder:{tmp_path}/image.png")
-
-
-@pytest.mark.parametrize("kind", ["garbage", "truncated", "folder", "dangling link"])
-def test_damaged_image_is_named(tmp_path, kind):
+def test_what_is_no_folder_or_no_image(tmp_path):
     write_classes(tmp_path, {"a": 5, "b": 5})
+    for path in (tmp_path / "nowhere", "", tmp_path / "a" / "0.png"):
+        assert f"Received: '{path}'" in refusal(f"folder:{path}")
     bad = tmp_path / "b" / "bad.png"
-    if kind == "folder":
-        bad.mkdir()
-    elif kind == "dangling link":
-        bad.symlink_to(tmp_path / "gone.png")
-    else:
-        whole = tf.io.encode_png(np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)).numpy()
-        bad.write_bytes(b"no image\n" if kind == "garbage" else whole[:-30])
+    bad.symlink_to(tmp_path / "gone.png")
     assert "b/bad.png" in refusal(f"folder:{tmp_path}")
+    bad.unlink()
+    for content in (b"no image\n", (tmp_path / "a" / "0.png").read_bytes()[:-30]):
+        bad.write_bytes(content)
+        assert "b/bad.png" in refusal(f"folder:{tmp_path}")
 
 
-@pytest.mark.parametrize("which", ["..", ".", "a", "a/0.png"])
+@pytest.mark.parametrize("which", [".", "a/0.png"])
 def test_unreadable_path(tmp_path, which):
     root = tmp_path / "above" / "data"
     write_classes(root, {"a": 5, "b": 5})
@@ -137,16 +120,14 @@ def test_unreadable_path(tmp_path, which):
 
 
 def test_the_smallest_folders(tmp_path):
-    write_classes(tmp_path / "two", {"a": 2})
-    message = refusal(f"folder:{tmp_path / 'two'}")
-    assert "at least 3" in message and message.endswith("Received: 2")
-    write_classes(tmp_path / "three", {"a": 3})
-    data = load_data(f"folder:{tmp_path / 'three'}")
-    assert sorted(values(data.train, data.validation, data.test)) == [0, 1, 2]
+    for count, fits in ((2, False), (3, True)):
+        root = tmp_path / str(count)
+        write_classes(root, {"a": count})
+        if fits:
+            data = load_data(f"folder:{root}")
+            assert sorted(values(data.train, data.validation, data.test)) == [0, 1, 2]
+        else:
+            assert "at least 3 training images, to hold out test and validation. Received: 2" in refusal(f"folder:{root}")
     for split in ("train", "test"):
         write_classes(tmp_path / "one" / split, {"a": 1})
-    message = refusal(f"folder:{tmp_path / 'one'}")
-    assert "at least 2" in message and message.endswith("Received: 1")
-    write_classes(tmp_path / "one" / "val", {"a": 1})
-    data = load_data(f"folder:{tmp_path / 'one'}")
-    assert [len(split) for split in (data.train, data.validation, data.test)] == [1, 1, 1]
+    assert "at least 2 training images" in refusal(f"folder:{tmp_path / 'one'}")

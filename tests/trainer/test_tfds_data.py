@@ -12,11 +12,6 @@ from ortho_keras.trainer.data import load_data, memory
 from ortho_keras.trainer.data.sources import SOURCES, Source
 
 
-@pytest.fixture(autouse=True)
-def fresh_state():
-    """Nothing: no test here makes a layer, and clearing Keras takes longer than most of them."""
-
-
 def gradients(n, start=0, size=(4, 6)):
     """`n` images of one value each, from `start` on, with labels 0, 1, 0, ..."""
     index = start + np.arange(n)
@@ -40,7 +35,7 @@ def test_tfds_data(tmp_path):
     assert found == [list(range(20)), [50, 51, 52], [100, 101, 102, 103]]
 
 
-@pytest.mark.parametrize("at_once", [1, 200, 1 << 24])
+@pytest.mark.parametrize("at_once", [1, 200])
 def test_images_are_resized_as_one_by_one_and_stay_in_order(at_once, monkeypatch):
     monkeypatch.setattr(memory, "RESIZED_AT_ONCE", at_once)
     rng = np.random.default_rng(0)
@@ -85,20 +80,16 @@ def test_prepared_data_that_cannot_be_used(tmp_path):
     (record,) = tmp_path.glob("tiny/1.0.0/tiny-train.tfrecord*")
     record.write_bytes(record.read_bytes()[:-40])
     assert "tiny must be complete" in refusal("tiny", tmp_path)
-    record.unlink()
-    assert "tiny must be complete" in refusal("tiny", tmp_path)
 
 
 class GeneratedTiny(tfds.core.GeneratorBasedBuilder):
-    """A data set with code, that prepares itself without a download."""
+    """A data set with code, that prepares itself without a download unless it has a source."""
 
     VERSION = tfds.core.Version("1.0.0")
-    INPUT = tfds.features.Image(shape=(4, 6, 1))
     SOURCE = None
 
     def _info(self):
-        name = "image" if isinstance(self.INPUT, tfds.features.Image) else "text"
-        features = {name: self.INPUT, "label": tfds.features.ClassLabel(names=["a", "b"])}
+        features = {"image": tfds.features.Image(shape=(4, 6, 1)), "label": tfds.features.ClassLabel(names=["a", "b"])}
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
@@ -111,16 +102,6 @@ class GeneratedTiny(tfds.core.GeneratorBasedBuilder):
             yield int(image[0, 0, 0]), {"image": image, "label": label}
 
 
-class MissingTiny(GeneratedTiny):
-    SOURCE = "file:///nowhere/tiny.tar.gz"
-
-
-class GeneratedTexts(MissingTiny):
-    """No images; the download, if tried, fails."""
-
-    INPUT = tfds.features.Text()
-
-
 class BrokenTiny(GeneratedTiny):
     """Fails half-way through preparing."""
 
@@ -129,23 +110,18 @@ class BrokenTiny(GeneratedTiny):
         raise OSError(28, "No space left on device\nand a second line")
 
 
-UNREACHABLE = "http://localhost:9/tiny.tar.gz"
+UNREACHABLE = "http://localhost:9/tiny.tar.gz"  # nothing listens on this port
 URL_INFOS = {UNREACHABLE: tfds.core.download.checksums.UrlInfo(tfds.core.utils.Size(9), "00" * 32, "tiny.tar.gz")}
 
 
 class UnreachableTiny(GeneratedTiny):
-    """Its source is on a port where nothing listens."""
-
     SOURCE, url_infos = UNREACHABLE, URL_INFOS
 
 
 class ByHandTiny(UnreachableTiny):
     """Its files must be downloaded manually, as ImageNet's."""
 
-    MANUAL_DOWNLOAD_INSTRUCTIONS = """
-    Register somewhere, and put tiny.tar
-    into manual_dir.
-    """
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "\nRegister somewhere, and put tiny.tar\n    into manual_dir.\n"
 
     def _split_generators(self, dl_manager):
         return super()._split_generators(dl_manager) if list(dl_manager.manual_dir.glob("tiny.tar")) else {}
@@ -160,28 +136,21 @@ def test_tfds_data_is_prepared_once(tmp_path):
     assert sorted(values(data.train, data.validation, data.test)) == [*range(10), 100, 101, 102, 103]
     before = files_below(tmp_path)
     assert values(load_data("generated_tiny", tmp_path).train) == values(data.train) and files_below(tmp_path) == before
-    (tmp_path / "file").touch()
-    assert str(tmp_path / "file") in refusal("generated_tiny", tmp_path / "file")
 
 
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [("missing_tiny", "nowhere/tiny.tar.gz"), ("broken_tiny", "No space left on device"), ("generated_texts", "'text'")],
-)
-def test_tfds_data_that_cannot_be_prepared(tmp_path, name, why):
-    message = refusal(name, tmp_path)
-    assert why in message and files_below(tmp_path) == {}
-    assert name == "generated_texts" or (str(tmp_path / name / "1.0.0") in message and "--data_dir" in message)
+def test_tfds_data_that_cannot_be_prepared(tmp_path):
+    message = refusal("broken_tiny", tmp_path)
+    assert "No space left on device" in message and files_below(tmp_path) == {}
+    assert str(tmp_path / "broken_tiny" / "1.0.0") in message and "--data_dir" in message
 
 
 def test_files_that_must_be_downloaded_manually(tmp_path):
-    """The message has TFDS's instructions; no server is tried first."""
     message = refusal("by_hand_tiny", tmp_path)
-    assert "Manual directory" in message
+    assert "Manual directory" in message  # no server is tried first
     assert message.endswith("its files must be downloaded manually: Register somewhere, and put tiny.tar into manual_dir.")
 
 
-@pytest.mark.parametrize("name", ["nosuchset", "", "no such set", "Folder", "digits:x", "generated_tiny/a=3", "huggingface:x"])
+@pytest.mark.parametrize("name", ["nosuchset", "", "no such set", "generated_tiny/a=3", "huggingface:x"])
 def test_unknown_tfds_name(tmp_path, name):
     assert repr(name) in refusal(name, tmp_path)
     assert files_below(tmp_path) == {}
@@ -189,10 +158,7 @@ def test_unknown_tfds_name(tmp_path, name):
 
 def test_a_server_that_cannot_be_reached_is_reported_soon(tmp_path):
     """TFDS alone retries ten times, which takes minutes."""
-    (tmp_path / "downloads").mkdir()
-    (tmp_path / "downloads" / "other.tar.gz").touch()  # other data was downloaded there before
-    before, started = files_below(tmp_path), time.monotonic()
+    started = time.monotonic()
     message = refusal("unreachable_tiny", tmp_path)
     assert time.monotonic() - started < 30
-    assert "connection" in message.lower() and str(tmp_path / "unreachable_tiny") in message
-    assert files_below(tmp_path) == before
+    assert "connection" in message.lower() and str(tmp_path / "unreachable_tiny") in message and files_below(tmp_path) == {}
