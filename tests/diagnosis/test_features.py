@@ -101,18 +101,17 @@ def test_models_side_by_side_and_wide_images(cells):
 
 
 def test_filters_of_a_layer_have_one_scale(cells):
-    kernel = np.random.default_rng(0).normal(size=(2, 2, 6, 5))
-    kernel[..., 3] *= 0.5
+    kernel = np.random.default_rng(0).normal(size=(2, 2, 6, 5)) * [1, 1, 1, 0.5, 1]
     models = {"plain": conv_model(kernel), "negative": conv_model(-9 * kernel)}
     drawn = cells(compare_filters, models, ["conv"], filters=4)
-    first = kernel[:, :, :CHANNELS, :4]
-    scaled = first.transpose(2, 3, 0, 1) / np.abs(first).max()  # a row for each input channel
+    largest = np.abs(kernel[:, :, :CHANNELS, :4]).max()
+    scaled = kernel[:, :, :CHANNELS, :4].transpose(2, 3, 0, 1) / largest  # a row for each input channel
+    columns = kernel.reshape(24, 5) / np.linalg.norm(kernel.reshape(24, 5), axis=0)
+    cosine = np.abs((columns.T @ columns)[np.triu_indices(5, 1)]).mean()
     for label, sign, factor in (("plain", 1, 1), ("negative", -1, 9)):
         (((title, pixels),),) = drawn[label]
         np.testing.assert_allclose(tiles(pixels, PATCH, 2), grey(0.5 + 0.5 * sign * scaled), atol=1e-6)
-        columns = kernel.reshape(24, 5) / np.linalg.norm(kernel.reshape(24, 5), axis=0)
-        cosine = np.abs((columns.T @ columns)[np.triu_indices(5, 1)]).mean()
-        assert title == f"conv  (2, 2, 6, 5)  ±{factor * np.abs(first).max():#.2g}  mean |cos| {cosine:.2f}"
+        assert title == f"conv  (2, 2, 6, 5)  ±{factor * largest:#.2g}  mean |cos| {cosine:.2f}"
 
 
 LAYOUTS = [
@@ -145,12 +144,6 @@ def test_outputs_are_those_in_inference_mode_and_the_model_stays_as_it_is():
     np.testing.assert_array_equal(modulated, output)
 
 
-def nested():
-    inner = keras.Sequential([keras.Input((4, 4, 1)), layers.Conv2D(2, 1, name="deep")], name="inner")
-    x = keras.Input((4, 4, 1))
-    return keras.Model(x, layers.GlobalAveragePooling2D(name="pool")(layers.Conv2D(2, 1, name="conv")(inner(x))), name="outer")
-
-
 WRONG = [
     ({"layers": ["comv"]}, "The nearest are 'conv'.* Received: 'comv'"),
     ({"layers": ["deep"]}, "layers of model 'outer' itself, not a model inside it"),
@@ -166,7 +159,9 @@ WRONG = [
 
 
 def test_wrong_arguments(tmp_path):
-    model = nested()
+    inner = keras.Sequential([keras.Input((4, 4, 1)), layers.Conv2D(2, 1, name="deep")], name="inner")
+    stack = [inner, layers.Conv2D(2, 1, name="conv"), layers.GlobalAveragePooling2D(name="pool")]
+    model = keras.Sequential([keras.Input((4, 4, 1)), *stack], name="outer")
     for changes, match in WRONG:
         arguments = {"model": model, "images": np.zeros((1, 4, 4, 1)), "layers": ["conv"], **changes}
         with pytest.raises(ValueError, match=match):

@@ -106,15 +106,6 @@ def test_nothing_is_changed():
         np.testing.assert_array_equal(with_report, without)
 
 
-def test_activations_inside_a_layer_or_after_it_are_the_same_net():
-    def net(fused):
-        keras.utils.set_random_seed(1)
-        pairs = [[layers.Dense(8, "relu")] if fused else [layers.Dense(8), layers.ReLU()] for _ in range(3)]
-        return keras.Sequential([keras.Input((6,)), *sum(pairs, []), layers.Dense(10)])  # noqa: RUF017
-
-    np.testing.assert_allclose(figures(report_of(net(True))), figures(report_of(net(False))), rtol=1e-5)
-
-
 def test_a_head_of_probabilities_equals_one_of_logits():
     def net(activation):
         keras.utils.set_random_seed(1)
