@@ -22,14 +22,10 @@ def disturbed(model, seed=0):
     return model
 
 
-def kinds(model):
-    return [type(layer) for layer in model.layers]
-
-
 def check(model, batch, normalizations=0):
     """Folds a disturbed model and compares its outputs, in any structure, with the model's."""
     deployed = fold_batchnorm(disturbed(model))
-    assert sum(issubclass(kind, L.BatchNormalization) for kind in kinds(deployed)) == normalizations
+    assert sum(isinstance(layer, L.BatchNormalization) for layer in deployed.layers) == normalizations
     expected, found = model(batch, training=False), deployed(batch, training=False)
     keras.tree.assert_same_structure(found, expected)
     for mine, theirs in zip(keras.tree.flatten(found), keras.tree.flatten(expected)):
@@ -45,7 +41,7 @@ def noise(*shape):
 def test_the_projects_nets(builder):
     model = builder(14, (16, 16, 3), width=4, relu_shift=1.0, initializer="dirac", seed=0)
     deployed = check(model, noise(16, 16, 3))
-    assert len(deployed.layers) == len(model.layers) - 13 and not deployed.losses
+    assert not deployed.losses
     assert {layer.name for layer in deployed.layers} == {x.name for x in model.layers if not x.name.endswith("_bn")}
 
 
@@ -54,7 +50,7 @@ def test_modulation_is_removed_and_the_model_stays_as_it_was(tmp_path):
     model = modulate(plain_cnn(8, (8, 8, 1), width=2, relu_shift=1.0, seed=0, preprocessing=scaling))
     x = 3 * noise(8, 8, 1) + 5
     deployed = check(model, x)
-    assert ErrorModulation not in kinds(deployed) and deployed.name == model.name
+    assert ErrorModulation not in map(type, deployed.layers) and deployed.name == model.name
     deployed.save(tmp_path / "deployed.keras")
     loaded = ortho_keras.load_model(tmp_path / "deployed.keras")
     np.testing.assert_array_equal(loaded(x), deployed(x))
@@ -71,13 +67,9 @@ def test_modulation_is_removed_and_the_model_stays_as_it_was(tmp_path):
         (lambda: L.Conv1D(4, 3, strides=2, padding="same"), (9, 3)),
         (lambda: L.Conv2D(4, 3, dilation_rate=2, use_bias=True, bias_initializer="normal"), (9, 9, 3)),
         (lambda: L.Conv2D(6, 3, groups=3), (9, 9, 3)),
-        (lambda: L.Conv3D(2, 2), (5, 5, 5, 2)),
-        (lambda: L.Conv1DTranspose(3, 3, strides=2), (6, 4)),
         (lambda: L.Conv2DTranspose(5, 3, strides=2, bias_initializer="normal"), (6, 6, 4)),
         (lambda: L.Conv3DTranspose(2, 2), (3, 3, 3, 4)),
-        (lambda: L.DepthwiseConv1D(3, depth_multiplier=2), (8, 3)),
         (lambda: L.DepthwiseConv2D(3, depth_multiplier=2, bias_initializer="normal"), (8, 8, 3)),
-        (lambda: L.SeparableConv1D(5, 3, depth_multiplier=2), (8, 3)),
         (lambda: L.SeparableConv2D(5, 3, bias_initializer="normal"), (8, 8, 3)),
         (lambda: L.Dense(7, use_bias=False), (3, 5)),
     ],
@@ -127,7 +119,6 @@ def pyramid(x):
         (twice, 2),
         (pyramid, 1),
         (lambda x: L.BatchNormalization()(L.Conv2D(3, 3, activation="relu")(x)), 1),
-        (lambda x: L.BatchNormalization()(x), 1),
         (lambda x: L.BatchNormalization()(L.ReLU()(L.Conv2D(3, 3)(x))), 1),
         (lambda x: L.BatchNormalization(axis=1)(L.Conv2D(3, 3, padding="same")(x)), 1),
         (lambda x: L.BatchNormalization()(L.BatchNormalization()(L.Conv2D(3, 3)(x))), 1),
@@ -161,20 +152,9 @@ def test_nested_models_several_inputs_and_outputs():
     check(model, {"a": noise(6, 6, 3), "b": noise(4, 4, 4)})
 
 
-def test_a_net_of_keras_applications():
-    check(keras.applications.MobileNetV2(input_shape=(32, 32, 3), alpha=0.35, weights=None, classes=5), noise(32, 32, 3))
-
-
-def test_a_net_of_half_precision_becomes_one_of_float32():
-    full = plain_cnn(8, (8, 8, 1), width=4, relu_shift=1.0, seed=0)
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    half = disturbed(plain_cnn(8, (8, 8, 1), width=4, relu_shift=1.0, seed=0))
-    keras.config.set_dtype_policy("float32")
-    full.set_weights(half.get_weights())
-    deployed = fold_batchnorm(half, dtype="float32")
-    assert {layer.compute_dtype for layer in deployed.layers} == {"float32"}
-    expected = full(noise(8, 8, 1), training=False)
-    np.testing.assert_allclose(deployed(noise(8, 8, 1)), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+def test_a_net_of_half_precision_stays_one_by_default():
+    keras.config.set_dtype_policy("mixed_bfloat16")  # test_export has one that becomes float32
+    half = plain_cnn(8, (8, 8, 1), width=4, relu_shift=1.0, seed=0)
     assert "mixed_bfloat16" in {layer.dtype_policy.name for layer in fold_batchnorm(half).layers}
 
 
