@@ -14,16 +14,13 @@ class BatchSettings:
 
     Args:
         batch_size: int.
-        augment: `"none"`; `"crop"`, a window of the image's size out of the padded image; `"crop_flip"`, the same and half
-            of the images mirrored; `"resized_crop"`, a random part of the image (Szegedy et al. 2015), resized to the size of
-            the split's images, and half of them mirrored.
+        augment: `"none"`; `"crop"`, a window of the padded image; `"crop_flip"`, also mirrors half of the images;
+            `"resized_crop"`, a random part of the image (Szegedy et al. 2015), resized, and half of them mirrored.
         seed: int, of the order and of the augmentation.
-        padding: `"mean"` pads an image with `mean` before the crop, as He et al. 2016 do (by zeros, after subtracting the
-            mean); `"symmetric"` mirrors its border.
-        crop_border: int, pixels to pad by on each side, at most the shorter side of an image; 0 for an eighth of each side
-            (4 of 32, as He et al. 2016).
-        cutout: int, pixels a side of a square that is filled with `mean` in each cropped image, its centre anywhere in the
-            image (DeVries and Taylor 2017, arXiv 1708.04552); 0 for none.
+        padding: `"mean"` pads an image with `mean` before the crop, as He et al. 2016; `"symmetric"` mirrors its border.
+        crop_border: int, pixels to pad by on each side; 0 for an eighth of each side (4 of 32, as He et al. 2016).
+        cutout: int, pixels a side of a square filled with `mean` in each cropped image, its centre anywhere in the image
+            (DeVries and Taylor 2017, arXiv 1708.04552); 0 for none.
         mean: Pixel value of each channel, or one for all.
     """
 
@@ -49,8 +46,8 @@ def training_batches(split, settings, start=0, stop=None, replicas=1, own=(0,)):
         start: int, the first step.
         stop: int, the step after the last one, or `None` for an endless dataset.
         replicas: int, how many replicas share each batch; divides `batch_size`.
-        own: The replicas, from 0, whose shares are returned. Their shares of step `start` come first, in turn, then those
-            of the next step. The shares of all replicas together are the batch that one replica would get.
+        own: The replicas, from 0, whose shares are returned, in turn, step by step. The shares of all replicas together are
+            the batch that one replica would get.
 
     Returns:
         Dataset of `(images, labels)`: float32 `(share, height, width, channels)` of 0 to 255, int64 `(share,)`, where
@@ -84,14 +81,8 @@ def training_batches(split, settings, start=0, stop=None, replicas=1, own=(0,)):
 def evaluation_batches(split, batch_size, replicas=1, own=(0,)):
     """Returns a `tf.data.Dataset` of the whole split in order, in batches of one size, without augmentation.
 
-    Args:
-        split: `MemorySplit` or `DiskSplit`.
-        batch_size: int.
-        replicas, own: See `training_batches`.
-
-    Returns:
-        Dataset of `(images, labels, weights)`, as in `training_batches`; float32 weights are 1, and 0 for images that could
-        not be decoded and for those that fill up the last batch.
+    The arguments are those of `training_batches`. The elements are `(images, labels, weights)`; float32 weights are 1, and 0
+    for images that could not be decoded and for those that fill up the last batch.
     """
     count = -(-len(split) // batch_size) * batch_size
     indices = np.arange(count).reshape(-1, batch_size)[:, _shares(batch_size, replicas, own)]
@@ -128,9 +119,8 @@ def _cropped(images, settings, key, rows):
     cropped = tf.gather(tf.gather(padded, top, axis=1, batch_dims=1), left, axis=2, batch_dims=1)
     if settings.cutout:
         draws = tf.random.stateless_uniform((settings.batch_size, 2), tf.add(key, [CUTOUT_SEED, 0]))
-        first = tf.cast(tf.gather(draws, rows) * sizes, tf.int32) - settings.cutout // 2
-        gaps = [tf.range(sizes[i]) - first[:, i, tf.newaxis] for i in (0, 1)]
-        y, x = ((gap >= 0) & (gap < settings.cutout) for gap in gaps)
+        first = tf.cast(tf.gather(draws, rows) * sizes, tf.int32)[..., tf.newaxis] - settings.cutout // 2
+        y, x = ((first[:, i] <= range(sizes[i])) & (range(sizes[i]) < first[:, i] + settings.cutout) for i in (0, 1))
         square = y[:, :, tf.newaxis, tf.newaxis] & x[:, tf.newaxis, :, tf.newaxis]
         cropped = tf.where(square, tf.cast(settings.mean, tf.float32), cropped)
     return tf.ensure_shape(cropped, images.shape)

@@ -13,12 +13,9 @@ END_OF_JPEG = b"\xff\xd9"
 
 
 def resized_crop(image, key, size):
-    """Returns a crop of a decoded image, resized to `size`; float32.
+    """Returns a crop of a uint8 image `(height, width, channels)`, resized to `size`, `(height, width)`; float32.
 
-    Args:
-        image: uint8 `(height, width, channels)`.
-        key: int64 `(2,)`, the seed of a random part that is mirrored in half of the cases; `None` for the central part.
-        size: Height and width of what is returned.
+    `key`, int64 `(2,)`, is the seed of a random part that is mirrored in half of the cases; `None`: the central part.
     """
     top, left, height, width = tf.unstack(_window(tf.shape(image), key))
     crop = tf.image.resize(image[top : top + height, left : left + width], size, antialias=True)
@@ -71,8 +68,7 @@ def _window(shape, key):
     """The crop of an image `(height, width, channels)`: `(top, left, height, width)`."""
     if key is None:
         side = tf.cast(tf.round(CENTRE * tf.cast(tf.reduce_min(shape[:2]), tf.float32)), tf.int32)
-        side = tf.maximum(side, 1)
-        return tf.stack([(shape[0] - side) // 2, (shape[1] - side) // 2, side, side])
+        return tf.concat([(shape[:2] - side) // 2, [side, side]], 0)
     options = {"aspect_ratio_range": ASPECT, "area_range": AREA, "max_attempts": 10, "use_image_if_no_bounding_boxes": True}
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
         shape, tf.zeros((1, 0, 4)), key, min_object_covered=0.0, **options
@@ -84,5 +80,4 @@ def _mirrored(image, key):
     """Mirrors an image horizontally in half of the cases, by the seed."""
     if key is None:
         return image
-    mirrored = tf.random.stateless_uniform((), tf.add(key, MIRROR)) < 0.5
-    return tf.cond(mirrored, lambda: tf.reverse(image, [1]), lambda: image)
+    return tf.cond(tf.random.stateless_uniform((), tf.add(key, MIRROR)) < 0.5, lambda: tf.reverse(image, [1]), lambda: image)

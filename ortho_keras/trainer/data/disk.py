@@ -20,9 +20,6 @@ class DiskSplit:
         source: `ImageFiles` or `ImageRecords`.
         image_size: int, pixels a side of the decoded crops.
         numbers: The images' numbers in the source, an int64 array; all of them by default.
-
-    Attributes:
-        skipped: Dict of the names of images that could not be read or decoded so far.
     """
 
     parallel_batches = 2  # each batch is decoded by all cores
@@ -33,7 +30,7 @@ class DiskSplit:
         self.numbers = np.arange(len(source), dtype=np.int64) if numbers is None else numbers
         with tf.device("CPU:0"):
             self._numbers = tf.constant(self.numbers)  # outside of any graph, which takes it by reference
-        self.skipped = {}
+        self.skipped = {}  # by the names of images that could not be read or decoded so far
 
     def __len__(self):
         return len(self.numbers)
@@ -47,23 +44,18 @@ class DiskSplit:
         They are drawn from the whole split: the first images of a folder would be of one class.
         """
         order = tf.data.Dataset.from_tensor_slices(np.random.default_rng(SAMPLE).permutation(len(self)))
-        images, labels = [], []
-        for batch, its_labels, decoded in order.batch(min(count, 64)).map(self.read).as_numpy_iterator():
-            images.extend(batch[decoded])
-            labels.extend(its_labels[decoded])
-            if len(labels) >= count:
-                break
-        if not labels:
+        one_by_one = order.batch(min(count, 64)).map(self.read).unbatch()
+        found = list(one_by_one.filter(lambda image, label, decoded: decoded).take(count).as_numpy_iterator())
+        if not found:
             raise InputError(f"{self.source.flag} must contain images that decode. Received: {len(self)} that do not")
-        return np.clip(np.round(images[:count]), 0, 255).astype(np.uint8), np.array(labels[:count])
+        images, labels, _ = zip(*found)
+        return np.clip(np.round(images), 0, 255).astype(np.uint8), np.array(labels)
 
     def read(self, indices, keys=None, replace=False):
-        """Returns float32 images, labels, and whether each was decoded; called in a graph.
+        """Returns float32 images, labels, and whether each was decoded, of int64 `(n,)` indices; called in a graph.
 
-        Args:
-            indices: int64 `(n,)`, of images in this split.
-            keys: int64 `(n, 2)`, the seeds of random crops (see `decoded_crop`); `None` for the central parts.
-            replace: bool. Whether the next image that decodes takes the place of one that does not.
+        `keys`, int64 `(n, 2)`, are the seeds of random crops; `None`: the central parts. With `replace`, the next image that
+        decodes takes the place of one that does not.
         """
         if not replace:
             return self._decoded(indices, keys)
@@ -112,12 +104,10 @@ class ImageFiles:
     def __len__(self):
         return len(self.paths)
 
-    def handles(self, numbers):
-        """What `open` needs of each image, a string tensor."""
+    def handles(self, numbers):  # what `open` needs of each image
         return tf.gather(self._paths, numbers)
 
     def open(self, handle, number):
-        """The encoded image and its label."""
         return tf.io.read_file(handle), tf.gather(self._labels, number)
 
     def name(self, number):

@@ -1,5 +1,6 @@
 """Where images come from: scikit-learn's digits, a folder, TFDS. A source is one subclass of `Source`."""
 
+import operator
 import pathlib
 import random
 
@@ -15,14 +16,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class Source:
-    """A data set for image classification, whose images are read into memory or from the disk as they are needed.
+    """A data set for image classification, with the arguments `name` and `data_dir` of `load_data`.
 
     A subclass is available by its name, `class Digits(Source, name="digits")`, or by a prefix, `name="folder:"`. It sets
     `class_names`, a list. The keys of its splits are `"train"` and, where the data has them, `"test"` and `"validation"`.
-
-    Args:
-        name: The name of the data set, as `load_data` takes it.
-        data_dir: Path of a folder of prepared data, or `None`.
     """
 
     def __init_subclass__(cls, name=None, **kwargs):
@@ -157,12 +154,8 @@ class TfdsDataset(Source):
         dtype = np.dtype(self.builder.info.features["image"].np_dtype)
         if dtype != np.uint8:
             raise InputError(f"{self.flag} must have images of 8 bits. Received: {dtype.name}")
-        return {key: self._decoded(split) for key, split in self.splits.items()}
-
-    def _decoded(self, split):
-        examples = self.builder.as_dataset(split=split, shuffle_files=False).prefetch(tf.data.AUTOTUNE)
-        for example in examples.as_numpy_iterator():
-            yield example["image"], example["label"]
+        sets = {key: self.builder.as_dataset(split=split) for key, split in self.splits.items()}
+        return {key: map(operator.itemgetter("image", "label"), one.as_numpy_iterator()) for key, one in sets.items()}
 
     def on_disk(self):
         info = self.builder.info
