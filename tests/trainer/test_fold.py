@@ -121,7 +121,6 @@ def pyramid(x):
         (lambda x: L.BatchNormalization()(L.Conv2D(3, 3, activation="relu")(x)), 1),
         (lambda x: L.BatchNormalization()(L.ReLU()(L.Conv2D(3, 3)(x))), 1),
         (lambda x: L.BatchNormalization(axis=1)(L.Conv2D(3, 3, padding="same")(x)), 1),
-        (lambda x: L.BatchNormalization()(L.BatchNormalization()(L.Conv2D(3, 3)(x))), 1),
         (lambda x: L.BatchNormalization()(keras.ops.abs(L.Conv2D(3, 3)(x))), 1),
         (lambda x: L.BatchNormalization()(Standardized(4, 3, use_bias=False)(x)), 1),
         (lambda x: Doubled()(L.Conv2D(4, 3)(x)), 1),

@@ -1,7 +1,5 @@
 """Folders of images in memory: what is read, and what is refused and how."""
 
-import os
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -105,29 +103,13 @@ def test_what_is_no_folder_or_no_image(tmp_path):
         assert "b/bad.png" in refusal(f"folder:{tmp_path}")
 
 
-@pytest.mark.parametrize("which", [".", "a/0.png"])
-def test_unreadable_path(tmp_path, which):
-    root = tmp_path / "above" / "data"
-    write_classes(root, {"a": 5, "b": 5})
-    closed = (root / which).resolve()
-    closed.chmod(0)
-    try:
-        if os.access(closed, os.R_OK):
-            pytest.skip("this user may read everything")
-        assert "ermission denied" in refusal(f"folder:{root}")
-    finally:
-        closed.chmod(0o700)
-
-
 def test_the_smallest_folders(tmp_path):
-    for count, fits in ((2, False), (3, True)):
-        root = tmp_path / str(count)
-        write_classes(root, {"a": count})
-        if fits:
-            data = load_data(f"folder:{root}")
-            assert sorted(values(data.train, data.validation, data.test)) == [0, 1, 2]
-        else:
-            assert "at least 3 training images, to hold out test and validation. Received: 2" in refusal(f"folder:{root}")
+    write_classes(tmp_path / "classes", {"a": 2})
+    message = refusal(f"folder:{tmp_path / 'classes'}")
+    assert "at least 3 training images, to hold out test and validation. Received: 2" in message
+    write_classes(tmp_path / "classes", {"a": 3})
+    data = load_data(f"folder:{tmp_path / 'classes'}")
+    assert sorted(values(data.train, data.validation, data.test)) == [0, 1, 2]
     for split in ("train", "test"):
         write_classes(tmp_path / "one" / split, {"a": 1})
     assert "at least 2 training images" in refusal(f"folder:{tmp_path / 'one'}")
