@@ -1,5 +1,6 @@
 """Where a network loses its signal: one batch forward and its gradient backward, measured at each parametric layer."""
 
+import contextlib
 import math
 
 import keras
@@ -22,14 +23,15 @@ def signal_report(model, x, y, loss=None, tolerance=2.0, max_scale=1000.0, refer
     """Measures one batch and its backpropagated gradient, the error, at each parametric layer, and changes nothing.
 
     The model runs as in training (BatchNormalization uses the batch's statistics, dropout is on); its variables are restored
-    afterwards. The error is that of the loss alone, without penalties, before a layer's own activation, where it has one
-    (after it in a `TimeDistributed`). A layer that is called several times has one entry for each call. A custom layer, or a
+    afterwards. The error is that of the loss without the weights' penalties, but with what layers add by `add_loss`; it is
+    taken before a layer's own activation, where it has one (after it in a `TimeDistributed`). A layer that is called several times has one entry for each call. A custom layer, or a
     subclassed model inside, counts as one layer. Recurrent layers and embeddings are not measured; the report lists them.
 
     Args:
         model: A built Functional or Sequential Keras model of any shape, nested and branching ones included.
         x: Inputs, arrays `(batch, ...)`, a batch of at least 2: one, a list in the model's order, or a dict by inputs' names.
-        y: Targets, as the loss takes them; a list or dict of arrays for a model of several outputs.
+        y: Targets, as the loss takes them; a list or dict of arrays for a model of several outputs; `None` for a model that
+            is compiled without a loss and trains by `add_loss` alone.
         loss: A Keras loss, its name, or a function of `(y, outputs)`, which gets `y` in the outputs' rank as in `compile`.
             Defaults to `None`, what the model is compiled with: one loss or several, their weights, and targets as in `fit`.
         tolerance, max_scale, reference: As in `ErrorModulation`: the report shows what modulation would do. For a model with
@@ -63,7 +65,7 @@ class Probe:
         self.model = check_built(model)
         self.graph = Graph(model)
         self.x = signal_inputs.checked_inputs(model, x)
-        self.y = signal_inputs.checked_targets(model, y)
+        self.y = None if y is None else signal_inputs.checked_targets(model, y)
         if loss is None and not model.compiled:
             raise ValueError("`loss` must be given for a model that is not compiled. Received: loss=None")
         self.loss = model.loss if loss is None else signal_inputs.checked_loss(loss)
@@ -72,10 +74,12 @@ class Probe:
             self.compiled = keras.Model(model.inputs, model.outputs if len(model.outputs) > 1 else model.outputs[0])
             self.compiled.compile(loss=self.loss)
         # An output without a loss may have no target.
-        sizes = {leaf.shape[:1] for leaf in keras.tree.flatten(self.y) if leaf.shape or leaf.dtype != object}
+        leaves = [] if y is None else keras.tree.flatten(self.y)
+        sizes = {leaf.shape[:1] for leaf in leaves if leaf.shape or leaf.dtype != object}
         size = len(keras.tree.flatten(self.x)[0])
-        if (self.compiled or isinstance(self.loss, keras.losses.Loss)) and sizes != {(size,)}:
-            raise ValueError(f"`y` must hold a target for each of the {size} samples. Received: y of shape {shapes(self.y)}")
+        if self.loss is not None and (self.compiled or isinstance(self.loss, keras.losses.Loss)) and sizes != {(size,)}:
+            received = "None" if y is None else f"y of shape {shapes(self.y)}"
+            raise ValueError(f"`y` must hold a target for each of the {size} samples. Received: {received}")
         self.half = any(getattr(layer, "compute_dtype", "") == "float16" for layer, _ in walk_layers(model))
 
     def measure(self, rule, singular_values=True):
@@ -126,31 +130,39 @@ class Probe:
     def _loss(self, outputs):
         try:
             signal_inputs.check_probabilities(self.loss, outputs)
-            value = self._compiled_loss(outputs) if self.compiled else self._custom_loss(outputs)
-            return tf.reduce_mean(tf.cast(value, tf.float32))
+            with _without_penalties(self.model):
+                if self.compiled:
+                    return self._compiled_loss(outputs)
+                added = [tf.reduce_sum(tf.cast(loss, tf.float32)) for loss in self.model.losses]  # by layers' `add_loss`
+                return tf.reduce_mean(tf.cast(self._custom_loss(outputs), tf.float32)) + sum(added)
         except Exception as error:  # a custom loss may raise anything
-            received = f"y of shape {shapes(self.y)}, loss={self.loss!r} ({first_line(error)})"
+            received = f"y of shape {None if self.y is None else shapes(self.y)}, loss={self.loss!r} ({first_line(error)})"
             raise ValueError(f"`y` and `loss` must suit the outputs {shapes(outputs)}. Received: {received}") from error
 
     def _compiled_loss(self, outputs):
-        """The loss of training, with the ranks of the targets and the weights of several losses, but without penalties."""
+        """The loss of training, with the ranks of the targets, the weights of several losses, and what layers add."""
         model, y = self.compiled, self.y
-        if len(model.outputs) == len(keras.tree.flatten(y)) == 1 and model is not self.model:
+        if y is not None and len(model.outputs) == len(keras.tree.flatten(y)) == 1 and model is not self.model:
             (outputs,), (y,) = keras.tree.flatten(outputs), keras.tree.flatten(y)
-        variables = [(variable, variable.regularizer) for variable in model.trainable_variables]
-        try:
-            for variable, _ in variables:
-                variable.regularizer = None  # subtracting a large penalty afterwards would cost the loss its digits
-            added = sum(tf.reduce_sum(tf.cast(loss, tf.float32)) for loss in model.losses)  # by the layers' calls
-            return model.compute_loss(x=self.x, y=y, y_pred=outputs, sample_weight=None) - added
-        finally:
-            for variable, regularizer in variables:
-                variable.regularizer = regularizer
+        return tf.cast(model.compute_loss(x=self.x, y=y, y_pred=outputs, sample_weight=None), tf.float32)
 
     def _custom_loss(self, outputs):
         one_each = tf.is_tensor(outputs) and outputs.shape[1:] == (1,) and np.ndim(self.y) == 1
         ranked = one_each and not isinstance(self.loss, keras.losses.Loss)  # as `compile` does for a function
         return self.loss(self.y[:, np.newaxis] if ranked else self.y, outputs)
+
+
+@contextlib.contextmanager
+def _without_penalties(model):
+    """Takes the regularizers off the weights; subtracting a large penalty afterwards would cost the loss its digits."""
+    variables = [(variable, variable.regularizer) for variable in model.trainable_variables]
+    try:
+        for variable, _ in variables:
+            variable.regularizer = None
+        yield
+    finally:
+        for variable, regularizer in variables:
+            variable.regularizer = regularizer
 
 
 class _InTraining(keras.Layer):

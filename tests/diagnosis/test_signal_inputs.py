@@ -106,7 +106,7 @@ def heads(case, penalty=None):
     outputs, settings = COMPILED[case]
     keras.utils.set_random_seed(1)
     inputs = keras.Input((6,))
-    x = layers.Dense(8, "relu", kernel_regularizer=penalty, activity_regularizer=penalty)(inputs)
+    x = layers.Dense(8, "relu", kernel_regularizer=penalty, activity_regularizer="l2")(inputs)
     sizes, activation = ([10], "softmax") if outputs == 10 else ([1] * outputs, "sigmoid")
     tensors = [layers.Dense(size, activation)(x) for size in sizes]
     model = keras.Model(inputs, tensors if len(tensors) > 1 else tensors[0])
@@ -119,7 +119,7 @@ def heads(case, penalty=None):
 @pytest.mark.parametrize("case", COMPILED)
 def test_the_compiled_loss_is_the_one_of_training(case):
     model, x, y = heads(case, "l2")
-    bare, *_ = heads(case)  # the same without penalties, which are no part of the error
+    bare, *_ = heads(case)  # the same without the penalty on weights, which is no part of the error
     model.fit(x, y, verbose=0)  # leaves tensors of its graph among the model's losses
     bare.set_weights(model.get_weights())
     report = ortho_keras.signal_report(model, x, y)
@@ -134,14 +134,62 @@ def test_the_compiled_loss_is_the_one_of_training(case):
         assert np.nan_to_num(layer.gradient_ratio) == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
+class Latent(layers.Layer):
+    """Adds the KL divergence of a variational autoencoder, without its noise."""
+
+    def call(self, inputs):
+        mean, log = inputs
+        self.add_loss(-0.5 * keras.ops.mean(keras.ops.sum(1 + log - mean**2 - keras.ops.exp(log), -1)))
+        return mean
+
+
+@pytest.mark.parametrize("loss", [None, "mse", lambda y, outputs: tf.reduce_mean(tf.square(y - outputs))])
+def test_what_a_layer_adds_to_the_loss_is_part_of_the_error(loss):
+    inputs = keras.Input((16,))
+    hidden = layers.Dense(12, name="encoder")(inputs)
+    mean, log = (layers.Dense(2, name=name, bias_initializer="ones")(hidden) for name in ("mean", "log"))
+    model = keras.Model(inputs, layers.Dense(16, name="decoder")(Latent()([mean, log])))
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).random((32, 16)).astype("float32")
+    report = ortho_keras.signal_report(model, x, x, loss)
+
+    weights = {layer.name: [np.asarray(w, float) for w in layer.weights] for layer in model.layers if layer.weights}
+    hidden = x @ weights["encoder"][0] + weights["encoder"][1]
+    mean, log = (hidden @ weights[name][0] + weights[name][1] for name in ("mean", "log"))
+    outputs = mean @ weights["decoder"][0] + weights["decoder"][1]
+    divergence = -0.5 * (1 + log - mean**2 - np.exp(log)).sum(-1).mean()
+    assert report.loss == pytest.approx(((outputs - x) ** 2).mean() + divergence, rel=1e-5)
+    gradient = hidden.T @ (0.5 * (np.exp(log) - 1) / len(x))  # by hand; the reconstruction does not depend on `log`
+    (found,) = [layer.gradient_ratio for layer in report.layers if layer.name == "log"]
+    assert found == pytest.approx(np.linalg.norm(gradient) / np.linalg.norm(weights["log"][0]), rel=1e-4)
+
+
+def test_a_model_that_trains_by_add_loss_alone():
+    class Reconstruction(layers.Layer):
+        def call(self, inputs):
+            self.add_loss(keras.ops.mean((inputs[0] - inputs[1]) ** 2))
+            return inputs[1]
+
+    inputs = keras.Input((16,))
+    model = keras.Model(inputs, Reconstruction()([inputs, layers.Dense(16)(layers.Dense(4)(inputs))]))
+    model.compile("sgd")
+    x = np.random.default_rng(0).random((32, 16)).astype("float32")
+    reports = [ortho_keras.signal_report(model, x, y) for y in (None, x)]
+    expected = np.mean((x - model.predict(x, verbose=0)) ** 2)
+    assert [report.loss for report in reports] == pytest.approx(2 * [expected], rel=1e-5)
+    assert all(layer.gradient_ratio > 0 for report in reports for layer in report.layers)
+    with pytest.raises(ValueError, match="`y` must hold a target for each of the 32 samples. Received: None"):
+        ortho_keras.signal_report(model, x, None, "mse")
+
+
 def test_a_penalty_far_above_the_loss():
     model, x, y = heads("binary_crossentropy")
     expected = ortho_keras.signal_report(model, x, y)
-    model.layers[1].kernel.regularizer = keras.regularizers.L2(1e6)
-    before = float(model.losses[0])
+    kernel, penalty = model.layers[1].kernel, keras.regularizers.L2(1e6)
+    kernel.regularizer = penalty
     for loss in (None, "binary_crossentropy"):
         report = ortho_keras.signal_report(model, x, y, loss)
-        assert before > 1e5 and float(model.losses[0]) == before
+        assert kernel.regularizer is penalty and penalty(kernel) > 1e5
         found, wanted = ([layer.gradient_ratio for layer in each.layers] for each in (report, expected))
         assert [report.loss, *found] == pytest.approx([expected.loss, *wanted], rel=1e-5)
 
