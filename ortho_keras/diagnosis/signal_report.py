@@ -24,8 +24,9 @@ def signal_report(model, x, y, loss=None, tolerance=2.0, max_scale=1000.0, refer
 
     The model runs as in training (BatchNormalization uses the batch's statistics, dropout is on); its variables are restored
     afterwards. The error is that of the loss without the weights' penalties, but with what layers add by `add_loss`; it is
-    taken before a layer's own activation, where it has one (after it in a `TimeDistributed`). A layer that is called several times has one entry for each call. A custom layer, or a
-    subclassed model inside, counts as one layer. Recurrent layers and embeddings are not measured; the report lists them.
+    taken before a layer's own activation, where it has one (after it in a `TimeDistributed`). A layer that is called several
+    times has one entry for each call. A custom layer, or a subclassed model inside, counts as one layer. Recurrent layers and
+    embeddings are not measured; the report lists them.
 
     Args:
         model: A built Functional or Sequential Keras model of any shape, nested and branching ones included.
