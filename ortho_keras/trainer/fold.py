@@ -18,9 +18,8 @@ def fold_batchnorm(model, dtype=None):
 
     `gamma * (W x + b - mean) / sqrt(variance + epsilon) + beta` is again a convolution (or dense layer) with a bias. A
     BatchNormalization is folded if it normalizes the channels of a convolution or `Dense` without an activation, no other layer
-    takes that layer's output, each of the two is called once, and neither overrides `call`. Other layers stay, except
-    `ErrorModulation`, which does nothing in inference; regularizers are dropped. Nested Functional and Sequential models are
-    unfolded. The copy's outputs are the model's up to rounding; it shares no weights with the model.
+    takes that layer's output, each of the two is called once, and neither overrides `call`. Regularizers and `ErrorModulation`
+    are dropped, nested models are unfolded. The outputs are the model's up to rounding; no weights are shared.
 
     Args:
         model: A built Functional or Sequential model.
@@ -67,10 +66,8 @@ def fold_batchnorm(model, dtype=None):
 
 
 def _inputs(model):
-    def fresh(tensor):
-        return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name)
-
-    return keras.tree.map_structure(fresh, model.inputs[0] if isinstance(model, keras.Sequential) else model.input)
+    structure = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+    return keras.tree.map_structure(lambda one: keras.Input(batch_shape=one.shape, dtype=one.dtype, name=one.name), structure)
 
 
 def _foldable(graph, inputs):

@@ -130,20 +130,20 @@ def _comparison(columns):
 def _curves(runs):
     pictures = []
     for title, key in CURVES.items():
-        lines = []
-        for number, (label, run) in enumerate(runs.items()):
-            for name, style in ((key, ".-"), (f"validation_{key}", ".--")):
-                points = {row["step"]: row[name] for row in run.history if row.get(name) is not None}
-                lines.append((points, style, number, label if name == key else None))
-        caption = f"{title} by step" + (", validation dashed" if any(points for points, *_ in lines[1::2]) else "")
-        pictures += _plot(lines, caption, key in ("crossentropy", "penalty"), xlabel="step", title=title)
+        training, validation = (
+            [{row["step"]: row[name] for row in run.history if row.get(name) is not None} for run in runs.values()]
+            for name in (key, f"validation_{key}")
+        )
+        caption = f"{title} by step" + (", validation dashed" if any(validation) else "")
+        logarithmic = key in ("crossentropy", "penalty")
+        pictures += _plot(runs, training, validation, caption=caption, log=logarithmic, xlabel="step", title=title)
     return pictures
 
 
 def _orthonormality(runs):
-    lines = [(dict(enumerate(run.errors.values(), 1)), ".-", at, label) for at, (label, run) in enumerate(runs.items())]
+    errors = [dict(enumerate(run.errors.values(), 1)) for run in runs.values()]
     caption = "0 where all filters of a kernel are orthonormal, in groups where it has more filters than inputs"
-    return _plot(lines, caption, True, xlabel="kernel, from input to output", ylabel="largest |WᵀW − I|")
+    return _plot(runs, errors, caption=caption, log=True, xlabel="kernel, from input to output", ylabel="largest |WᵀW − I|")
 
 
 def _heat_maps(runs):
@@ -163,17 +163,18 @@ def _filters(runs):
     return pictures
 
 
-def _plot(lines, caption, logarithmic, **settings):
-    """Plots lines `({x: y}, style, number of the colour, label)`; returns a list of one picture, or none if all are empty."""
-    lines = [line for line in lines if line[0]]
-    if not lines:
+def _plot(labels, solid, dashed=(), *, caption, log, **settings):
+    """Plots each run's `{x: y}`; returns a list of one picture, or none if all are empty."""
+    if not any((*solid, *dashed)):
         return []
     figure = new_figure(5.5, 3.8)
     axes = figure.subplots()
-    for points, style, number, label in lines:
-        axes.plot(points.keys(), points.values(), style, color=f"C{number % 10}", markersize=4, label=label)
-    positive = all(y > 0 for points, *_ in lines for y in points.values())
-    axes.set(yscale="log" if logarithmic and positive else "linear", **settings)
+    for style, lines in ((".-", solid), (".--", dashed)):
+        for number, (label, points) in enumerate(zip(labels, lines)):
+            shown = label if points and lines is solid else None
+            axes.plot(points.keys(), points.values(), style, color=f"C{number % 10}", markersize=4, label=shown)
+    positive = all(y > 0 for points in (*solid, *dashed) for y in points.values())
+    axes.set(yscale="log" if log and positive else "linear", **settings)
     axes.grid(alpha=0.3)
     axes.legend()
     return [_picture(caption, save, figure)]

@@ -56,11 +56,7 @@ def progress(history, first_epoch=0):
 
 def installed_versions(*distributions):
     """Returns `{distribution: version}` of those that are installed."""
-    found = {}
-    for distribution in distributions:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[distribution] = importlib.metadata.version(distribution)
-    return found
+    return {one.name: one.version for one in importlib.metadata.distributions() if one.name in distributions}
 
 
 def hardware(device):

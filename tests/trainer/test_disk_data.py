@@ -199,16 +199,12 @@ def test_records_are_read_as_files_are(tmp_path):
     assert found == expected and len(found) == 8
     (name,) = data.skipped
     assert name.startswith("photos-train.tfrecord-00000-of-00001, record at byte ")
-    [(images, _)] = batches_of(data.train, 8, 0, 1)
-    assert images.shape == (8, SIZE, SIZE, 3)
 
 
 def test_what_cannot_stay_on_the_disk(tmp_path):
     options = {"image_size": SIZE, "storage": "disk"}
     assert "--storage memory" in refusal("digits", **options)
-    assert "must be a folder that exists" in refusal(f"folder:{tmp_path}/none", **options)
-    good = encoded(ramp())
-    prepare_photos(tmp_path, train=[(good, 0)] * 4, test=[(good, 1)] * 3)
+    prepare_photos(tmp_path, train=[(encoded(ramp()), 0)] * 4, test=[(encoded(ramp()), 1)] * 3)
     (record,) = tmp_path.glob("photos/1.0.0/photos-train.tfrecord*")
     record.write_bytes(record.read_bytes()[:-40])
     message = refusal("photos", tmp_path, **options)

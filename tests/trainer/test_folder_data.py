@@ -25,7 +25,7 @@ def write_classes(root, classes, start=0):
 def test_folder_of_classes(tmp_path):
     write_classes(tmp_path, {"cat": 20, "ant": 10, "bee": 11})
     (tmp_path / ".ipynb_checkpoints").mkdir()  # hidden folders are not classes
-    data, again = load_data(f"folder:{tmp_path}"), load_data(f"folder:{tmp_path}")
+    data = load_data(f"folder:{tmp_path}")
     splits = (data.train, data.validation, data.test)
     assert data.class_names == ("ant", "bee", "cat") and data.image_shape == (4, 6, 3)
     assert [len(split) for split in splits] == [33, 4, 4]  # a tenth of 41, of the 37 left
@@ -33,7 +33,6 @@ def test_folder_of_classes(tmp_path):
     assert sorted(found) == list(range(41)) and found != sorted(found)
     labels = np.concatenate([split.labels for split in splits])
     assert labels.tolist() == [2 if value < 20 else 0 if value < 30 else 1 for value in found]
-    assert found == values(again.train, again.validation, again.test)
     assert len(set(data.train.labels[:8])) > 1  # not class by class
 
 
@@ -57,27 +56,20 @@ def test_formats_and_channels_are_read_as_rgb(tmp_path):
     jpeg, png = tf.io.encode_jpeg, tf.io.encode_png
     files = [("0.png", 1, jpeg), ("1.jpg", 1, jpeg), ("2.JPEG", 3, jpeg)]  # a JPEG that is called PNG is read too
     files += [("3.png", 1, png), ("4.PNG", 3, png), ("5.png", 4, png)]
-    for split in ("train", "test"):
-        for i, (name, channels, encode) in enumerate(files):
-            write_image(tmp_path / split / "a" / name, 40 * i, (4, 6, channels), encode)
-    color = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
-    (tmp_path / "test" / "b").mkdir()
-    (tmp_path / "test" / "b" / "color.png").write_bytes(png(color).numpy())
-    data = load_data(f"folder:{tmp_path}")
-    assert data.image_shape == (4, 6, 3)
-    assert sorted(values(data.test.take(data.test.labels == 0))) == [0, 40, 80, 120, 160, 200]
-    np.testing.assert_array_equal(data.test.images[data.test.labels == 1], [color])
+    for i, (name, channels, encode) in enumerate(files):
+        write_image(tmp_path / "train" / "a" / name, 40 * i, (4, 6, channels), encode)
+    write_image(tmp_path / "test" / "a" / "0.png", (9, 18, 27))
+    data = load_data(f"folder:{tmp_path}", hold_out=False)
+    assert data.image_shape == (4, 6, 3) and sorted(values(data.train)) == [0, 40, 80, 120, 160, 200]
+    assert np.all(data.test.images == [9, 18, 27])
 
 
 def test_many_sizes_need_image_size(tmp_path):
     for i, shape in enumerate([(4, 6, 3), (5, 5, 3), (8, 8, 3), (1, 1, 3)]):
-        write_image(tmp_path / "within" / "a" / f"{i}.png", i, shape)
-        write_image(tmp_path / "between" / "train" / "a" / f"{i}.png", i, (4, 6, 3))
-        write_image(tmp_path / "between" / "test" / "a" / f"{i}.png", i, (6, 4, 3))
-    for name in ("within", "between"):
-        assert "--image_size" in refusal(f"folder:{tmp_path / name}")
-        data = load_data(f"folder:{tmp_path / name}", image_size=5, hold_out=False)
-        assert data.image_shape == (5, 5, 3) and set(values(data.train, data.test)) == {0, 1, 2, 3}
+        write_image(tmp_path / "a" / f"{i}.png", i, shape)
+    assert "--image_size" in refusal(f"folder:{tmp_path}")
+    data = load_data(f"folder:{tmp_path}", image_size=5, hold_out=False)
+    assert data.image_shape == (5, 5, 3) and set(values(data.train, data.test)) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("folders", [("a", "b"), ("train/a", "test/a"), ("test/a",)])
