@@ -88,14 +88,16 @@ class Probe:
         with unchanged(self.model):
             trace = Trace(self.x)
             with tf.GradientTape(persistent=True) as tape:
-                loss = self._loss(self._outputs(trace))
+                outputs = self._outputs(trace)
+                loss = self._loss(outputs)
             if not trace.calls:
                 raise ValueError(f"`model` must call a convolution, dense or einsum layer. Received: model={self.model.name!r}")
             self._backpropagate(trace, tape, loss, rule)
             for call in () if singular_values else trace.calls:
                 call.kernel_values = call.operator_values = (math.nan, math.nan)
             layers = tuple(LayerSignal.of(call) for call in trace.calls)
-        return SignalReport(self.model.name, float(loss), layers, trace.modulated, tuple(trace.unmeasured))
+        unmeasured, paths = tuple(trace.unmeasured), trace.paths(outputs)
+        return SignalReport(self.model.name, float(loss), layers, trace.modulated, unmeasured, paths)
 
     def _backpropagate(self, trace, tape, loss, rule):
         """Sets what the calls of a trace have from the gradients."""

@@ -42,7 +42,7 @@ def _error_findings(report):
     silent = [layer.name for layer in report.layers if layer.backward_moment == 0]
     if silent:
         found.append(f"no error reaches {len(silent)} of {len(report.layers)} layers: {_listed(silent)}")
-    for kind in _kinds(report.layers):
+    for kind in report.kinds:
         low, *_, high = sorted((layer for _, layer in kind), key=lambda layer: layer.backward_moment)
         apart, growth = ratio(high.backward_moment, low.backward_moment) ** 0.5, _growth(kind)[0]
         if apart > 1000 and apart > 10 * max(growth, 1 / growth):
@@ -141,16 +141,31 @@ class SignalReport:
     layers: tuple  # of LayerSignal, from input to output
     modulated: bool  # whether `scale` is what modulation did, not what it would do
     unmeasured: tuple = ()  # names of layers with weights of other kinds: recurrent ones, embeddings
+    paths: tuple = ()  # for each output of the model, the indices in `layers` of the longest path to it
+
+    @property
+    def kinds(self):
+        """Layers whose errors compare, lists of pairs `(place, layer)`: those of one path with positions, and the others.
+
+        Of three or more layers the first is left out: it reads the input, whose scale is arbitrary.
+        """
+        kinds = []
+        for path in self.paths or [range(len(self.layers))]:
+            for positions in (True, False):
+                kind = [self.layers[index] for index in path if self.layers[index].positions is positions]
+                pairs = enumerate(kind[1:] if len(kind) > 2 else kind)
+                kinds.append([(place, layer) for place, layer in pairs if 0 < layer.backward_moment < math.inf])
+        return [kind for kind in kinds if len(kind) > 1]
 
     @property
     def growth(self):
         """The growth of the error towards the input: a tuple `(total, per layer, number of steps)` of ratios of magnitudes.
 
-        It is the larger change among the convolutions (whose output has positions) or among the other layers. Of three or more
-        layers the first is left out: it reads the input, whose scale is arbitrary. The total is the ratio of both ends or, if
-        either exceeds 10 and they differ by more than a factor of 2, the least-squares line through all layers' logarithms.
+        It is the largest change along the path to an output, among the layers with positions (convolutions, as a rule) or
+        among the others. The total is the ratio of both ends or, if either exceeds 10 and they differ by more than a factor of
+        2, the least-squares line through all layers' logarithms.
         """
-        growths = [_growth(kind) for kind in _kinds(self.layers)]
+        growths = [_growth(kind) for kind in self.kinds]
         return max(growths, key=lambda growth: abs(math.log(growth[0])), default=(math.nan, math.nan, 0))
 
     @property
@@ -168,9 +183,11 @@ class SignalReport:
         modulation = f"modulation {'rescaled' if self.modulated else 'would rescale'} {_layers(fired)}"
         if all(math.isnan(layer.scale) for layer in self.layers):
             modulation = "modulation does not apply, the model branches"
-        unmeasured = f" (not measured: {_listed(self.unmeasured)})" if self.unmeasured else ""
+        found = "; ".join(self.findings) or "nothing is wrong" + healthy
+        if self.unmeasured:  # first, as what is wrong may be there
+            found = f"not measured: {_listed(self.unmeasured)}. In the other layers, {found}"
         lines = [
-            f"{self.model}: {'; '.join(self.findings) or 'nothing is wrong' + healthy}{unmeasured}",
+            f"{self.model}: {found}",
             f"{len(self.layers)} parametric layers, loss {self.loss:.4g}; {modulation}. Last layer first; error: its magnitude "
             "over the last layer's; gradient: the kernel's, over the kernel's norm; W, operator: singular values",
         ]
@@ -230,16 +247,8 @@ def read_signals(path):
     return [empty | {name: types.get(name, str)(text) for name, text in line.items()} for line in lines]
 
 
-def _kinds(layers):
-    """Layers whose errors compare, as pairs `(place, layer)`: those with positions, and the others."""
-    kinds = [[layer for layer in layers if layer.positions is positions] for positions in (True, False)]
-    kinds = [kind[1:] if len(kind) > 2 else kind for kind in kinds]
-    kinds = [[(place, layer) for place, layer in enumerate(kind) if 0 < layer.backward_moment < math.inf] for kind in kinds]
-    return [kind for kind in kinds if len(kind) > 1]
-
-
 def _growth(kind):
-    """`SignalReport.growth` of one of `_kinds`."""
+    """`SignalReport.growth` of one of `SignalReport.kinds`."""
     places, layers = zip(*kind)
     logarithms = [0.5 * math.log(layer.backward_moment) for layer in layers]
     steps, ends = places[-1] - places[0], logarithms[0] - logarithms[-1]

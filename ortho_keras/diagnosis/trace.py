@@ -21,14 +21,21 @@ class Call:
 
     error = next_error = top_error = gradient_ratio = scale = dead_share = math.nan  # until they are found
 
-    def __init__(self, layer, name, kernels, inputs, linear, outputs):
+    def __init__(self, layer, name, kernels, inputs, linear, outputs, below=None):
+        self.below = below  # the parametric layer's call before it on the longest path from the inputs, or None
+        self.height = 1 + (below.height if below else 0)  # the number of calls on that path
         self.layer, self.inner, self.name, self.kernels = layer, _unwrapped(layer), name, kernels
         self.linear, self.outputs = linear, outputs
         self.modulated = outputs  # or those of the `ErrorModulation` that follows
         timed = isinstance(layer, keras.layers.TimeDistributed)
         self.input_shape = inputs.shape[:1] + inputs.shape[2:] if timed else inputs.shape  # of the inner layer
         self.channels = _channel_axes(self.inner, len(outputs.shape), int(timed))
-        self.has_positions = len(linear.shape) > 1 + len(self.channels)
+        own = [size for axis, size in enumerate(linear.shape) if axis and axis not in self.channels]
+        channels_first = getattr(self.inner, "data_format", None) == "channels_first"
+        received = self.input_shape[2:] if channels_first else self.input_shape[1:-1]
+        received = [*received, *inputs.shape[1 : 1 + timed]]
+        # A convolution of one pixel, or one that leaves one, maps vectors, as a Dense layer does.
+        self.has_positions = math.prod(own) > 1 and math.prod(received) > 1
 
     @property
     def image_share(self):
@@ -61,7 +68,7 @@ class Trace:
         self.calls = []
         self.branches = self.modulated = False
         self.unmeasured = []  # names of layers whose weights are no kernels: recurrent ones, embeddings
-        # id of a tensor -> [the tensor, index of the call it comes from or None, whether a layer has received it]
+        # id of a tensor -> [the tensor, the last call on the longest path to it or None, whether a layer has received it]
         self.tensors = {id(tensor): [tensor, None, False] for tensor in keras.tree.flatten(inputs)}
 
     def call(self, layer, *args, **kwargs):
@@ -70,7 +77,7 @@ class Trace:
         self.branches = self.branches or len(known) > 1 or any(used for _, _, used in known)
         for entry in known:
             entry[2] = True
-        source = max((index for _, index, _ in known if index is not None), default=None)
+        source = max((call for _, call, _ in known if call), key=lambda call: call.height, default=None)
         outputs, linear = _called(layer, args, kwargs)
         first = keras.tree.flatten(outputs)[0]
         inner = walk_layers(layer) if isinstance(layer, keras.Layer) else ()
@@ -80,19 +87,32 @@ class Trace:
             before = linear[0] if len(linear) == 1 else first
             number = 1 + sum(call.layer.name == layer.name for call in self.calls)
             name = layer.name if number == 1 else f"{layer.name} ({number})"
-            self.calls.append(Call(layer, name, kernels, inputs, before, first))
-            source = len(self.calls) - 1
-        elif isinstance(layer, ErrorModulation) and source is not None:
-            self.calls[source].modulated, self.modulated = first, True
+            source = Call(layer, name, kernels, inputs, before, first, below=source)
+            self.calls.append(source)
+        elif isinstance(layer, ErrorModulation) and source:
+            source.modulated, self.modulated = first, True
         elif isinstance(layer, keras.Layer) and any(len(weight.shape) > 1 for weight in layer.trainable_weights):
             self.unmeasured += [layer.name] * (layer.name not in self.unmeasured)
         # The operations of keras.ops and keras.activations are no layers: they are known by name.
         activates = bool(linear) or isinstance(layer, _ACTIVATIONS) or type(layer).__name__.lower() in ("relu", "relu6")
-        if activates and source is not None and math.isnan(self.calls[source].dead_share):
-            self.calls[source].dead_share = _constant_share(first, self.calls[source].channels)
+        if activates and source and math.isnan(source.dead_share):
+            source.dead_share = _constant_share(first, source.channels)
         for tensor in keras.tree.flatten(outputs)[: 1 if isinstance(layer, ErrorModulation) else None]:
             self.tensors[id(tensor)] = [tensor, source, False]
         return outputs
+
+    def paths(self, outputs):
+        """Returns for each output of the model the numbers of the calls on the longest path to it, from the input up."""
+        numbers = {id(call): number for number, call in enumerate(self.calls)}
+        paths = []
+        for tensor in keras.tree.flatten(outputs):
+            _, call, _ = self.tensors.get(id(tensor), (tensor, None, False))
+            path = []
+            while call:
+                path.append(numbers[id(call)])
+                call = call.below
+            paths.append(tuple(reversed(path)))
+        return tuple(dict.fromkeys(paths))
 
 
 def magnitude(tensor, scale=1.0):

@@ -232,3 +232,54 @@ def test_half_precision(policy):
     assert half.loss == pytest.approx(full.loss, rel=0.05)
     found, expected = (np.array(figures(each))[:, 1:3] ** (0.5, 1) for each in (half, full))
     np.testing.assert_allclose(found, expected, rtol=0.3)
+
+
+def trunk(inputs, depth=6):
+    for number in range(depth):
+        initializer = ortho_keras.OrthonormalInitializer(seed=number)
+        inputs = layers.Conv2D(8, 3, padding="same", kernel_initializer=initializer)(inputs)
+        inputs = ortho_keras.ShiftedReLU(2.0)(layers.BatchNormalization()(inputs))
+    return inputs
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e-3])
+def test_growth_is_along_the_path_to_an_output(weight):
+    """Heads in parallel are not above one another, whatever the weights of their losses."""
+    inputs = keras.Input((8, 8, 3))
+    pooled = layers.GlobalAveragePooling2D()(trunk(inputs))
+    heads = [layers.Dense(10, name="kind")(pooled), layers.Dense(1, name="age")(pooled)]
+    model = keras.Model(inputs, heads)
+    model.compile("sgd", [LOGITS, "mse"], loss_weights=[1.0, weight])
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(16, 8, 8, 3)), [rng.integers(10, size=16), rng.normal(size=(16, 1))]
+    report = ortho_keras.signal_report(model, x, y, singular_values=False)
+    ends = [report.layers[path[-1]].name for path in report.paths]
+    assert ends == ["kind", "age"] and all(path[:-1] == (0, 1, 2, 3, 4, 5) for path in report.paths)
+    errors = [layer.backward_moment**0.5 for layer in report.layers]
+    assert report.growth == pytest.approx((errors[1] / errors[5], (errors[1] / errors[5]) ** (1 / 4), 4))
+
+
+def test_a_residual_block_lies_on_the_path_and_a_short_branch_does_not():
+    inputs = keras.Input((8, 8, 3))
+    first = layers.Conv2D(4, 3, padding="same")(inputs)
+    second = layers.Conv2D(4, 3, padding="same")(layers.ReLU()(first))
+    both = layers.Add()([layers.Conv2D(4, 1)(inputs), second])
+    model = keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(both)))
+    report = report_of(model, (8, 8, 3))
+    (path,) = report.paths
+    assert [type(model.get_layer(report.layers[at].name)).__name__ for at in path] == ["Conv2D", "Conv2D", "Dense"]
+    assert [model.get_layer(report.layers[at].name).kernel_size for at in path[:2]] == [(3, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("head", ["dense", "convolution of one pixel", "convolution of all pixels"])
+def test_a_map_of_vectors_has_no_positions_however_it_is_written(head):
+    inputs = keras.Input((4, 4, 3))
+    h = layers.Conv2D(5, 3, padding="same", name="trunk")(inputs)
+    if head == "dense":
+        h = layers.Dense(10, name="head")(layers.GlobalAveragePooling2D()(h))
+    elif head == "convolution of one pixel":
+        h = layers.Flatten()(layers.Conv2D(10, 1, name="head")(layers.GlobalAveragePooling2D(keepdims=True)(h)))
+    else:
+        h = layers.Flatten()(layers.Conv2D(10, 4, name="head")(h))
+    report = report_of(keras.Model(inputs, h), (4, 4, 3))
+    assert {layer.name: layer.positions for layer in report.layers} == {"trunk": True, "head": False}
