@@ -8,7 +8,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from loaded import prepare, refusal, values
 
-from ortho_keras.trainer.data import load_data, memory
+from ortho_keras.trainer.data import load_data, loading
 
 
 def gradients(n, start=0, size=(4, 6)):
@@ -34,11 +34,11 @@ def test_tfds_data(tmp_path):
 
 
 def test_images_are_resized_as_one_by_one_and_stay_in_order(monkeypatch):
-    monkeypatch.setattr(memory, "RESIZED_AT_ONCE", 200)
+    monkeypatch.setattr(loading, "RESIZED_AT_ONCE", 200)
     rng = np.random.default_rng(0)
     shapes = [(4, 6, 3), (5, 5, 3), (6, 4, 3), (9, 9, 3)]
     images = [rng.integers(0, 256, shapes[kind], dtype=np.uint8) for kind in rng.choice(4, 60, p=[0.5, 0.2, 0.1, 0.2])]
-    found = memory.read_into_memory({"train": zip(images, range(60))}, 5, "--dataset x")["train"]
+    found = loading.read_into_memory({"train": zip(images, range(60))}, 5, "--dataset x")["train"]
     assert found.labels.tolist() == list(range(60)) and found.images.dtype == np.uint8
     for image, resized in zip(images, found.images, strict=True):
         alone = image if image.shape[:2] == (5, 5) else tf.image.resize(image, (5, 5), antialias=True).numpy()

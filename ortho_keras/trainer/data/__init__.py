@@ -2,7 +2,6 @@
 
 from ortho_keras.trainer.data.batches import BatchSettings, evaluation_batches, training_batches
 from ortho_keras.trainer.data.disk import DiskSplit
-from ortho_keras.trainer.data.loading import ImageData, load_data
-from ortho_keras.trainer.data.memory import MemorySplit
+from ortho_keras.trainer.data.loading import ImageData, MemorySplit, load_data
 
 __all__ = ["BatchSettings", "DiskSplit", "ImageData", "MemorySplit", "evaluation_batches", "load_data", "training_batches"]
