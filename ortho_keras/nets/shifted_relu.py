@@ -36,6 +36,7 @@ class ShiftedReLU(keras.layers.Layer):
         super().__init__(**kwargs)
         self.shift = check_number("shift", shift, least=0)
         self.supports_masking = True
+        self.built = True  # it has no state, so custom layers that hold it can be quantized
 
     def call(self, inputs):
         return _cut_below(inputs, tf.cast(-self.shift, inputs.dtype))
