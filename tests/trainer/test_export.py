@@ -30,22 +30,21 @@ def trained(tmp_path_factory):
 
 def test_every_format_gives_the_same_outputs(trained, tmp_path):
     path, images, expected = trained
-    outputs = {}
     for name in ("net.keras", "net.tflite", "net"):
         line = deploy(path, tmp_path / name)
         assert line.startswith(f"{tmp_path / name}: 7 of 7 BatchNormalization layers folded, outputs differ by ")
-    outputs["keras"] = load_model(tmp_path / "net.keras").predict(images, verbose=0)
+    outputs = [load_model(tmp_path / "net.keras").predict(images, verbose=0)]
     saved = tf.saved_model.load(str(tmp_path / "net"))  # whose variables live as long as it does
-    outputs["saved model"] = saved.serve(images).numpy()
+    outputs.append(saved.serve(images).numpy())
     interpreter = tf.lite.Interpreter(str(tmp_path / "net.tflite"))
     (taken,), (given,) = interpreter.get_input_details(), interpreter.get_output_details()
     interpreter.resize_tensor_input(taken["index"], images.shape)
     interpreter.allocate_tensors()
     interpreter.set_tensor(taken["index"], images)
     interpreter.invoke()
-    outputs["tflite"] = interpreter.get_tensor(given["index"])
-    for name, mine in outputs.items():
-        np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=name)
+    outputs.append(interpreter.get_tensor(given["index"]))
+    for mine in outputs:
+        np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 def test_train_exports_a_run_and_later_the_finished_one(tmp_path, capsys):

@@ -56,15 +56,14 @@ def training_batches(split, settings, start=0, stop=None, replicas=1, own=(0,)):
     batch_size, seed = settings.batch_size, tf.constant(settings.seed, tf.int64)
     steps, shares = len(split) // batch_size, _shares(batch_size, replicas, own)
 
-    def epoch_steps(epoch):
+    def epoch_shares(epoch):
         # index_shuffle would need less memory, but uses only 8 bits of each part of its seed (TensorFlow 2.21).
         order = tf.random.experimental.stateless_shuffle(tf.range(len(split), dtype=tf.int64), tf.stack([seed, epoch]))
         batches = tf.reshape(order[: steps * batch_size], (steps, batch_size))
-        numbers = epoch * steps + tf.range(steps, dtype=tf.int64)
-        return tf.data.Dataset.from_tensor_slices((numbers, batches)).skip(tf.maximum(start - epoch * steps, 0))
-
-    def step_shares(step, indices):
-        return tf.data.Dataset.from_tensor_slices((tf.fill([len(own)], step), shares, tf.gather(indices, shares)))
+        numbers = tf.repeat(epoch * steps + tf.range(steps, dtype=tf.int64), len(own))
+        indices = tf.reshape(tf.gather(batches, shares, axis=1), (-1, batch_size // replicas))
+        dataset = tf.data.Dataset.from_tensor_slices((numbers, tf.tile(shares, (steps, 1)), indices))
+        return dataset.skip(tf.maximum(start - epoch * steps, 0) * len(own))
 
     def batch(step, rows, indices):
         keys = tf.stack([tf.fill(rows.shape, seed), step * batch_size + rows], 1)
@@ -74,8 +73,8 @@ def training_batches(split, settings, start=0, stop=None, replicas=1, own=(0,)):
         return images, labels
 
     epochs = tf.data.Dataset.range(start // steps, np.iinfo(np.int64).max)
-    dataset = epochs.flat_map(epoch_steps).take(-1 if stop is None else stop - start)
-    return _parallel(dataset.flat_map(step_shares), batch, split)
+    dataset = epochs.flat_map(epoch_shares).take(-1 if stop is None else (stop - start) * len(own))
+    return _parallel(dataset, batch, split)
 
 
 def evaluation_batches(split, batch_size, replicas=1, own=(0,)):
