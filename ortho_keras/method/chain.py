@@ -18,8 +18,8 @@ def modulate(model, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled
     modulation, for inference. Outputs are identical to the bit. Nested Functional and Sequential models are unfolded into the
     chain. If `model` is compiled, so is the new model, with the same settings.
 
-    Global pooling shrinks the gradient by two orders of magnitude. Modulation would raise all convolutions to the classifier's
-    gradient, which acts as a hundredfold learning rate: lower the learning rate, or leave the classifier out of `layers`.
+    Global pooling shrinks the gradient by two orders of magnitude, and modulation raises that of all convolutions to the
+    classifier's: lower the learning rate, or leave the classifier out of `layers`.
 
     Args:
         model: A built Functional or Sequential model that is a chain: each layer takes the output of the previous one.
@@ -39,14 +39,12 @@ def modulate(model, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled
     check_built(model)
     graph = Graph(model)
     if len(model.inputs) != 1 or len(model.outputs) != 1:
-        raise ValueError(
-            f"modulate needs a chain: model {model.name!r} has {len(model.inputs)} inputs and {len(model.outputs)} outputs"
-        )
+        many = f"{len(model.inputs)} inputs and {len(model.outputs)} outputs"
+        raise ValueError(f"modulate needs a chain: model {model.name!r} has {many}")
     if layers is not None and (isinstance(layers, str) or not list(layers)):
         raise ValueError(f"`layers` must be a list of at least one layer's name, or None for all. Received: layers={layers!r}")
     settings = (tolerance, max_scale, reference, enabled, synchronized)
     with model.distribute_strategy.scope():
-        ErrorModulation(*settings)  # fails for a wrong setting before the model is walked
         chain = _Chain(settings, layers)
         first = model.inputs[0]
         inputs = keras.Input(batch_shape=first.shape, dtype=first.dtype, name=first.name)
@@ -58,9 +56,8 @@ def modulate(model, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled
             raise ValueError(f"modulate found no parametric layer (convolution, dense or einsum) in model {model.name!r}")
         if isinstance(model, keras.Sequential):
             modulated = keras.Model(inputs, outputs, name=model.name)
-        else:  # a custom class keeps its train_step, a dict of inputs or outputs its keys
-            structures = (model.input, [inputs]), (model.output, [outputs])
-            modulated = type(model)(*(keras.tree.pack_sequence_as(*pair) for pair in structures), name=model.name)
+        else:  # a custom class keeps its train_step, a dict of inputs its keys
+            modulated = type(model)(keras.tree.pack_sequence_as(model.input, [inputs]), outputs, name=model.name)
         if model.compiled:
             try:
                 modulated.compile_from_config(model.get_compile_config())
@@ -85,15 +82,11 @@ class _Chain:
             Graph(layer)  # raises for a model whose layers are unknown
         if isinstance(layer, ErrorModulation):
             raise ValueError(f"the model is modulated already: it has an ErrorModulation layer {layer.name!r}")
-        for tensor in keras.tree.flatten((args, kwargs)):
-            if not keras.backend.is_keras_tensor(tensor):
-                continue
+        for tensor in filter(keras.backend.is_keras_tensor, keras.tree.flatten((args, kwargs))):
             _, maker, taker = self.made[id(tensor)]
             if taker is not None:
-                raise ValueError(
-                    f"modulate needs a chain, where each layer takes the output of the previous one: the model branches at "
-                    f"{maker!r}, whose output goes to both {taker!r} and {layer.name!r}"
-                )
+                branch = f"the model branches at {maker!r}, whose output goes to both {taker!r} and {layer.name!r}"
+                raise ValueError(f"modulate needs a chain, where each layer takes the output of the previous one: {branch}")
             self.made[id(tensor)] = (tensor, maker, layer.name)
         outputs = layer(*args, **kwargs)
         if not keras.backend.is_keras_tensor(outputs):
@@ -114,11 +107,8 @@ def switch_modulation(model, enabled):
     """Switches every `ErrorModulation` of a model on or off, from the next training step on, without retracing.
 
     Args:
-        model: A Keras model.
+        model: A Keras model with at least one `ErrorModulation`, or a `ValueError` is raised.
         enabled: bool.
-
-    Raises:
-        ValueError: If the model has no `ErrorModulation`.
     """
     found = [layer for layer, _ in walk_layers(model) if isinstance(layer, ErrorModulation)]
     if not found:
@@ -142,13 +132,11 @@ class ModulationSwitch(keras.callbacks.Callback):
         self.steps = check_number("steps", steps, least=1, integer=True)
 
     def on_train_begin(self, logs=None):
-        self._enabled, self._began = None, False
+        self._enabled = None
         self._switch()
 
     def on_train_batch_begin(self, batch, logs=None):
-        if not self._began:
-            self._began = True
-            self._switch()  # again: another callback's `on_train_begin` may have restored a checkpoint
+        self._switch()  # again: another callback's `on_train_begin` may have restored a checkpoint
 
     def on_train_batch_end(self, batch, logs=None):
         self._switch()

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import numbers
+import operator
 
 import keras
 
@@ -10,33 +11,17 @@ from ortho_keras.method.errors import InputError
 
 
 def check_number(name, value, least=None, above=None, most=None, below=None, integer=False):
-    """Returns a number that lies in a range, as a Python `int` or `float`.
+    """Returns a finite number as a Python `int` or `float`, or raises `ValueError`; for a flag, as "--depth", `InputError`.
 
-    Args:
-        name: Name of the argument, or of a flag, as "--depth", for the message.
-        value: What was passed for it. NumPy's numbers count as numbers; bools do not.
-        least: The smallest value allowed.
-        above: All allowed values are larger than this.
-        most: The largest value allowed.
-        below: All allowed values are smaller than this.
-        integer: bool. Whether the number must be an integer.
-
-    Raises:
-        ValueError: If `value` is no number, not finite or out of range; of a flag, an `InputError`.
+    It must be `least` and `most` or between them, and strictly between `above` and `below`. NumPy's numbers count as numbers;
+    bools do not.
     """
-    kind = numbers.Integral if integer else numbers.Real
-    ranges = [
-        (least, "at least", lambda limit: value >= limit),
-        (above, "above", lambda limit: value > limit),
-        (most, "at most", lambda limit: value <= limit),
-        (below, "below", lambda limit: value < limit),
-    ]
-    limits = [(limit, words, holds) for limit, words, holds in ranges if limit is not None]
-    is_number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not all(holds(limit) for limit, _, holds in limits):
-        what = "an integer" if integer else "a finite number"
-        bounds = " and ".join(f"{words} {limit}" for limit, words, _ in limits)
-        message = f"must be {what}{bounds and ', ' + bounds}. Received: {name}={value!r}"
+    ranges = (least, "at least", operator.ge), (above, "above", operator.gt), (most, "at most", operator.le)
+    limits = [limit for limit in (*ranges, (below, "below", operator.lt)) if limit[0] is not None]
+    is_number = isinstance(value, numbers.Integral if integer else numbers.Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not all(holds(value, limit) for limit, _, holds in limits):
+        bounds = "".join(f"{' and' if number else ','} {words} {limit}" for number, (limit, words, _) in enumerate(limits))
+        message = f"must be {'an integer' if integer else 'a finite number'}{bounds}. Received: {name}={value!r}"
         raise InputError(f"{name} {message}") if name.startswith("--") else ValueError(f"`{name}` {message}")
     return int(value) if integer else float(value)
 

@@ -19,11 +19,10 @@ class OrthonormalDecay(keras.callbacks.Callback):
         W - 2 * factor * rate * steps * W (W^T W - I),
 
     a gradient step on `factor / 2 * ||W^T W - I||_F^2` with the optimizer's current learning rate, times the number of steps
-    since the last update. The penalty is not part of the loss, so its gradient does not enter the optimizer's moments, and it
-    costs nothing at the training steps in between. Do not also give the kernels a regularizer, or both act.
+    since the last update. Its gradient does not enter the optimizer's moments. Do not give the kernels a regularizer as well.
 
-    The update is stable for any factor and learning rate: the step is limited so that no singular value moves away from 1. The
-    largest step is the Newton-Schulz step `W - W (W^T W - I) / 2`. With another `regularizer`, the update is
+    The update is stable for any factor and learning rate: the step is limited, at most to the Newton-Schulz step
+    `W - W (W^T W - I) / 2`, so that no singular value moves away from 1. With another `regularizer`, the update is
     `W - factor * rate * steps * gradient of its penalty`, without a limit.
 
     Args:
@@ -52,24 +51,23 @@ class OrthonormalDecay(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self._last = None
-        self._update = self._make_update() if self.model.built else None
 
     def on_train_batch_begin(self, batch, logs=None):
-        if self._last is None:
-            self._last = steps_taken(self.model)  # not before: another callback's `on_train_begin` may restore a checkpoint
+        if self._last is None:  # not before: another callback's `on_train_begin` may restore a checkpoint
+            self._last = steps_taken(self.model)
+            self._update = self._make_update()
 
     def on_train_batch_end(self, batch, logs=None):
-        if steps_taken(self.model) - self._last >= self.every:
-            self._catch_up()
+        self._catch_up(self.every)
 
     def on_train_end(self, logs=None):
         if self._last is not None:
-            self._catch_up()
+            self._catch_up(1)
 
-    def _catch_up(self):
-        steps, self._last = steps_taken(self.model) - self._last, steps_taken(self.model)
-        if steps:
-            self._update = self._update or self._make_update()
+    def _catch_up(self, least):
+        steps = steps_taken(self.model) - self._last
+        if steps >= least:
+            self._last += steps
             rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
             self._update(tf.constant(self.factor * rate * steps, tf.float32))
 
@@ -82,10 +80,8 @@ class OrthonormalDecay(keras.callbacks.Callback):
                 with contextlib.suppress(ValueError):  # the regularizer is not defined for this kernel
                     found.append((kernel.variable, self.regularizer.for_kernel(1.0, kernel)))
         if not found:
-            raise ValueError(
-                "OrthonormalDecay needs a model with a trainable kernel of a convolution, dense or einsum layer. "
-                f"Received: model={self.model.name!r}, which has none for {self.regularizer.__name__}"
-            )
+            name = self.regularizer.__name__
+            raise ValueError(f"`model` must have a trainable kernel for {name}. Received: model={self.model.name!r}")
 
         def update(step):
             for kernel, regularizer in found:

@@ -2,13 +2,7 @@
 
 import re
 
-_TRACED = (
-    "in user code:",
-    "Graph execution error:",
-    "Detected at node ",
-    "<stack traces",
-    "Exception encountered when calling ",
-)
+_TRACED = "in user code:", "Graph execution error:", "Detected at node ", "<stack traces", "Exception encountered when calling "
 
 
 def first_line(error):

@@ -29,24 +29,17 @@ def only_one(directory):
 def whole_file(path):
     """Yields a temporary path in the folder of `path`, and renames it to `path` at the end; after an error it is removed.
 
-    Args:
-        path: String or path, of a file in a folder that exists. An existing file is replaced; a link is followed.
-
-    Raises:
-        ValueError: If `path` is none of the above, or the folder cannot be written.
+    An existing file is replaced; a link is followed. `ValueError` is raised where no file can be written.
     """
-    message = f"`path` must be the path of a file in a folder that exists and can be written. Received: path={path!r}"
     try:
         target = pathlib.Path(os.path.realpath(path))
-    except TypeError as error:
-        raise ValueError(message) from error
-    if not str(path) or (target.exists() and not target.is_file()):
-        raise ValueError(message)
-    own = target.with_name(f".{uuid.uuid4().hex[:12]}-{target.name}")  # ends as `path` does: Keras goes by that
-    try:
+        if target.exists() and not target.is_file():
+            raise OSError("a folder or a device")
+        own = target.with_name(f".{uuid.uuid4().hex[:12]}-{target.name}")  # ends as `path` does: Keras goes by that
         own.touch()
-    except OSError as error:
-        raise ValueError(message) from error
+    except (TypeError, OSError) as error:
+        message = "`path` must be the path of a file in a folder that exists and can be written"
+        raise ValueError(f"{message}. Received: path={path!r}") from error
     try:
         yield own
         own.replace(target)

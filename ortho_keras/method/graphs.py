@@ -7,28 +7,20 @@ import keras
 
 
 class Graph:
-    """The calls that a Functional or Sequential model makes, recorded once; nested models of these kinds are unfolded.
+    """The calls of a Functional or Sequential model's own layers, recorded once; nested models of these kinds are unfolded.
 
-    The layers are the model's own, so weights are shared with it.
-
-    Args:
-        model: A built Functional or Sequential model.
-
-    Raises:
-        ValueError: If the model is of another kind, or overrides `call`: the order of its layers is then unknown.
+    A model of another kind, or one that overrides `call`, is a `ValueError`: the order of its layers is unknown.
     """
 
     def __init__(self, model):
         if not isinstance(model, (keras.Function, keras.Sequential)) or has_own_call(model):
-            raise ValueError(
-                "`model` must be a Functional or Sequential model that does not override `call`. "
-                f"Received: {getattr(model, 'name', model)!r}, a {type(model).__name__}"
-            )
+            kind = "a Functional or Sequential model that does not override `call`"
+            raise ValueError(f"`model` must be {kind}. Received: {getattr(model, 'name', model)!r}, a {type(model).__name__}")
         self.model = model
         self.inputs = model.inputs
         self.steps = []  # (layer or the nested model's Graph, args, kwargs, outputs), with symbolic tensors
         if isinstance(model, keras.Sequential):
-            self.steps = [(_unfolded(layer), None, {}, None) for layer in model.layers]
+            self.steps = [(_unfolded(layer),) for layer in model.layers]
             return
 
         def record(layer, *args, **kwargs):
@@ -36,8 +28,7 @@ class Graph:
             self.steps.append((_unfolded(layer), args, kwargs, keras.tree.flatten(outputs)))
             return outputs
 
-        # clone_model is Keras's public way through a functional graph. Here it only records the calls, and the model
-        # that it makes is discarded.
+        # clone_model is Keras's public way through a functional graph. Here it only records the calls.
         graph = keras.Model(model.inputs, model.outputs)  # without compile settings, which may not be copyable
         self.inputs = [keras.Input(batch_shape=x.shape, dtype=x.dtype) for x in model.inputs]
         clone = keras.models.clone_model(graph, self.inputs, clone_function=lambda layer: layer, call_function=record)
@@ -50,28 +41,22 @@ class Graph:
             self.spent.setdefault(number, []).append(tensor)
 
     def run(self, inputs, call, training=None):
-        """Calls each layer by `call(layer, *args, **kwargs)`, in order.
+        """Calls each layer, or `keras.ops` operation, by `call(layer, *args, **kwargs)`, in order; returns the model's outputs.
 
-        Args:
-            inputs: Tensors, symbolic or not, in the structure of `model.input`.
-            call: Function that calls the layer (or `keras.ops` operation) and returns its outputs.
-            training: Passed to all layers that take `training`, even where the model fixes it, as Keras (3.15) does where `fit`
-                or `predict` runs a Functional model. `None`: what the model fixes, or nothing.
-
-        Returns:
-            The outputs, in the structure of `model.output`.
+        `inputs` are tensors, symbolic or not, in the structure of `model.input`. `training` is passed to all layers that take
+        it, even where the model fixes it, as Keras (3.15) does in `fit`; `None` leaves what the model fixes.
         """
         tensors = self._arranged(inputs, call)
         if isinstance(self.model, keras.Sequential):
             (outputs,) = tensors
-            for layer, *_ in self.steps:
+            for (layer,) in self.steps:
                 outputs = _call(layer, (outputs,), {}, call, training)
             return outputs
         tensors = {id(symbol): tensor for symbol, tensor in zip(self.inputs, tensors)}
         for number, (layer, args, kwargs, symbols) in enumerate(self.steps):
-            args, kwargs = _replaced((args, kwargs), tensors)
+            args, kwargs = keras.tree.map_structure(lambda value: tensors.get(id(value), value), (args, kwargs))
             outputs = keras.tree.flatten(_call(layer, args, kwargs, call, training))
-            tensors |= {id(symbol): tensor for symbol, tensor in zip(symbols, outputs)}
+            tensors.update((id(symbol), tensor) for symbol, tensor in zip(symbols, outputs))
             for spent in self.spent.get(number, ()):
                 tensors.pop(spent, None)
         outputs = [tensors[id(symbol)] for symbol in self.outputs]
@@ -89,11 +74,7 @@ class Graph:
 
 
 def allow_deep_graphs(layers):
-    """Raises Python's recursion limit, permanently, to what Keras needs for a graph of this many layers.
-
-    Keras follows a graph by recursion when it builds, clones or loads a model. The default limit, 1,000 calls, is reached at
-    330 blocks of convolution, BatchNormalization and ReLU.
-    """
+    """Raises Python's recursion limit, permanently, to what Keras needs to build or load a graph of this many layers."""
     sys.setrecursionlimit(max(sys.getrecursionlimit(), 2 * layers + 1000))
 
 
@@ -104,10 +85,6 @@ def has_own_call(layer):
 
 def _is_float(tensor):
     return keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
-
-
-def _replaced(structure, tensors):
-    return keras.tree.map_structure(lambda value: tensors.get(id(value), value), structure)
 
 
 def _unfolded(layer):

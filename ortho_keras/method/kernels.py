@@ -1,8 +1,6 @@
-"""How a kernel is read as matrices: its axes, groups and layout; and which kernels a layer or a model has.
+"""How a kernel is read as matrices `(f_in, f_out)`, and which kernels a layer or a model has.
 
-The paper (Xie et al. 2017, Eq. 3) speaks of a matrix W of shape `(f_in, f_out)`. Keras stores kernels of rank 2 to 5 in several
-orders, so a *layout* says which axes are inputs, which are outputs, and which are shared by both (a depthwise convolution has
-one small matrix for each channel).
+A *layout* says which of a kernel's axes are inputs, outputs, or shared (a depthwise convolution has a matrix for each channel).
 """
 
 import dataclasses
@@ -24,16 +22,13 @@ def standardize_layout(layout):
     """Returns `layout` with tuples in place of lists (JSON turns tuples into lists), or raises `ValueError`."""
     if isinstance(layout, str) and layout in LAYOUTS:
         return layout
-    if isinstance(layout, (list, tuple)) and layout:
+    if isinstance(layout, (list, tuple)):
         is_pair = len(layout) == 2 and all(isinstance(axes, (list, tuple)) for axes in layout)
-        standard = tuple(map(tuple, layout)) if is_pair else tuple(layout)
-        shared, outputs = standard if is_pair else ((), standard)
+        shared, outputs = map(tuple, layout if is_pair else ((), layout))
         if outputs and all(type(axis) is int for axis in shared + outputs):
-            return standard
-    raise ValueError(
-        f"`layout` must be one of {sorted(LAYOUTS)}, a tuple of the kernel's output axes, or a pair of tuples "
-        f"(shared axes, output axes). Received: layout={layout!r}"
-    )
+            return (shared, outputs) if is_pair else outputs
+    kinds = f"one of {sorted(LAYOUTS)}, a tuple of output axes, or a pair of tuples (shared axes, output axes)"
+    raise ValueError(f"`layout` must be {kinds}. Received: layout={layout!r}")
 
 
 def kernel_axes(layout, rank):
@@ -50,10 +45,8 @@ def kernel_axes(layout, rank):
     shared, outputs = (tuple(axis % rank for axis in axes) for axes in (shared, outputs))
     inputs = tuple(axis for axis in range(rank) if axis not in shared + outputs)
     if len(set(shared + outputs)) != len(shared + outputs) or not inputs:
-        raise ValueError(
-            f"`layout` must list each axis at most once and leave at least one input axis of a rank-{rank} kernel. "
-            f"Received: layout={layout!r}"
-        )
+        message = "must list each axis at most once and leave at least one input axis"
+        raise ValueError(f"`layout` {message} of a rank-{rank} kernel. Received: layout={layout!r}")
     return shared, inputs, outputs
 
 
@@ -73,10 +66,7 @@ def as_matrices(kernel, layout="standard", groups=1):
     """Returns a kernel of rank 2 to 5 as matrices `(count, f_in, f_out)`; each group of a grouped convolution is a matrix."""
     count, f_in, f_out = matrix_shape(kernel.shape, layout, groups)
     shared, inputs, outputs = kernel_axes(layout, len(kernel.shape))
-    order = shared + inputs + outputs
-    if groups == 1 and order == tuple(range(len(order))):  # most kernels: nothing moves
-        return tf.reshape(kernel, (count, f_in, f_out))
-    matrices = tf.transpose(kernel, order)
+    matrices = tf.transpose(kernel, shared + inputs + outputs)
     matrices = tf.reshape(matrices, (count // groups, f_in, groups, f_out))
     return tf.reshape(tf.transpose(matrices, (0, 2, 1, 3)), (count, f_in, f_out))
 
@@ -94,10 +84,9 @@ def as_kernel(matrices, shape, layout="standard", groups=1):
 def column_sets(kernel, layout="standard", groups=1):
     """Splits a kernel's matrices into the sets of columns that can be orthonormal.
 
-    Where `f_out <= f_in`, that is the whole matrix. Where `f_out > f_in`, more than `f_in` orthogonal vectors do not exist: the
-    paper splits the columns into `floor(f_out / f_in)` groups of `f_in` vectors and one group of the remainder. Returns a list
-    of one or two tensors `(count, f_in, columns)`, or `(f_in, columns)` where the count is 1: a plain product takes half the
-    time of a batch of one.
+    Where `f_out <= f_in`, that is the whole matrix. Where `f_out > f_in`, the paper splits the columns into
+    `floor(f_out / f_in)` groups of `f_in` vectors and one group of the remainder. Returns a list of one or two tensors
+    `(count, f_in, columns)`, or `(f_in, columns)` where the count is 1: a plain product takes half the time of a batch of one.
     """
     count, f_in, f_out = matrix_shape(kernel.shape, layout, groups)
     if count == 1 and f_out <= f_in and layout == "standard":
@@ -105,8 +94,7 @@ def column_sets(kernel, layout="standard", groups=1):
     sets = [as_matrices(kernel, layout, groups)]
     if f_out > f_in:
         full, rest = divmod(f_out, f_in)
-        square = tf.reshape(sets[0][..., : full * f_in], (count, f_in, full, f_in))
-        square = tf.reshape(tf.transpose(square, (0, 2, 1, 3)), (count * full, f_in, f_in))
+        square = as_matrices(sets[0][..., : full * f_in], ((0,), (2,)), full)
         sets = [square, sets[0][..., full * f_in :]] if rest else [square]
     return [tf.squeeze(columns, 0) if columns.shape[0] == 1 else columns for columns in sets]
 
@@ -137,7 +125,7 @@ def orthonormality_error(kernel, layout="standard", groups=1):
         ValueError: If the kernel has another rank, or does not fit the layout or groups.
     """
     largest = [tf.reduce_max(tf.abs(deviation)) for deviation in gram_deviations(kernel, layout, groups)]
-    return float(tf.reduce_max(tf.stack(largest)))  # Python's max would lose a NaN
+    return float(tf.reduce_max(largest))  # Python's max would lose a NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,10 +164,7 @@ def einsum_layout(equation, rank):
 
 
 def layer_kernels(layer):
-    """Returns the `LayerKernel`s of one built convolution, dense or einsum layer; an empty list for any other.
-
-    An `EinsumDense` kernel counts only if it has input axes and output axes and at most rank 5, so that it is a matrix.
-    """
+    """Returns the `LayerKernel`s of one built convolution, dense or einsum layer; an empty list for any other."""
     found = []
     for types, name, attribute, layout in _KERNELS:
         variable = getattr(layer, name) if layer.built and isinstance(layer, types) else None
@@ -189,7 +174,7 @@ def layer_kernels(layer):
             layout = einsum_layout(layer.equation, len(variable.shape))
             try:
                 matrix_shape(variable.shape, layout)
-            except ValueError:
+            except ValueError:  # it has no input axes or no output axes, or its rank is above 5
                 continue
         groups = getattr(layer, "groups", 1) if layout == "standard" else 1
         found.append(LayerKernel(layer, variable, attribute, layout, groups))
@@ -197,10 +182,7 @@ def layer_kernels(layer):
 
 
 def walk_layers(layer, owners=(), seen=None):
-    """Yields `(layer, owners)` for a layer or model and every layer in it, depth first, each once.
-
-    `owners` is the tuple of layers from the root to the layer's owner.
-    """
+    """Yields `(layer, owners)` for a layer and every layer in it, depth first, each once; owners run from the root."""
     seen = set() if seen is None else seen
     if id(layer) not in seen:
         seen.add(id(layer))
@@ -210,7 +192,7 @@ def walk_layers(layer, owners=(), seen=None):
 
 
 def _held_layers(value):
-    """The layers among an attribute's value, in lists and dictionaries too."""
+    """Yields the layers in an attribute's value, in lists and dictionaries too."""
     if isinstance(value, keras.Layer):
         yield value
     elif isinstance(value, (dict, list, tuple, set, frozenset)):

@@ -13,9 +13,7 @@ CONTENT = ("config.json", "metadata.json", "model.weights.h5")
 
 
 def load_model(path, compile=True):
-    """Loads a `.keras` file, and refuses one that would run code or write outside of its folder.
-
-    This is `keras.saving.load_model` with `safe_mode=True`, after a check of the archive's entries.
+    """Loads a `.keras` file in Keras's safe mode, and refuses one that would run code or write outside of its folder.
 
     Args:
         path: Path of a `.keras` file.
@@ -30,17 +28,13 @@ def load_model(path, compile=True):
     """
     path = pathlib.Path(path)
     if not zipfile.is_zipfile(path):
-        reason = "a file that is not a zip archive" if path.is_file() else "no such file"
-        raise ValueError(f"`path` must be a .keras file. Received: {str(path)!r}, {reason}")
+        raise _refusal(path, "it is not a zip archive" if path.is_file() else "there is no such file")
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             parts = pathlib.PurePosixPath(entry.filename.replace("\\", "/")).parts
             known = entry.filename in CONTENT or parts[:1] == ("assets",)
             if not known or ".." in parts or stat.S_ISLNK(entry.external_attr >> 16):
-                raise ValueError(
-                    f"`path` must be a .keras file with {', '.join(CONTENT)} and assets/. Received: {str(path)!r}, refused "
-                    f"because it holds {entry.filename!r}"
-                )
+                raise _refusal(path, f"it holds {entry.filename!r}")
         layers = archive.read("config.json").count(b'"build_config"') if "config.json" in archive.namelist() else 0
     allow_deep_graphs(layers)
     try:
@@ -49,12 +43,12 @@ def load_model(path, compile=True):
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         unknown = re.search(r"Could not locate (class|function) '([^']+)'", str(error))
         if unknown:
-            reason = (
-                f"its {unknown[1]} {unknown[2]!r} is unknown: decorate it with "
-                "@keras.saving.register_keras_serializable() and import it first"
-            )
+            decorator = "@keras.saving.register_keras_serializable()"
+            reason = f"its {unknown[1]} {unknown[2]!r} is unknown: decorate it with {decorator} and import it first"
         elif "ambda" in str(error):
             reason = f"it holds a Lambda layer, whose code would run: {reason}"
-        raise ValueError(
-            f"`path` must be a .keras file that loads safely. Received: {str(path)!r}, refused because {reason}"
-        ) from error
+        raise _refusal(path, reason) from error
+
+
+def _refusal(path, reason):
+    return ValueError(f"`path` must be a .keras file that loads safely. Received: {str(path)!r}, refused because {reason}")

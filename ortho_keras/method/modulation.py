@@ -8,8 +8,6 @@ import tensorflow as tf
 from ortho_keras.method.checks import check_number
 from ortho_keras.method.state import LiveScalar
 
-REFERENCES = ("neighbour", "anchor")
-
 
 @keras.saving.register_keras_serializable(package="ortho_keras")
 class ErrorModulation(keras.layers.Layer):
@@ -21,22 +19,17 @@ class ErrorModulation(keras.layers.Layer):
     `scale < 1 / tolerance`, and passes bit for bit unchanged everywhere else.
 
     The layers of a chain communicate through a scalar token next to the activations: forward it carries nothing, backward its
-    gradient carries `sqrt(q_upper)`, where 0 means that there is no layer above. There is no state, so it works in eager mode,
-    in graphs, under XLA and under a distribution strategy.
-
-    Moments are correct for gradients from 1e-30 to 1e+30 and for float16 subnormals. A gradient that is all zero or holds an
-    inf or a NaN passes unchanged, and leaves the reference for the layers below as it is.
+    gradient carries `sqrt(q_upper)`, where 0 means that there is no layer above. A gradient that is all zero or holds an inf or
+    a NaN passes unchanged, and leaves the reference for the layers below as it is.
 
     Args:
         tolerance: float, at least 1. How far the ratio of the magnitudes (roots of the moments) may be from 1 before it counts
-            as a mismatch; 1 modulates at every layer. The paper does not give its threshold; the default is ours.
+            as a mismatch; 1 modulates at every layer. The paper does not give its threshold.
         max_scale: float, at least 1. `scale` is clipped to `[1 / max_scale, max_scale]`.
         reference: `"neighbour"`: `q_upper` is the moment of the next parametric layer towards the output, after its own
-            modulation, as in the paper. `"anchor"`: that of the topmost parametric layer (ours). A drift of 1.15 per layer
-            stays below the tolerance between neighbours; relative to the anchor it accumulates until it is reset.
+            modulation, as in the paper. `"anchor"`: that of the topmost parametric layer, so that small drifts add up.
         enabled: bool. Setting `layer.enabled = False` takes effect at the next training step, without retracing.
-        synchronized: bool. Under a `tf.distribute` strategy, whether the moment is taken over the gradients of all replicas, so
-            that it does not depend on how a batch is split.
+        synchronized: bool. Under a `tf.distribute` strategy, whether the moment is taken over the gradients of all replicas.
 
     Call arguments:
         inputs: Float tensor of any shape, a parametric layer's output.
@@ -63,8 +56,8 @@ class ErrorModulation(keras.layers.Layer):
         kwargs.pop("autocast", None)
         # The token's gradient spans more than half precision can hold, so Keras must not cast it.
         super().__init__(autocast=False, **kwargs)
-        if reference not in REFERENCES:
-            raise ValueError(f"`reference` must be one of {REFERENCES}. Received: reference={reference!r}")
+        if reference not in ("neighbour", "anchor"):
+            raise ValueError(f"`reference` must be one of 'neighbour' and 'anchor'. Received: reference={reference!r}")
         self.tolerance = check_number("tolerance", tolerance, least=1)
         self.max_scale = check_number("max_scale", max_scale, least=1)
         self.reference = reference
@@ -83,8 +76,9 @@ class ErrorModulation(keras.layers.Layer):
     def call(self, inputs, token=None):
         @tf.custom_gradient
         def modulated(inputs, token, enabled):
-            def backward(error, above):
-                return *self._backward(error, above, enabled), None
+            def backward(error, above):  # `above` is `sqrt(q_upper)`
+                own = root_mean_square(error, self.synchronized)
+                return *_rescaled(error, own, above, enabled, self.tolerance, self.max_scale, self.reference), None
 
             return (inputs, token), backward
 
@@ -92,16 +86,10 @@ class ErrorModulation(keras.layers.Layer):
         # The switch is read here, because the gradient function of a graph must not read a variable.
         return modulated(inputs, token, self._enabled.read())
 
-    def _backward(self, error, above, enabled):
-        """Maps the gradients of the two outputs to those of the two inputs; `above` is `sqrt(q_upper)`."""
-        own = root_mean_square(error, self.synchronized)
-        return _rescaled(error, own, above, enabled, self.tolerance, self.max_scale, self.reference)
-
     def decide(self, own, above, enabled=1.0):
-        """Applies the rule to magnitudes alone: `sqrt(q_own)`, `sqrt(q_upper)` (0: no layer above) and 0 or 1, float32 scalars.
+        """Applies the rule to `sqrt(q_own)`, `sqrt(q_upper)` (0: no layer above) and 0 or 1, float32 scalars.
 
-        Returns:
-            `(scale, fires, down)`: the factor for the gradient, whether it is applied, and the `above` of the layer below.
+        Returns `(scale, fires, down)`: the factor for the gradient, whether it is applied, and the `above` of the layer below.
         """
         return _decide(own, above, enabled, self.tolerance, self.max_scale, self.reference)
 
@@ -117,18 +105,14 @@ class ErrorModulation(keras.layers.Layer):
 
 
 def _either(condition, then, otherwise):
-    """Returns the tensors of one of two functions. A CPU runs only that one; an accelerator runs both and selects, as a branch
-    would have to wait for it."""
+    """Returns the tensors of one of two functions; an accelerator runs both and selects, as a branch would have to wait."""
     if any(device.device_type != "CPU" for device in tf.config.list_logical_devices()):
         return tf.where(condition, then(), otherwise())
     return tf.cond(condition, then, otherwise)
 
 
 def _one_node(function):
-    """Makes a call one node of a graph, and the function one for all layers of a shape.
-
-    Inlined, it would be thirty nodes per layer, which cost memory, and time before the first step (benchmarks/memory.py).
-    """
+    """Makes a call one node of a graph, where thirty per layer cost memory, and time before the first step."""
     kept = tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
     return lambda *args: function(*args) if tf.executing_eagerly() else kept(*args)
 
@@ -146,16 +130,12 @@ def _rescaled(error, own, above, enabled, tolerance, max_scale, reference):
 
 
 def _decide(own, above, enabled, tolerance, max_scale, reference):
-    usable = tf.logical_and(own > 0, own < math.inf)
+    usable = (own > 0) & (own < math.inf)
     scale = above / own
-    mismatch = tf.logical_or(scale > tolerance, scale < 1 / tolerance)
-    fires = usable & (above > 0) & mismatch & (enabled > 0)
+    fires = usable & (above > 0) & ((scale > tolerance) | (scale < 1 / tolerance)) & (enabled > 0)
     scale = tf.where(fires, tf.clip_by_value(scale, 1 / max_scale, max_scale), 1.0)
-    if reference == "neighbour":
-        down = tf.where(usable, own * scale, above)
-    else:
-        down = tf.where(tf.logical_and(usable, tf.equal(above, 0)), own, above)
-    return scale, fires, down
+    replaces = usable if reference == "neighbour" else usable & tf.equal(above, 0)
+    return scale, fires, tf.where(replaces, own * scale, above)
 
 
 @_one_node

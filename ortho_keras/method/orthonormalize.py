@@ -5,7 +5,7 @@ import dataclasses
 import keras
 
 from ortho_keras.method.checks import check_built, check_number
-from ortho_keras.method.kernels import layer_kernels, matrix_shape, walk_layers
+from ortho_keras.method.kernels import layer_kernels, matrix_shape, model_kernels, walk_layers
 from ortho_keras.method.regularizers import KernelRegularizer, find_regularizer
 
 
@@ -48,13 +48,10 @@ class OrthonormalizeReport:
         lines = [f"orthonormalize: {len(self.covered)} kernels covered, {len(self.skipped)} weights skipped"]
         for kernel in self.covered:
             count, f_in, f_out = kernel.matrices
-            size = f"{f_in} x {f_out}" if count == 1 else f"{count} of {f_in} x {f_out}"
-            split = f", in groups of {f_in} columns" if f_out > f_in else ""
-            notes = "; ".join(filter(None, [kernel.replaced and f"replaces {kernel.replaced}", kernel.note]))
-            lines.append(
-                f"  covered  {kernel.path} ({kernel.layer_type}) {kernel.shape}: layout {kernel.regularizer.layout}, "
-                f"{size}{split}{' [' + notes + ']' if notes else ''}"
-            )
+            size = f"{count} of " * (count > 1) + f"{f_in} x {f_out}" + f", in groups of {f_in} columns" * (f_out > f_in)
+            notes = "".join(f" [{note}]" for note in (kernel.replaced and f"replaces {kernel.replaced}", kernel.note) if note)
+            layout = f"layout {kernel.regularizer.layout}"
+            lines.append(f"  covered  {kernel.path} ({kernel.layer_type}) {kernel.shape}: {layout}, {size}{notes}")
         lines += [f"  skipped  {w.path} ({w.layer_type}) {w.shape}: {w.reason}" for w in self.skipped]
         return "\n".join(lines)
 
@@ -63,9 +60,9 @@ def orthonormalize(model, factor=1e-4, verbose=True, regularizer="orthonormal"):
     """Puts the orthonormal regularizer, or another one, on every kernel of a built model, in place.
 
     Covers the kernels of Dense, EinsumDense, Conv1D/2D/3D and of transposed, depthwise and separable convolutions, in nested
-    models and composite layers too, each with the layout that fits it. A kernel's previous regularizer (L1, L2) is replaced,
-    since the paper advises against mixing; other weights, such as biases, keep theirs. Weights and outputs do not change. A
-    compiled model stays compiled, and its next training step uses the penalty. Kernels of one layout share one regularizer.
+    models and composite layers too, each with the layout that fits it. A kernel's previous regularizer (L1, L2) is replaced;
+    other weights, such as biases, keep theirs. Weights and outputs do not change. A compiled model stays compiled, and its next
+    training step uses the penalty. Kernels of one layout share one regularizer.
 
     Args:
         model: A built `keras.Model` (for instance from `keras.applications`).
@@ -94,11 +91,11 @@ def orthonormalize(model, factor=1e-4, verbose=True, regularizer="orthonormal"):
     check_built(model)
     check_number("factor", factor, least=0)
     kind = find_regularizer(regularizer)
-    shared = {}  # config -> regularizer
-    covered, skipped, seen = [], [], set()
+    shared, holders = {}, {}  # config -> regularizer, id of a weight -> the innermost layer that holds it
+    covered, skipped = [], []
     for layer, owners in walk_layers(model):
+        holders |= {id(weight): layer for weight in layer.weights}
         for kernel in layer_kernels(layer):
-            seen.add(id(kernel.variable))
             own = kernel.path, type(layer).__name__, tuple(kernel.variable.shape)
             try:
                 made = kind.for_kernel(factor, kernel)
@@ -106,22 +103,19 @@ def orthonormalize(model, factor=1e-4, verbose=True, regularizer="orthonormal"):
                 skipped.append(SkippedWeight(*own, str(error)))
                 continue
             made = shared.setdefault(str(made.get_config()), made)
-            before = kernel.variable.regularizer
-            replaced = "" if before is None else type(before).__name__
+            replaced = type(kernel.variable.regularizer).__name__ if kernel.variable.regularizer else ""
             matrices = matrix_shape(kernel.variable.shape, kernel.layout, kernel.groups)
             kernel.variable.regularizer = made
             setattr(layer, kernel.regularizer_attribute, made)
             covered.append(CoveredKernel(*own, matrices, made, replaced, _note(kernel, owners)))
-        inner = {id(v) for child, _ in walk_layers(layer) if child is not layer for v in child.variables}
-        for variable in layer.variables:
-            if len(variable.shape) > 1 and id(variable) not in inner and id(variable) not in seen:
-                seen.add(id(variable))
-                own = variable.path, type(layer).__name__, tuple(variable.shape)
-                skipped.append(SkippedWeight(*own, _reason(layer, variable)))
-    if model.compiled and model.train_function is not None:  # traced with the previous penalties
+    kernels = {id(kernel.variable) for kernel in model_kernels(model)}
+    for weight in model.weights:
+        if len(weight.shape) > 1 and id(weight) not in kernels:
+            layer = holders[id(weight)]
+            skipped.append(SkippedWeight(weight.path, type(layer).__name__, tuple(weight.shape), _reason(layer, weight)))
+    if model.train_function is not None:  # traced with the previous penalties
         model.make_train_function(force=True)
-    if model.compiled and model.test_function is not None:
-        model.make_test_function(force=True)
+    model.test_function = None
     report = OrthonormalizeReport(covered, skipped)
     if verbose:
         print(report)
@@ -144,10 +138,8 @@ def _reason(layer, variable):
         return "an embedding is a table, not a linear map"
     if "bias" in variable.name:
         return "a bias"
-    if getattr(layer, "lora_enabled", False):
-        return f"{type(layer).__name__} with LoRA: its kernel is a sum, which no penalty on one part makes orthonormal"
+    if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
+        return f"{type(layer).__name__} with LoRA or quantization: its kernel is not one float weight"
     if isinstance(layer, keras.layers.EinsumDense):
-        return f"the equation {layer.equation} makes it no matrix from input axes to output axes, or its rank is above 5"
-    if getattr(layer, "quantization_mode", None):
-        return f"a part of a quantized ({layer.quantization_mode}) kernel"
+        return f"the equation {layer.equation} makes it no matrix, or its rank is above 5"
     return f"{type(layer).__name__} is not a convolution, dense or einsum layer: its layout is unknown"

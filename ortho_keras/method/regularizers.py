@@ -19,19 +19,17 @@ class KernelRegularizer(keras.regularizers.Regularizer):
     is available in `orthonormalize`, in `OrthonormalDecay` and as `train.py --regularizer`.
 
     Args:
-        factor: float, at least 0. The strength. Setting it takes effect at the next training step, without retracing.
-        layout, groups: See `OrthonormalRegularizer`.
+        factor, layout, groups: See `OrthonormalRegularizer`.
 
     Raises:
         ValueError: If an argument is none of the above, or a subclass takes a name that another class has.
 
     Example:
 
-    >>> class RowRegularizer(KernelRegularizer, name="rows"):
+    >>> class EntryRegularizer(KernelRegularizer, name="entries"):
     ...     def penalty(self, kernel):
-    ...         matrices = as_matrices(kernel, self.layout, self.groups)
-    ...         return keras.ops.sum(keras.ops.square(keras.ops.norm(matrices, axis=-1) - 1))
-    >>> orthonormalize(model, 1e-3, regularizer="rows")
+    ...         return keras.ops.sum(keras.ops.abs(kernel))
+    >>> orthonormalize(model, 1e-3, regularizer="entries")
     """
 
     def __init_subclass__(cls, name=None, **kwargs):
@@ -78,10 +76,8 @@ def find_regularizer(regularizer):
     """Returns the subclass of `KernelRegularizer` that has this name in `REGULARIZERS`; a subclass is returned as it is."""
     found = REGULARIZERS.get(regularizer) if isinstance(regularizer, str) else regularizer
     if not isinstance(found, type) or not issubclass(found, KernelRegularizer):
-        raise ValueError(
-            f"`regularizer` must be one of {', '.join(REGULARIZERS)}, or a subclass of KernelRegularizer. "
-            f"Received: regularizer={regularizer!r}"
-        )
+        names = f"one of {', '.join(REGULARIZERS)}, or a subclass of KernelRegularizer"
+        raise ValueError(f"`regularizer` must be {names}. Received: regularizer={regularizer!r}")
     return found
 
 
@@ -91,19 +87,16 @@ class OrthonormalRegularizer(KernelRegularizer, name="orthonormal"):
     `penalty = factor / 2 * ||W^T W - I||_F^2`, where W is the kernel read as a matrix of shape `(f_in, f_out)`:
     a Conv2D kernel `(kh, kw, cin, cout)` becomes `(kh * kw * cin, cout)`, and its columns, the output filters, should be
     orthonormal. Where `f_in < f_out`, that many orthogonal vectors do not exist, so the columns are split into groups of
-    `f_in` (the last one takes the remainder) and the penalty is the sum over groups.
-
-    Use it in place of weight decay on every kernel of a network; the paper advises against mixing it with L2. The result is a
-    scalar, in float32 for a half-precision kernel.
+    `f_in` (the last one takes the remainder) and the penalty is the sum over groups. It is in float32 for a half-precision
+    kernel. Use it in place of weight decay on every kernel of a network; the paper advises against mixing it with L2.
 
     Args:
         factor: float, at least 0. The strength, lambda in Eq. 3 (the paper's value is not known to us; 1e-4 is common for
             weight decay). Setting `regularizer.factor = 1e-3` takes effect at the next training step, without retracing.
         layout: How the kernel's axes are read. `"standard"`: `(..., in, out)`, as in Dense and Conv. `"transposed"`:
-            `(..., out, in)`, as in Conv2DTranspose. `"depthwise"`: `(..., channels, multiplier)`, one matrix
-            `(kernel size, multiplier)` for each channel. A tuple of ints: the output axes, as in EinsumDense;
-            all others are input axes. A pair of tuples: the axes that input and output share (one matrix for each
-            index), and the output axes.
+            `(..., out, in)`, as in Conv2DTranspose. `"depthwise"`: `(..., channels, multiplier)`, one matrix for each channel.
+            A tuple of ints: the output axes, as in EinsumDense; all others are input axes. A pair of tuples: the axes that
+            input and output share (one matrix for each index), and the output axes.
         groups: int, at least 1. A grouped convolution's `groups`: each group's filters form a matrix.
 
     Raises:

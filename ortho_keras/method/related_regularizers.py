@@ -1,8 +1,4 @@
-"""Orthogonality penalties from related work, with the interface of `OrthonormalRegularizer`.
-
-None of them is part of Xie et al. 2017. Each multiplies its paper's formula by `factor`, as that paper does, so factors are not
-comparable between them.
-"""
+"""Orthogonality penalties from related work, not from Xie et al. 2017. `factor` multiplies each paper's own formula."""
 
 import math
 
@@ -37,8 +33,7 @@ class DoubleSoftOrthogonalRegularizer(KernelRegularizer, name="double_soft_ortho
 class MutualCoherenceRegularizer(KernelRegularizer, name="mutual_coherence"):
     """`factor * max |W^T W - I|`: the largest entry, so only the worst pair of filters, or the worst norm, gets a gradient.
 
-    Where `f_in < f_out`, the columns are split into groups as in `OrthonormalRegularizer` (ours). The penalty is the sum over a
-    kernel's groups and matrices. Equal largest entries share the gradient.
+    The penalty is the sum over a kernel's matrices and groups of columns, as in `OrthonormalRegularizer` (the groups are ours).
 
     Args:
         factor, layout, groups: See `OrthonormalRegularizer`.
@@ -55,9 +50,8 @@ class MutualCoherenceRegularizer(KernelRegularizer, name="mutual_coherence"):
 class SRIPRegularizer(KernelRegularizer, name="srip"):
     """`factor * sigma(W^T W - I)`: the spectral norm, estimated by power iteration from a fixed start.
 
-    The spectral restricted isometry property regularizer. Where `f_in < f_out`, the columns are split into groups as in
-    `OrthonormalRegularizer` (ours). The penalty is the sum over a kernel's groups and matrices. The gradient treats the
-    iteration's vector as a constant, which is exact where the iteration has converged.
+    The penalty is the sum over a kernel's matrices and groups of columns (ours). The gradient takes the iteration's vector as
+    constant, which is exact where the iteration has converged.
 
     Args:
         factor, layout, groups: See `OrthonormalRegularizer`.
@@ -99,9 +93,8 @@ class ConvOrthogonalRegularizer(KernelRegularizer, name="conv_orthogonal"):
     """`factor * ||K * K - I||_F^2`: the convolution, not only its kernel as a matrix, should preserve norms.
 
     `K * K` is every filter convolved with every filter at each shift that the stride allows, and I is 1 where a filter meets
-    itself unshifted. A penalty of 0 means that the convolution, on a large image, is an orthogonal map: its transpose is its
-    inverse on one side. Where `cout > cin * prod(strides)`, the rows should be orthonormal instead of the columns; the formula
-    is the same up to a constant, which is subtracted.
+    itself unshifted. At 0 the convolution of a large image is an orthogonal map. Where `cout > cin * prod(strides)`, the rows
+    should be orthonormal instead of the columns; the formula is the same up to a constant, which is subtracted.
 
     Args:
         factor: See `OrthonormalRegularizer`.
@@ -118,42 +111,35 @@ class ConvOrthogonalRegularizer(KernelRegularizer, name="conv_orthogonal"):
 
     def __init__(self, factor=1e-4, strides=1, groups=1):
         super().__init__(factor, "standard", groups)
-        strides = tuple(strides) if isinstance(strides, (list, tuple)) else (strides,)
-        if not strides:
-            raise ValueError("`strides` must be an int or a tuple of ints. Received: strides=()")
+        strides = tuple(strides) if isinstance(strides, (list, tuple)) and strides else (strides,)
         self.strides = tuple(check_number("strides", stride, least=1, integer=True) for stride in strides)
 
     @classmethod
     def for_kernel(cls, factor, kernel):
         if kernel.layout != "standard":
             raise ValueError(f"{cls.__name__} is defined for kernels of layout 'standard' only, not {kernel.layout!r}")
-        # A separable layer's strides are those of its depthwise part.
-        pointwise = kernel.regularizer_attribute == "pointwise_regularizer"
+        pointwise = kernel.regularizer_attribute == "pointwise_regularizer"  # the strides are those of the depthwise part
         return cls(factor, 1 if pointwise else getattr(kernel.layer, "strides", 1), kernel.groups)
 
     def penalty(self, kernel):
-        kernel = at_least_float32(kernel)
-        strides = self.strides
+        kernel, strides = at_least_float32(kernel), self.strides
         if kernel.shape.rank == 2 and len(strides) == 1:
             kernel, strides = kernel[tf.newaxis], (1,)  # a dense layer is a convolution of one pixel
         window = kernel.shape[:-2]
         strides = strides * len(window) if len(strides) == 1 else strides
         if not 1 <= len(window) <= 3 or len(strides) != len(window):
-            raise ValueError(
-                "A kernel must have rank 2 to 5, and `strides` one number or one for each axis of its window. "
-                f"Received: a kernel of shape {tuple(kernel.shape)}, strides={self.strides!r}"
-            )
+            received = f"a kernel of shape {tuple(kernel.shape)}, strides={self.strides!r}"
+            raise ValueError(f"`strides` must fit a kernel of rank 2 to 5, one number for each axis. Received: {received}")
         matrix_shape(kernel.shape, "standard", self.groups)
         cin, own = kernel.shape[-2], kernel.shape[-1] // self.groups
-        margins = [(size - 1) // stride * stride for size, stride in zip(window, strides)]
-        padding = [(0, 0), *((margin, margin) for margin in margins), (0, 0)]
-        unshifted = [margin // stride for margin, stride in zip(margins, strides)]
+        unshifted = [(size - 1) // stride for size, stride in zip(window, strides)]
+        padding = [(0, 0), *((index * stride, index * stride) for index, stride in zip(unshifted, strides)), (0, 0)]
         total = -tf.cast(self.groups * max(0, own - cin * math.prod(strides)), kernel.dtype)
         for filters in tf.split(kernel, self.groups, axis=-1):
             images = tf.pad(tf.transpose(filters, (len(window) + 1, *range(len(window) + 1))), padding)
             products = tf.nn.convolution(images, filters, strides, "VALID")  # (own, *shifts, own)
-            products = tf.transpose(products, (*range(1, len(window) + 1), 0, len(window) + 1))
-            identity = tf.scatter_nd([unshifted], tf.eye(own, dtype=kernel.dtype)[tf.newaxis], products.shape)
+            places = [[index, *unshifted, index] for index in range(own)]
+            identity = tf.scatter_nd(places, tf.ones(own, kernel.dtype), products.shape)
             total += tf.reduce_sum(tf.square(products - identity))
         return total
 

@@ -12,19 +12,14 @@ from ortho_keras.method.kernels import walk_layers
 class LiveScalar:
     """A float that can be set between steps and is read by graphs that were traced before.
 
-    A Python float would be frozen into a traced graph, and a Keras variable held by a layer would become one of the model's
-    weights. This is a `tf.Variable` that Keras does not track; the exact Python float is kept for configs.
-
-    Args:
-        value: float.
+    A Python float would be frozen into a graph, and a Keras variable would be one of the model's weights.
     """
 
     def __init__(self, value):
         self._value = float(value)
+        aggregation = tf.VariableAggregation.ONLY_FIRST_REPLICA
         with tf.init_scope():
-            self._variable = tf.Variable(
-                self._value, trainable=False, dtype=tf.float32, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA
-            )
+            self._variable = tf.Variable(self._value, trainable=False, dtype=tf.float32, aggregation=aggregation)
 
     @property
     def value(self):
@@ -39,10 +34,7 @@ class LiveScalar:
         """Returns the current value, a float32 tensor of shape `()`; in a graph, the value at run time."""
         return self._variable.read_value()
 
-    def __deepcopy__(self, memo):
-        return LiveScalar(self._value)
-
-    def __reduce__(self):
+    def __reduce__(self):  # for copies, too
         return LiveScalar, (self._value,)
 
 
@@ -70,10 +62,8 @@ def copy_rest(layer, copy):
 
 @contextlib.contextmanager
 def unchanged(model):
-    """Restores, at the end, all that a call in training mode changes in a model.
-
-    That is BatchNormalization's averages, dropout's seeds, a SpectralNormalization's kernel, metrics (which `compute_loss`
-    makes at its first call), and the states of stateful recurrent layers, which are not among the model's variables.
+    """Restores, at the end, what a call in training mode changes in a model: BatchNormalization's averages, dropout's seeds, a
+    SpectralNormalization's kernel, metrics (which `compute_loss` makes at its first call), and states of recurrent layers.
     """
     recurrent = [layer for layer, _ in walk_layers(model) if isinstance(layer, keras.layers.RNN) and layer.stateful]
     states = [state for layer in recurrent for state in keras.tree.flatten(layer.states)]

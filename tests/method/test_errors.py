@@ -1,4 +1,4 @@
-"""What is left of an error where it is told in one line."""
+"""first_line: what is left of an error that is reported in one line."""
 
 import keras
 import numpy as np
@@ -8,24 +8,16 @@ import tensorflow as tf
 from ortho_keras.method.errors import first_line
 
 
-def raised(call):
-    with pytest.raises(Exception) as caught:
-        call()
-    return caught.value
-
-
 @pytest.mark.parametrize("shape", [(4, 5), (4, 3, 7)])
 def test_what_keras_says_in_a_graph(shape):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    error = raised(lambda: tf.function(lambda x: model(x, training=True))(np.zeros(shape, "float32")))
-    assert str(error).startswith("in user code:")
-    line = first_line(error)
+    with pytest.raises(ValueError, match="^in user code:") as caught:
+        tf.function(lambda x: model(x, training=True))(np.zeros(shape, "float32"))
+    line = first_line(caught.value)
     assert line.startswith(("Input 0 with name", "Invalid input shape")) and line.endswith(f" shape {shape}")
 
 
 def test_what_tensorflow_says_of_a_graph():
-    error = raised(lambda: tf.function(lambda x, y: x + y)(*(tf.zeros([int(n)]) for n in np.array([3, 4]))))
-    assert first_line(error) == first_line(ValueError(str(error)))
     header = "Graph execution error:\n\nDetected at node a/add defined at (most recent call last):\n"
     place = '  File "m.py", line 3, in f\n\n'
     for text, line in {
