@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from absl.testing import flagsaver
-from photographs import write_photographs
+from image_files import write_photographs
 
 import ortho_keras
 import train

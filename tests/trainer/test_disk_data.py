@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from image_files import corrupt, encoded, ramp, write_photographs
 from loaded import as_numpy, assert_equal_batches, prepare, refusal
-from photographs import corrupt, encoded, ramp, write_photographs
 from PIL import Image
 
 from ortho_keras.method.errors import InputError

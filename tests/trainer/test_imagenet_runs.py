@@ -5,7 +5,7 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
-from photographs import write_photographs
+from image_files import write_photographs
 from test_run import silent
 
 from ortho_keras import ErrorModulation, load_model
