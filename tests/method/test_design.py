@@ -21,7 +21,7 @@ def only(layer, shape=(8, 8, 3)):
 
 def test_a_kernel_that_does_not_fit():
     design = only(layers.Conv2D(32, 3, name="stem"))
-    assert (design.layer, design.kind, design.path) == ("stem", "Conv2D", "stem/kernel")
+    assert (design.layer, design.kind, design.path) == ("stem", "Conv2D", "sequential/stem/kernel")
     advice = "at most 27 filters, a 5x5 kernel or at least 4 input channels would fit; until then: 1 group of 27 and 1 of 5"
     assert design.advice == advice
 

@@ -1,69 +1,50 @@
-"""modulate: which models it takes, that they stay what they were, and that it says what it does not take."""
+"""modulate: which models it takes, that they stay what they were, also in copies and files, and what it refuses."""
+
+import copy
 
 import keras
 import numpy as np
 import pytest
 import references
 import tensorflow as tf
-from chains import assert_same_bits, batch, dense_chain, gradients, mismatched_chain, modulations
+from chains import NAMES, assert_same_bits, batch, dense_chain, gradients, mismatched_chain, modulations
 from keras import layers
 
-from ortho_keras import ErrorModulation, modulate, plain_cnn, residual_cnn
-
-# The forward pass
+from ortho_keras import ErrorModulation, modulate, plain_cnn, residual_cnn, switch_modulation
 
 
-def functional_chain():
-    x = inputs = keras.Input((8, 8, 3), name="image")
-    x = layers.Rescaling(0.5)(x)
-    x = layers.SeparableConv2D(4, 3, padding="same", activation="relu")(x)
-    x = layers.DepthwiseConv2D(3)(x)
-    x = layers.MaxPooling2D()(x)
+def functional(build, shape=(6,), name=None):
+    inputs = keras.Input(shape, name="input")
+    return keras.Model(inputs, build(inputs), name=name)
+
+
+def many_layers(x):
+    x = layers.SeparableConv2D(4, 3, padding="same", activation="relu")(layers.Rescaling(0.5)(x))
+    x = layers.MaxPooling2D()(layers.DepthwiseConv2D(3)(x))
     x = layers.Conv2DTranspose(5, 3)(x)
     x = layers.Dropout(0.3)(keras.ops.relu(x) * 1.5)
-    x = layers.GlobalAveragePooling2D()(x)
-    return keras.Model(inputs, layers.Dense(3, activation="softmax")(x))
+    return layers.Dense(3, activation="softmax")(layers.GlobalAveragePooling2D()(x))
 
 
-def sequential_chain():
-    return keras.Sequential(
-        [
-            keras.Input((8, 8, 3)),
-            layers.Conv2D(4, 3, activation="relu"),
-            layers.BatchNormalization(),
-            layers.AveragePooling2D(2),
-            layers.Flatten(),
-            layers.Dropout(0.5),
-            layers.Dense(7, activation="tanh"),
-            layers.Dense(3),
-        ]
-    )
+def with_a_nested_model(x, training=None):
+    inner = functional(lambda x: layers.Conv2D(5, 3)(layers.BatchNormalization()(layers.Conv2D(4, 3)(x))), (6, 6, 4))
+    return layers.Dense(3)(layers.Flatten()(inner(layers.Conv2D(4, 3)(x), training=training)))
 
 
 def nested_sequential_chain():
     inner = keras.Sequential([layers.Conv2D(4, 3), layers.BatchNormalization(), layers.ReLU()])
-    return keras.Sequential(
-        [keras.Input((8, 8, 3)), layers.Conv2D(4, 3), inner, layers.Dropout(0.5), layers.Flatten(), layers.Dense(3)]
-    )
+    return keras.Sequential([keras.Input((8, 8, 3)), inner, layers.Dropout(0.5), layers.Flatten(), layers.Dense(3)])
 
 
-def nested_functional_chain(training=None):
-    inner_inputs = keras.Input((6, 6, 4))
-    x = layers.Conv2D(4, 3)(inner_inputs)
-    inner = keras.Model(inner_inputs, layers.Conv2D(5, 3)(layers.BatchNormalization()(x)))
-    inputs = keras.Input((8, 8, 3))
-    x = inner(layers.Conv2D(4, 3)(inputs), training=training)
-    return keras.Model(inputs, layers.Dense(3)(layers.Flatten()(x)))
+CHAINS = [
+    (lambda: functional(many_layers, (8, 8, 3)), "float32"),
+    (lambda: functional(with_a_nested_model, (8, 8, 3)), "float32"),
+    (nested_sequential_chain, "float32"),
+    (nested_sequential_chain, "mixed_float16"),
+]
 
 
-def small_plain_cnn():
-    return plain_cnn(8, (8, 8, 3), width=4)
-
-
-CHAINS = [functional_chain, sequential_chain, nested_sequential_chain, nested_functional_chain, small_plain_cnn]
-
-
-@pytest.mark.parametrize(("chain", "policy"), [*((chain, "float32") for chain in CHAINS), (sequential_chain, "mixed_float16")])
+@pytest.mark.parametrize(("chain", "policy"), CHAINS)
 def test_outputs_and_weights_are_the_models_own(chain, policy):
     keras.config.set_dtype_policy(policy)
     model = chain()
@@ -80,29 +61,29 @@ def test_outputs_and_weights_are_the_models_own(chain, policy):
 
 
 def test_masks_pass_through():
-    model = keras.Sequential(
-        [keras.Input((5,), dtype="int32"), layers.Embedding(7, 4, mask_zero=True), layers.Dense(4), layers.LSTM(3)]
-    )
+    model = keras.Sequential([keras.Input((5,), dtype="int32"), layers.Embedding(7, 4, mask_zero=True), layers.Dense(4)])
     tokens = np.random.default_rng(0).integers(0, 3, (6, 5))
-    assert_same_bits(modulate(model)(tokens), model(tokens))
-    model.pop()
     assert_same_bits(modulate(model)(tokens)._keras_mask, tokens != 0)
 
 
 def test_a_nested_models_own_training_argument_stays():
-    model = nested_functional_chain(training=True)
+    model = functional(lambda x: with_a_nested_model(x, training=True), (8, 8, 3))
     x, _ = batch(4, 8, 8, 3)
     assert_same_bits(modulate(model)(x), model(x))
 
 
 @pytest.mark.filterwarnings("error")
-def test_named_inputs_and_outputs_stay():
+def test_named_inputs_and_outputs_and_a_custom_class_stay():
+    class Model(keras.Model):
+        def train_step(self, data):
+            return {"loss": 7.0}
+
     inputs = keras.Input((6,), name="image")
-    model = keras.Model({"image": inputs}, {"logits": layers.Dense(3)(inputs)})
+    model = Model({"image": inputs}, {"logits": layers.Dense(3)(inputs)})
+    modulated = modulate(model)
     x, _ = batch(4, 6)
-    outputs = modulate(model)({"image": x})
-    assert list(outputs) == ["logits"]
-    assert_same_bits(outputs, model({"image": x}))
+    assert type(modulated) is Model and list(modulated({"image": x})) == ["logits"]
+    assert_same_bits(modulated({"image": x}), model({"image": x}))
 
 
 def test_only_the_named_layers():
@@ -111,52 +92,36 @@ def test_only_the_named_layers():
     modulated = modulate(model, tolerance=1.0, layers=names)
     assert [layer.name for layer in modulations(modulated)] == [f"{name}_modulation" for name in names]
     x, y = batch(8, 12)
-    expected, scales = references.modulated_gradients(model, x, y, names, 1.0, 1000.0, "anchor")
-    assert scales["dense5"] == 1 and scales["dense3"] != 1 and scales["dense1"] != 1
+    expected, _ = references.modulated_gradients(model, x, y, names, 1.0, 1000.0, "anchor")
     for path, gradient in gradients(modulated, x, y).items():
         np.testing.assert_allclose(gradient, expected[path], 1e-4, 1e-5 * np.abs(expected[path]).max(), err_msg=path)
 
 
-def test_a_layer_that_the_chain_calls_twice(tmp_path):
-    shared, top = layers.Dense(6, activation="tanh", name="shared"), layers.Dense(3)
-    inputs = keras.Input((6,))
-    model = keras.Model(inputs, top(shared(layers.ReLU()(shared(inputs)))))
-    first, second, third = (layers.Dense(6, activation="tanh"), layers.Dense(6, activation="tanh"), layers.Dense(3))
-    unrolled = keras.Sequential([keras.Input((6,)), first, layers.ReLU(), second, third])
-    for layer, source in ((first, shared), (second, shared), (third, top)):
-        layer.set_weights(source.get_weights())
-
+def test_a_layer_that_the_chain_calls_twice():
+    shared = layers.Dense(6, activation="tanh", name="shared")
+    model = functional(lambda x: layers.Dense(3)(shared(shared(x))))
+    unrolled = keras.Sequential([keras.Input((6,)), *(layers.Dense(6, activation="tanh") for _ in "ab"), layers.Dense(3)])
+    unrolled.set_weights([*shared.get_weights(), *model.get_weights()])
     modulated = modulate(model, tolerance=1.0)
-    modulated.save(tmp_path / "model.keras")
     x, y = batch(8, 6)
-    names = [layer.name for layer in (first, second, third)]
-    expected, _ = references.modulated_gradients(unrolled, x, y, names, 1.0, 1000.0, "anchor")
-    for net in (modulated, keras.models.load_model(tmp_path / "model.keras")):
-        assert_same_bits(net(x), model(x))
-        assert len(modulations(net)) == 3
-        found = gradients(net, x, y)[net.get_layer("shared").kernel.path]
-        np.testing.assert_allclose(found, expected[first.kernel.path] + expected[second.kernel.path], 1e-4, 1e-6)
+    expected, _ = references.modulated_gradients(unrolled, x, y, [layer.name for layer in unrolled.layers], 1.0, 1e3, "anchor")
+    first, second, _ = (expected[layer.kernel.path] for layer in unrolled.layers)
+    assert len(modulations(modulated)) == 3
+    np.testing.assert_allclose(gradients(modulated, x, y)[shared.kernel.path], first + second, 1e-4, 1e-6)
 
 
 def test_a_compiled_model_stays_compiled_and_trains():
     keras.config.set_dtype_policy("mixed_bfloat16")
     model = dense_chain()
-    model.compile(
-        keras.optimizers.SGD(0.3, momentum=0.5, nesterov=True),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-        jit_compile=False,
-        steps_per_execution=2,
-    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.3, momentum=0.5), loss, metrics=["accuracy"], jit_compile=False, steps_per_execution=2)
     model.optimizer.learning_rate = 0.01
     modulated = modulate(model)
     assert modulated.get_compile_config() == model.get_compile_config()
-    assert modulated.optimizer is not model.optimizer and type(modulated.optimizer) is type(model.optimizer)
-    assert float(modulated.optimizer.learning_rate) == np.float32(0.01)
+    assert modulated.optimizer is not model.optimizer and float(modulated.optimizer.learning_rate) == np.float32(0.01)
     x, _ = batch(96, 6)
-    y = np.argmax(x[:, :3], axis=1)
     before = model.get_weights()
-    losses = modulated.fit(x, y, epochs=8, verbose=0).history["loss"]
+    losses = modulated.fit(x, np.argmax(x[:, :3], axis=1), epochs=8, verbose=0).history["loss"]
     assert losses[-1] < 0.7 * losses[0]
     assert all(np.any(old != new) for old, new in zip(before, model.get_weights()))  # it trains the model
 
@@ -165,97 +130,103 @@ def test_compile_settings_that_cannot_be_copied_give_a_warning():
     model = dense_chain()
     model.compile("sgd", lambda y, logits: tf.reduce_mean(tf.square(y - logits)))
     with pytest.warns(UserWarning, match="call compile on the new model"):
-        modulated = modulate(model)
-    assert not modulated.compiled
+        assert not modulate(model).compiled
 
 
-def test_a_custom_functional_class_keeps_its_train_step():
-    class Model(keras.Model):
-        def train_step(self, data):
-            return {"loss": 7.0}
+# Copies
 
-    inputs = keras.Input((6,))
-    model = Model(inputs, layers.Dense(3)(inputs))
-    assert type(modulate(model)) is type(model)
+RULE = {"tolerance": 3.0, "max_scale": 7.0, "reference": "neighbour", "enabled": False, "synchronized": True}
+
+
+def test_deepcopies_have_switches_of_their_own():
+    model = modulate(dense_chain(), tolerance=1.0)
+    copied = copy.deepcopy(model)
+    x, y = batch(8, 6)
+    assert_same_bits(list(gradients(copied, x, y).values()), list(gradients(model, x, y).values()))
+    switch_modulation(copied, False)
+    assert all(layer.enabled for layer in modulations(model)) and not any(layer.enabled for layer in modulations(copied))
+
+
+@pytest.mark.parametrize(("policy", "enabled"), [("float32", True), ("mixed_float16", False)])
+def test_survives_a_saved_model(tmp_path, policy, enabled):
+    keras.config.set_dtype_policy(policy)
+    model = mismatched_chain()
+    modulated = modulate(model, **RULE)
+    switch_modulation(modulated, enabled)
+    modulated.save(tmp_path / "model.keras")
+    keras.config.set_dtype_policy("float32")
+    loaded = keras.models.load_model(tmp_path / "model.keras", safe_mode=True)
+    x, y = batch(8, 12)
+    assert_same_bits(loaded(x), modulated(x))
+    assert [layer.name for layer in modulations(loaded)] == [f"{name}_modulation" for name in NAMES]
+    for layer in modulations(loaded):
+        assert {key: getattr(layer, key) for key in RULE} == {**RULE, "enabled": enabled}
+    on, off = ([*gradients(net, x, y).values()] for net in (modulate(model, **{**RULE, "enabled": True}), model))
+    assert any(np.any(one != other) for one, other in zip(on, off))
+    assert_same_bits([*gradients(loaded, x, y).values()], on if enabled else off)
+    switch_modulation(loaded, not enabled)
+    assert_same_bits([*gradients(loaded, x, y).values()], off if enabled else on)
+
+
+def test_survives_an_export(tmp_path):
+    modulated = modulate(dense_chain())
+    x, _ = batch(8, 6)
+    modulated.export(tmp_path / "exported", verbose=False)
+    exported = tf.saved_model.load(tmp_path / "exported")
+    np.testing.assert_allclose(exported.serve(x), modulated(x), rtol=1e-5, atol=1e-5)
+
+
+# What is refused
 
 
 class Subclassed(keras.Model):
     def __init__(self):
         super().__init__(name="subclassed")
         self.dense = layers.Dense(3)
+        self.dense.build((None, 6))
+        self.built = True
 
     def call(self, inputs):
         return self.dense(inputs)
 
 
-def subclassed():
-    model = Subclassed()
-    model(np.zeros((1, 6), "float32"))
-    return model
+def branch(x):
+    hidden = layers.Dense(6, name="fork")(x)
+    return layers.Add(name="join")([hidden, layers.ReLU()(hidden)])
+
+
+def branch_around_a_nested_model(x):
+    hidden = layers.Dense(6, name="fork")(x)
+    return layers.Add(name="join")([functional(layers.Dense(6, name="inside"))(hidden), hidden])
 
 
 def two_inputs():
     inputs = [keras.Input((6,)), keras.Input((6,))]
-    return keras.Model(inputs, layers.Dense(3)(layers.Add()(inputs)), name="pair")
+    return keras.Model(inputs, layers.Dense(3)(layers.Add()(inputs)))
 
 
-def two_outputs():
-    inputs = keras.Input((6,))
-    hidden = layers.Dense(4)(inputs)
-    return keras.Model(inputs, [hidden, layers.Dense(3)(hidden)], name="pair")
+def stack(*inner):
+    return keras.Sequential([keras.Input((6,)), *inner], name="stack")
 
 
-def layer_with_two_outputs():
-    inputs = keras.Input((5, 6))
-    outputs, _ = layers.GRU(4, return_state=True, name="gru")(inputs)
-    return keras.Model(inputs, layers.Dense(3)(outputs))
-
-
-def branch_inside_a_nested_model():
-    inner_inputs = keras.Input((6,))
-    hidden = layers.Dense(6, name="fork")(inner_inputs)
-    inner = keras.Model(inner_inputs, layers.Add(name="join")([hidden, layers.ReLU()(hidden)]))
-    return keras.Sequential([keras.Input((6,)), inner, layers.Dense(3)])
-
-
-def branch_around_a_nested_model():
-    inner_inputs = keras.Input((6,))
-    inner = keras.Model(inner_inputs, layers.Dense(6, name="inside")(inner_inputs), name="inner")
-    inputs = keras.Input((6,))
-    hidden = layers.Dense(6, name="fork")(inputs)
-    return keras.Model(inputs, layers.Add(name="join")([inner(hidden), hidden]))
-
-
-def branch_at_the_input():
-    inputs = keras.Input((6,))
-    return keras.Model(inputs, layers.Add()([layers.Dense(6)(inputs), inputs]))
-
-
-def same_names_in_two_nested_models():
-    inner = [keras.Sequential([keras.Input((6,)), layers.Dense(6, name="twin")]) for _ in range(2)]
-    return keras.Sequential([keras.Input((6,)), *inner])
-
-
-NO_CHAINS = [
-    (lambda: residual_cnn(8), "branches at 'stem_conv_relu', .* both 'stage1_conv01' and 'stage1_add01'"),
-    (branch_inside_a_nested_model, "branches at 'fork'"),
-    (branch_around_a_nested_model, "branches at 'fork', .* both 'inside' and 'join'"),
-    (branch_at_the_input, "branches at 'the input'"),
-    (two_inputs, "needs a chain: model 'pair' has 2 inputs and 1 outputs"),
-    (two_outputs, "needs a chain: model 'pair' has 1 inputs and 2 outputs"),
-    (layer_with_two_outputs, "needs a chain: layer 'gru' has more than one output"),
-    (lambda: modulate(dense_chain()), "is modulated already: it has an ErrorModulation layer 'a_modulation'"),
-    (lambda: keras.Sequential([keras.Input((6,)), modulate(dense_chain())]), "is modulated already"),
-    (lambda: keras.Sequential([keras.Input((6,)), layers.ReLU()], name="bare"), "no parametric layer .* in model 'bare'"),
-    (lambda: keras.Sequential([layers.Dense(3)]), "`model` must be a built Keras model"),
-    (lambda: layers.Dense(3), "`model` must be a built Keras model"),
-    (subclassed, "must be a Functional or Sequential model .* Received: 'subclassed', a Subclassed"),
-    (lambda: keras.Sequential([keras.Input((6,)), subclassed()]), "Received: 'subclassed', a Subclassed"),
-    (same_names_in_two_nested_models, "twin"),
-]
-
-
-@pytest.mark.parametrize(("build", "message"), NO_CHAINS)
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: residual_cnn(8), "branches at 'stem_conv_relu', .* both 'stage1_conv01' and 'stage1_add01'"),
+        (lambda: stack(functional(branch), layers.Dense(3)), "branches at 'fork'"),
+        (lambda: functional(branch_around_a_nested_model), "branches at 'fork', .* both 'inside' and 'join'"),
+        (lambda: functional(lambda x: layers.Add()([layers.Dense(6)(x), x])), "branches at 'the input'"),
+        (two_inputs, "needs a chain: model .* has 2 inputs and 1 outputs"),
+        (lambda: functional(lambda x: [layers.Dense(4)(x), layers.Dense(3)(x)]), "has 1 inputs and 2 outputs"),
+        (lambda: functional(lambda x: layers.GRU(4, return_state=True, name="gru")(x)[0], (5, 6)), "'gru' has more than one"),
+        (lambda: stack(modulate(dense_chain())), "is modulated already: it has an ErrorModulation layer 'a_modulation'"),
+        (lambda: stack(layers.ReLU()), "no parametric layer .* in model 'stack'"),
+        (lambda: keras.Sequential([layers.Dense(3)]), "`model` must be a built Keras model"),
+        (Subclassed, "must be a Functional or Sequential model .* Received: 'subclassed', a Subclassed"),
+        (lambda: stack(Subclassed()), "Received: 'subclassed', a Subclassed"),
+        (lambda: stack(*(functional(layers.Dense(6, name="twin"), name=name) for name in "ab")), "twin"),
+    ],
+)
 def test_model_that_is_no_chain(build, message):
     model = build()
     with pytest.raises(ValueError, match=message):
@@ -263,11 +234,10 @@ def test_model_that_is_no_chain(build, message):
 
 
 def test_wrong_arguments():
-    for names, missing in ((["c", "e", "d"], r"\['d', 'e'\]"), (["a", "b", "flatten"], r"\['flatten'\]")):
-        with pytest.raises(ValueError, match=rf"`layers` must be names of parametric layers of the model. Received: {missing}"):
-            modulate(dense_chain(), layers=names)
+    with pytest.raises(ValueError, match=r"`layers` must be names of parametric layers of the model. Received: \['d', 'e'\]"):
+        modulate(dense_chain(), layers=["c", "e", "d"])
     for make in (ErrorModulation, lambda **settings: modulate(dense_chain(), **settings)):
-        for name, value in (("tolerance", 0.999), ("tolerance", float("nan")), ("max_scale", 0), ("max_scale", "2")):
+        for name, value in {"tolerance": 0.999, "max_scale": "2"}.items():
             with pytest.raises(ValueError, match=f"`{name}` must be a finite number, at least 1. Received: {name}="):
                 make(**{name: value})
         with pytest.raises(ValueError, match=r"`reference` must be one of .* Received: reference='Anchor'"):
@@ -279,12 +249,9 @@ def test_wrong_arguments():
 
 def test_kernel_gradients_of_a_deep_plain_network_are_of_one_magnitude_at_initialization():
     model = plain_cnn(56, (16, 16, 3), width=8, seed=0)
-    images = np.random.default_rng(0).normal(size=(8, 16, 16, 3)).astype("float32")
-    labels = np.arange(8) % 10
     ratios = []
     for net in (model, modulate(model)):
-        found = gradients(net, images, labels, tf.function)
+        found = gradients(net, batch(8, 16, 16, 3)[0], np.arange(8) % 10, tf.function)
         norms = [np.linalg.norm(found[layer.kernel.path]) for layer in model.layers if isinstance(layer, layers.Conv2D)]
-        assert len(norms) == 55
         ratios.append(max(norms[1:]) / min(norms[1:]))
     assert ratios[0] > 1e3 and ratios[1] < 10

