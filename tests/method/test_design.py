@@ -94,22 +94,6 @@ def test_a_model_that_fits():
     assert str(grey).startswith("1 of 8 kernels has more filters") and "stem_conv/kernel" in str(grey)
 
 
-class Subclassed(keras.Model):
-    def __init__(self):
-        super().__init__()
-        self.inner = keras.Sequential([layers.Conv2D(30, 3), layers.Flatten()])
-        self.dense = layers.Dense(3)
-
-    def call(self, x):
-        return self.dense(self.inner(x))
-
-
-def test_subclassed_and_nested_models():
-    model = Subclassed()
-    model(np.zeros((1, 5, 5, 3)))
-    assert [(design.f_in, design.f_out) for design in check_design(model).layers] == [(27, 30), (270, 3)]
-
-
 def test_other_penalties_in_addition_to_orthonormal_ones_are_noted():
     def dense(name, regularizer, trainable=True):
         return layers.Dense(4, kernel_regularizer=regularizer, name=name, trainable=trainable)
@@ -124,7 +108,7 @@ def test_other_penalties_in_addition_to_orthonormal_ones_are_noted():
 
 
 def test_wrong_models():
-    for wrong in (keras.Sequential(), Subclassed(), layers.Dense(3), "model"):
+    for wrong in (keras.Sequential(), layers.Dense(3), "model"):
         with pytest.raises(ValueError, match="`model` must be a built Keras model"):
             check_design(wrong)
     with pytest.raises(ValueError, match="must have a convolution, dense or einsum kernel"):

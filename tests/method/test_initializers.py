@@ -1,3 +1,5 @@
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -98,13 +100,13 @@ def test_dirac_gain_and_kernels_that_are_not_square():
 def test_serialization():
     for initializer in [
         OrthonormalInitializer(0.5, 3, "transposed"),
-        OrthonormalInitializer(seed=keras.random.SeedGenerator(4), layout=(1,)),
+        OrthonormalInitializer(seed=keras.random.SeedGenerator(4), layout=((0,), (2,))),
         DeltaOrthonormalInitializer(2.0, 9, groups=2),
         DiracInitializer(2.0, 9),
     ]:
-        config = keras.saving.serialize_keras_object(initializer)
+        config = json.loads(json.dumps(keras.saving.serialize_keras_object(initializer)))  # tuples become lists
         again = keras.saving.deserialize_keras_object(config, safe_mode=True)
-        assert type(again) is type(initializer) and again.get_config().keys() == initializer.get_config().keys()
+        assert type(again) is type(initializer)
         assert (again.gain, again.layout, again.groups) == (initializer.gain, initializer.layout, initializer.groups)
         np.testing.assert_array_equal(again((4, 4, 4)), initializer((4, 4, 4)))
 

@@ -6,26 +6,15 @@ import tensorflow as tf
 
 from ortho_keras import OrthonormalRegularizer, orthonormality_error
 
-CASES = [
-    ((3, 8), "standard"),  # wide: 3 + 3 + 2
-    ((3, 3, 4, 6), "standard"),
-    ((3, 9, 2), "transposed"),
-    ((1, 2, 3, 5), "depthwise"),  # wide
-    ((2, 7, 2, 2), (1, -1)),
-]
-
-
-def random_cases():
-    rng = np.random.default_rng(2)
-    for _ in range(40):
-        rank = int(rng.integers(2, 6))
-        layouts = ["standard", "transposed", *(["depthwise"] if rank > 2 else []), (int(rng.integers(rank)),)]
-        yield tuple(rng.integers(1, 6, size=rank)), layouts[rng.integers(len(layouts))]
-
 
 def test_value_and_gradient_equal_the_oracle():
-    for shape, layout in [*CASES, *random_cases()]:
-        kernel = np.random.default_rng(1).normal(size=shape).astype("float32")
+    rng = np.random.default_rng(2)
+    for _ in range(40):
+        shape = tuple(rng.integers(1, 6, size=rng.integers(2, 6)))  # tall and wide
+        axes = [int(axis) for axis in rng.permutation(len(shape))[: rng.integers(1, len(shape))]]
+        layouts = ["standard", "transposed", *["depthwise"][: len(shape) - 2], tuple(axes)]
+        layout = layouts[rng.integers(len(layouts))]
+        kernel = rng.normal(size=shape).astype("float32")
         variable = tf.Variable(kernel)
         with tf.GradientTape() as tape:
             penalty = OrthonormalRegularizer(0.37, layout)(variable)
@@ -82,28 +71,6 @@ def test_wide_kernels_form_only_small_gram_matrices():
     assert [product.outputs[0].shape for product in products] == [(255, 4, 4), (2, 2)]
 
 
-def test_a_callback_warms_the_factor_up_during_fit():
-    regularizer = OrthonormalRegularizer(0.0)
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, kernel_regularizer=regularizer)])
-
-    class WarmUp(keras.callbacks.Callback):
-        def on_epoch_begin(self, epoch, logs=None):
-            regularizer.factor = float(epoch)
-
-    traced = []
-
-    def loss(y, logits):
-        traced.append(1)
-        return tf.reduce_sum(logits)
-
-    model.compile(keras.optimizers.SGD(0.0), loss)
-    x = np.zeros((8, 4), "float32")  # outputs are 0, so the loss is the penalty
-    losses = model.fit(x, np.zeros((8, 3)), epochs=3, verbose=0, callbacks=[WarmUp()]).history["loss"]
-    assert len(traced) == 1 and regularizer.get_config()["factor"] == 2.0
-    unit = references.penalty_and_gradient(model.layers[0].kernel.numpy(), "standard", 1.0)[0]
-    np.testing.assert_allclose(losses, [0, unit, 2 * unit], rtol=1e-5)
-
-
 def test_fit_makes_a_kernel_orthonormal():
     layer = keras.layers.Conv2D(8, 3, kernel_regularizer=OrthonormalRegularizer(0.1))
     model = keras.Sequential([keras.Input((5, 5, 2)), layer])
@@ -111,17 +78,6 @@ def test_fit_makes_a_kernel_orthonormal():
     assert orthonormality_error(layer.kernel) > 0.1
     model.fit(np.zeros((200, 5, 5, 2)), np.zeros((200, 3, 3, 8)), batch_size=1, verbose=0)
     assert orthonormality_error(layer.kernel) < 1e-4
-
-
-def test_survives_a_saved_model(tmp_path):
-    regularizers = [OrthonormalRegularizer(0.25, layout) for layout in ("transposed", (1, 2), ((0,), (2,)))]
-    layers = [keras.layers.EinsumDense("abc,cde->abde", (None, 3, 2), kernel_regularizer=own) for own in regularizers]
-    x = keras.Input((6, 4))
-    model = keras.Model(x, [layer(x) for layer in layers])
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras", safe_mode=True)
-    assert [layer.kernel_regularizer.get_config() for layer in loaded.layers[1:]] == [own.get_config() for own in regularizers]
-    assert list(map(float, loaded.losses)) == list(map(float, model.losses))
 
 
 def test_wrong_arguments():

@@ -19,27 +19,19 @@ from ortho_keras import (
 )
 
 VARIANTS = [DoubleSoftOrthogonalRegularizer, MutualCoherenceRegularizer, SRIPRegularizer, ConvOrthogonalRegularizer]
-MATRIX_CASES = [
-    ((3, 3, 4, 6), "standard"),
-    ((1, 1, 4, 19), "standard"),
-    ((3, 9, 2), "transposed"),
-    ((5, 3, 2), "depthwise"),
-    ((4, 2, 3), (1, 2)),
-]
 
 
 def random_kernel(shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape) / np.sqrt(shape[0])
 
 
-def sets_of_columns(kernel, layout):
-    return [kernel.ravel()[index] for index in references.kernel_columns(kernel, layout)]
-
-
-@pytest.mark.parametrize(("shape", "layout"), MATRIX_CASES)
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((3, 3, 4, 6), "standard"), ((1, 1, 4, 19), "standard"), ((3, 9, 2), "transposed"), ((5, 3, 2), "depthwise")],
+)
 def test_mutual_coherence_spectral_norm_and_double_soft_orthogonality_equal_their_formulas(shape, layout):
     kernel = random_kernel(shape)
-    sets = sets_of_columns(kernel, layout)
+    sets = [kernel.ravel()[index] for index in references.kernel_columns(kernel, layout)]
     deviations = [w.T @ w - np.eye(w.shape[1]) for w in sets]
     coherence = MutualCoherenceRegularizer(0.25, layout)(tf.constant(kernel))
     np.testing.assert_allclose(coherence, 0.25 * sum(np.abs(d).max() for d in deviations), rtol=1e-10)
@@ -57,8 +49,30 @@ def test_two_steps_of_the_power_iteration_by_hand():
     deviation = kernel.T @ kernel - np.eye(4)
     vector = np.random.default_rng(5).normal(size=4)
     vector = deviation @ (deviation @ vector)
-    expected = abs(vector @ deviation @ vector) / (vector @ vector)
-    np.testing.assert_allclose(SRIPRegularizer(2.0, seed=5)(tf.constant(kernel)), 2 * expected, rtol=1e-10)
+    image = deviation @ vector
+    expected = np.linalg.norm(image) / np.linalg.norm(vector)
+    variable = tf.Variable(kernel)
+    with tf.GradientTape() as tape:
+        penalty = SRIPRegularizer(2.0, seed=5)(variable)
+    np.testing.assert_allclose(penalty, 2 * expected, rtol=1e-10)
+    by_deviation = np.outer(image, vector) / (np.linalg.norm(image) * np.linalg.norm(vector))
+    gradient = 2 * kernel @ (by_deviation + by_deviation.T)  # of W^T W - I, times the factor
+    np.testing.assert_allclose(tape.gradient(penalty, variable), gradient, rtol=1e-9)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 50])
+def test_the_spectral_norm_where_eigenvalues_have_both_signs(iterations):
+    """As near every orthonormal kernel: here W^T W - I is diag(0.5, -0.5)."""
+    kernel = tf.constant(np.diag(np.sqrt([1.5, 0.5])))
+    np.testing.assert_allclose(SRIPRegularizer(1.0, iterations=iterations)(kernel), 0.5, rtol=1e-12)
+    rng = np.random.default_rng(0)
+    noisy = np.linalg.qr(rng.normal(size=(288, 32)))[0] + 0.01 * rng.normal(size=(288, 32))
+    norm = np.linalg.norm(noisy.T @ noisy - np.eye(32), 2)
+    assert 0.5 * norm < SRIPRegularizer(1.0, iterations=iterations)(tf.constant(noisy)) <= norm * (1 + 1e-9)
+    flat = tf.Variable(np.eye(3))
+    with tf.GradientTape() as tape:
+        penalty = SRIPRegularizer(1.0)(flat)
+    assert penalty == 0 and not np.any(tape.gradient(penalty, flat))  # and no NaN
 
 
 def circular_matrix(kernel, sizes, strides):
@@ -151,7 +165,7 @@ def test_precision_and_graphs(variant):
 
 def test_layers_with_them_train_and_come_back_from_a_file(tmp_path):
     made = [variant(1e-3) for variant in VARIANTS[:2]]
-    made += [SRIPRegularizer(1e-3, iterations=3, seed=7), ConvOrthogonalRegularizer(1e-3, strides=(2, 1))]
+    made += [SRIPRegularizer(1e-3, iterations=100, seed=7), ConvOrthogonalRegularizer(1e-3, strides=(2, 1))]
     layers = [keras.layers.Conv2D(4, 3, padding="same", kernel_regularizer=regularizer) for regularizer in made]
     layers[-1].strides = (2, 1)
     model = keras.Sequential([keras.Input((8, 8, 2)), *layers])
