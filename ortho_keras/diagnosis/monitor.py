@@ -17,7 +17,7 @@ from ortho_keras.method.checks import check_number, require
 from ortho_keras.method.errors import first_line
 from ortho_keras.method.files import whole_file
 from ortho_keras.method.modulation import ErrorModulation
-from ortho_keras.method.state import copy_state, steps_taken
+from ortho_keras.method.state import StepCounter, copy_state, steps_taken
 
 
 class SignalMonitor(keras.callbacks.Callback):
@@ -34,7 +34,8 @@ class SignalMonitor(keras.callbacks.Callback):
         x, y: As in `signal_report`; 64 to 128 samples are enough.
         directory: Path of a folder; made if missing.
         loss: As in `signal_report`. Defaults to `None`, the compiled model's.
-        every: int, at least 1, steps from one measurement to the next. Defaults to `None`, as often as `max_share` allows.
+        every: int, at least 1, steps from one measurement to the next, a multiple of the model's `steps_per_execution`.
+            Defaults to `None`, as often as `max_share` allows.
         max_share: float, above 0. The largest share of training time, where `every` is `None`.
         singular_values: bool. Whether to compute singular values, which is slower.
 
@@ -62,7 +63,7 @@ class SignalMonitor(keras.callbacks.Callback):
         self.directory = pathlib.Path(directory)
         self.path = self.directory / "signals.csv"
         self.every, self.max_share, self.singular_values = every, max_share, singular_values
-        self._probe = self._recorded = None  # what the probe is of: a model, its optimizer and loss
+        self._probe = self._recorded = self._counter = None  # what the probe is of: a model, its optimizer and loss
         self._counted = (None, None)  # the model and optimizer of the last training
         self._earlier = 0  # steps that the model had taken under earlier optimizers
         self._spent = self._duration = 0.0
@@ -73,14 +74,17 @@ class SignalMonitor(keras.callbacks.Callback):
         return self._spent / max(self._duration, 1e-9)
 
     def on_train_begin(self, logs=None):
-        self._began, self._spent, self._ready = time.perf_counter(), 0.0, False
+        self._began, self._spent, self._counter = time.perf_counter(), 0.0, None
 
     def on_train_batch_begin(self, batch, logs=None):
-        if not self._ready:
+        if not self._counter:
             self._prepare()  # not before: another callback's `on_train_begin` may bring weights and steps back
+        self._counter.begin(batch)
 
     def _prepare(self):
         began, model, step = time.perf_counter(), self.model, self._steps()
+        counter = StepCounter(model)
+        counter.check_multiple("every", self.every or counter.interval)
         recorded = (model, model.optimizer, model.loss if self.loss is None else self.loss)
         self._rows = [row for row in read_signals(self.path) if row["step"] <= step] if step else []
         if not model.built:
@@ -91,7 +95,7 @@ class SignalMonitor(keras.callbacks.Callback):
             self._spent = time.perf_counter() - began
             self._rows = [row for row in self._rows if row["step"] < step]
             report = self._report(step)
-        self._last, self._ready, self._recorded = step, True, recorded
+        self._last, self._counter, self._recorded = step, counter, recorded
         self._earlier, self._counted = step - steps_taken(model), recorded[:2]
         self.directory.mkdir(parents=True, exist_ok=True)
         self._writer = tf.summary.create_file_writer(str(self.directory / "tensorboard"))
@@ -103,7 +107,7 @@ class SignalMonitor(keras.callbacks.Callback):
 
     def _steps(self):
         """The model's steps, those before it was compiled again included."""
-        (model, optimizer), steps = self._counted, steps_taken(self.model)
+        (model, optimizer), steps = self._counted, self._counter.steps if self._counter else steps_taken(self.model)
         if model is not self.model:
             return steps
         if optimizer is not model.optimizer and not steps:  # one that has steps was restored, and counts all of them
@@ -111,6 +115,7 @@ class SignalMonitor(keras.callbacks.Callback):
         return self._earlier + steps
 
     def on_train_batch_end(self, batch, logs=None):
+        self._counter.end(batch)
         self._duration = time.perf_counter() - self._began
         affordable = self._spent + self._latest <= self.max_share * self._duration
         if self._steps() - self._last >= self.every if self.every else affordable:
@@ -120,6 +125,7 @@ class SignalMonitor(keras.callbacks.Callback):
         self.on_train_batch_begin(0)  # where training took no step
         if self._steps() > self._last:
             self._write(self._report(self._steps()))
+        self._earlier = self._last - steps_taken(self.model)
         drawing = time.perf_counter()
         self._writer.close()
         title = f"{self.model.name}: magnitude of the backpropagated error"

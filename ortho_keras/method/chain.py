@@ -8,7 +8,7 @@ from ortho_keras.method.checks import check_built, check_number
 from ortho_keras.method.graphs import Graph
 from ortho_keras.method.kernels import layer_kernels, walk_layers
 from ortho_keras.method.modulation import ErrorModulation
-from ortho_keras.method.state import steps_taken
+from ortho_keras.method.state import StepCounter, steps_taken
 
 
 def modulate(model, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled=True, synchronized=False, layers=None):
@@ -124,7 +124,8 @@ class ModulationSwitch(keras.callbacks.Callback):
         steps: int, at least 1. Training steps with modulation.
 
     Raises:
-        ValueError: If `steps` is out of range; at the start of training, if the model has no `ErrorModulation`.
+        ValueError: If `steps` is out of range; at the start of training, if the model has no `ErrorModulation`, or takes
+            several steps per execution of which `steps` is no multiple.
     """
 
     def __init__(self, steps):
@@ -132,17 +133,22 @@ class ModulationSwitch(keras.callbacks.Callback):
         self.steps = check_number("steps", steps, least=1, integer=True)
 
     def on_train_begin(self, logs=None):
-        self._enabled = None
-        self._switch()
+        self._enabled = self._counter = None
+        self._switch(steps_taken(self.model))
 
     def on_train_batch_begin(self, batch, logs=None):
-        self._switch()  # again: another callback's `on_train_begin` may have restored a checkpoint
+        if self._counter is None:  # another callback's `on_train_begin` may have restored a checkpoint
+            self._counter = StepCounter(self.model)
+            self._counter.check_multiple("steps", self.steps)
+            self._switch(self._counter.steps)
+        self._counter.begin(batch)
 
     def on_train_batch_end(self, batch, logs=None):
-        self._switch()
+        self._counter.end(batch)
+        self._switch(self._counter.steps)
 
-    def _switch(self):
-        enabled = steps_taken(self.model) < self.steps
+    def _switch(self, taken):
+        enabled = taken < self.steps
         if enabled != self._enabled:
             switch_modulation(self.model, enabled)
             self._enabled = enabled

@@ -8,7 +8,7 @@ import tensorflow as tf
 from ortho_keras.method.checks import check_number
 from ortho_keras.method.kernels import model_kernels
 from ortho_keras.method.regularizers import find_regularizer
-from ortho_keras.method.state import steps_taken
+from ortho_keras.method.state import StepCounter
 
 
 class OrthonormalDecay(keras.callbacks.Callback):
@@ -28,11 +28,13 @@ class OrthonormalDecay(keras.callbacks.Callback):
     Args:
         factor: float, at least 0. The strength. With SGD's momentum m, `factor / (1 - m)` has in the long run the effect that
             the regularizer has with `factor`.
-        every: int, at least 1. Training steps between two updates. The last update is at the end of training.
+        every: int, at least 1. Training steps between two updates, which are at multiples of `every` of the optimizer's steps,
+            and at the end of training.
         regularizer: See `orthonormalize`.
 
     Raises:
-        ValueError: If an argument is none of the above; in training, if the model has no trainable kernel to update.
+        ValueError: If an argument is none of the above; in training, if the model has no trainable kernel to update, trains by
+            other optimizers than its own, or takes several steps per execution of which `every` is no multiple.
 
     Example:
 
@@ -48,25 +50,42 @@ class OrthonormalDecay(keras.callbacks.Callback):
         self.factor = check_number("factor", factor, least=0)
         self.every = check_number("every", every, least=1, integer=True)
         self.regularizer = find_regularizer(regularizer)
+        self._finished = (None, 0)  # the optimizer of the last training that ended, and its steps
 
     def on_train_begin(self, logs=None):
-        self._last = None
+        self._counter = None
 
     def on_train_batch_begin(self, batch, logs=None):
-        if self._last is None:  # not before: another callback's `on_train_begin` may restore a checkpoint
-            self._last = steps_taken(self.model)
+        if self._counter is None:  # not before: another callback's `on_train_begin` may restore a checkpoint
+            self._counter = StepCounter(self.model)
+            self._counter.check_multiple("every", self.every)
+            steps, (optimizer, finished) = self._counter.steps, self._finished
+            # A run that was interrupted after its last update makes up for the steps since then.
+            self._last = finished if optimizer is self.model.optimizer and finished == steps else self._multiple(steps)
             self._update = self._make_update()
+        self._counter.begin(batch)
 
     def on_train_batch_end(self, batch, logs=None):
-        self._catch_up(self.every)
+        self._counter.end(batch)
+        if self._counter.idle or self.model.optimizer is None:
+            raise ValueError(
+                "OrthonormalDecay needs the learning rate of the model's optimizer, and this model trains by others. "
+                f"Received: model={self.model.name!r} with optimizer={self.model.optimizer!r}"
+            )
+        if self._multiple(self._counter.steps) > self._last:
+            self._catch_up()
 
     def on_train_end(self, logs=None):
-        if self._last is not None:
-            self._catch_up(1)
+        if self._counter:
+            self._catch_up()
+            self._finished = (self.model.optimizer, self._counter.steps)
 
-    def _catch_up(self, least):
-        steps = steps_taken(self.model) - self._last
-        if steps >= least:
+    def _multiple(self, steps):
+        return steps // self.every * self.every
+
+    def _catch_up(self):
+        steps = self._counter.steps - self._last
+        if steps:
             self._last += steps
             rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
             self._update(tf.constant(self.factor * rate * steps, tf.float32))

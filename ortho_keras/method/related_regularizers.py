@@ -48,10 +48,10 @@ class MutualCoherenceRegularizer(KernelRegularizer, name="mutual_coherence"):
 
 
 class SRIPRegularizer(KernelRegularizer, name="srip"):
-    """`factor * sigma(W^T W - I)`: the spectral norm, estimated by power iteration from a fixed start.
+    """`factor * sigma(W^T W - I)`: the spectral norm, estimated as `|D v| / |v|` with `D = W^T W - I`.
 
-    The penalty is the sum over a kernel's matrices and groups of columns (ours). The gradient takes the iteration's vector as
-    constant, which is exact where the iteration has converged.
+    v is a fixed start after `iterations` products with D (power iteration). The penalty is the sum over a kernel's matrices and
+    groups of columns (ours). The gradient takes v as constant, which is exact where the iteration has converged.
 
     Args:
         factor, layout, groups: See `OrthonormalRegularizer`.
@@ -81,9 +81,12 @@ class SRIPRegularizer(KernelRegularizer, name="srip"):
             image = tf.matmul(fixed, vector)
             length = tf.norm(image, axis=(-2, -1), keepdims=True)
             vector = tf.where(length > 0, tf.math.divide_no_nan(image, length), vector)
-        # A symmetric matrix D: the eigenvalue of largest magnitude is v^T D v / v^T v, and its derivative by D is v v^T.
-        products = tf.reduce_sum(vector * tf.matmul(deviation, vector), axis=(-2, -1))
-        return tf.reduce_sum(tf.abs(products / tf.reduce_sum(tf.square(vector), axis=(-2, -1))))
+        # |D v| / |v|, whose derivative by D is (D v) v^T / (|D v| |v|). The signed v^T D v would cancel where D, as near an
+        # orthonormal kernel, has eigenvalues of both signs.
+        image = tf.matmul(deviation, vector)
+        direction = tf.stop_gradient(tf.math.divide_no_nan(image, tf.norm(image, axis=(-2, -1), keepdims=True)))
+        lengths = tf.reduce_sum(image * direction, axis=(-2, -1))
+        return tf.reduce_sum(lengths / tf.norm(vector, axis=(-2, -1)))
 
     def get_config(self):
         return {**super().get_config(), "iterations": self.iterations, "seed": self.seed}

@@ -40,7 +40,52 @@ class LiveScalar:
 
 def steps_taken(model):
     """Returns the number of training steps of a model: its optimizer's, and those before the net grew (`first_step`)."""
-    return int(model.optimizer.iterations.numpy()) + getattr(model.optimizer, "first_step", 0)
+    optimizer = model.optimizer
+    return 0 if optimizer is None else int(optimizer.iterations.numpy()) + getattr(optimizer, "first_step", 0)
+
+
+class StepCounter:
+    """Counts a model's training steps for a callback, which forwards `on_train_batch_begin` and `on_train_batch_end`.
+
+    The count is the optimizer's, so that a resumed run continues it. In a model whose `train_step` uses other optimizers,
+    `model.optimizer` is Keras's default one and takes no step: there the batches since the start of training are counted.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.before, self.batches, self.begun = steps_taken(model), 0, 0
+
+    def begin(self, batch):
+        self.begun = batch
+
+    def end(self, batch):
+        self.batches += batch - self.begun + 1  # with `steps_per_execution`, a call takes several steps
+
+    @property
+    def idle(self):
+        """Whether the model's optimizer has had a batch, and took no step."""
+        optimizer = self.model.optimizer
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            return False  # it may skip steps
+        accumulated = getattr(optimizer, "gradient_accumulation_steps", None) or 1
+        return self.batches >= accumulated and steps_taken(self.model) == self.before
+
+    @property
+    def steps(self):
+        return self.batches if self.idle else steps_taken(self.model)
+
+    @property
+    def interval(self):
+        """The number of steps between two calls of a callback."""
+        return getattr(self.model, "steps_per_execution", 1)
+
+    def check_multiple(self, name, value):
+        """Raises `ValueError` where a callback's number of steps falls between two of its calls."""
+        if value % self.interval:
+            raise ValueError(
+                f"`{name}` must be a multiple of the model's steps_per_execution, {self.interval}, between which no "
+                f"callback is called. Received: {name}={value}"
+            )
 
 
 def copy_state(layer, copy):
