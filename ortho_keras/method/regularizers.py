@@ -66,7 +66,9 @@ class KernelRegularizer(keras.regularizers.Regularizer):
 
     def __call__(self, x):
         penalty = self.penalty(x)
-        return tf.cast(self._factor.read(), penalty.dtype) * penalty
+        penalty = tf.cast(self._factor.read(), penalty.dtype) * penalty
+        half = penalty.dtype == tf.float32 and keras.config.floatx() in ("float16", "bfloat16")
+        return tf.cast(penalty, keras.config.floatx()) if half else penalty  # Keras adds losses in its own floatx
 
     def get_config(self):
         return {"factor": self.factor, "layout": self.layout, "groups": self.groups}

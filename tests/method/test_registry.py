@@ -87,3 +87,22 @@ def test_conv_orthogonal_takes_the_strides_of_its_layer_and_skips_other_layouts(
     assert [weight.path for weight in report.skipped] == ["separable/depthwise_kernel", "up/kernel"]
     assert "defined for kernels of layout 'standard' only, not 'transposed'" in report.skipped[1].reason
     assert model.get_layer("up").kernel_regularizer is before
+
+
+@pytest.mark.parametrize("floatx", ["float16", "bfloat16"])
+def test_penalties_in_keras_floatx(floatx):
+    """Keras adds the losses of a model in its floatx; the penalty itself is computed in float32."""
+    before = keras.config.floatx()
+    keras.config.set_floatx(floatx)
+    try:
+        for regularizer in REGULARIZERS.values():
+            kernel = tf.cast(np.random.default_rng(0).normal(size=(6, 3)), floatx)
+            value = regularizer(1e-2)(kernel)
+            assert value.dtype == floatx
+            assert float(value) == float(tf.cast(1e-2 * regularizer(1.0).penalty(kernel), floatx))
+            model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3, kernel_regularizer=regularizer(1e-2))])
+            model.compile("sgd", "mse")
+            (loss,) = model.fit(np.ones((8, 6)), np.ones((8, 3)), verbose=0).history["loss"]
+            assert 0 < float(loss) < np.inf
+    finally:
+        keras.config.set_floatx(before)
