@@ -64,6 +64,7 @@ class ErrorModulation(keras.layers.Layer):
         self.synchronized = bool(synchronized)
         self._enabled = LiveScalar(bool(enabled))
         self.supports_masking = True
+        self.built = True  # it has no weights, so custom layers that hold it can be quantized
 
     @property
     def enabled(self):

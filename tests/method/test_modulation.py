@@ -18,7 +18,7 @@ from chains import (
     root_mean_square,
 )
 
-from ortho_keras import ErrorModulation, modulate
+from ortho_keras import ErrorModulation, ShiftedReLU, modulate
 
 every_reference = pytest.mark.parametrize("reference", ["neighbour", "anchor"])
 
@@ -157,3 +157,21 @@ def test_a_disabled_layer_passes_errors_and_still_hands_its_reference_down(refer
     rules = [ErrorModulation(2.0, reference=reference, enabled=enabled) for enabled in (True, False, True)]
     expected = 32 * one if reference == "neighbour" else 8 * one
     assert_same_bits(descend(rules, [8 * one, 32 * one, one]), [8 * one, 32 * one, expected])
+
+
+@pytest.mark.parametrize("inner", [ErrorModulation, ShiftedReLU])
+def test_a_custom_layer_that_holds_one_can_be_quantized(inner):
+    class Block(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.inner = keras.layers.Dense(4), inner()
+
+        def build(self, shape):
+            self.dense.build(shape)
+
+        def call(self, x):
+            return keras.tree.flatten(self.inner(self.dense(x)))[0]
+
+    model = keras.Sequential([keras.Input((8,)), Block()])
+    model.quantize("int8")
+    assert model.layers[0].dense.quantization_mode == "int8"
