@@ -73,6 +73,8 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
             f"{recipe.dataset}: {len(data.train)} training, {len(data.validation or ())} validation and {len(data.test)} test "
             f"images {data.image_shape}, {len(data.class_names)} classes"
         )
+        for note in data.notes:
+            log(f"{recipe.dataset}: {note}")
         if recipe.precision != "float32" and not runtime.jit_compile:  # XLA's convolutions are its own
             times = slowdown(recipe.precision.removeprefix("mixed_"))
             if times > SLOW:

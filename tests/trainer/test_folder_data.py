@@ -105,3 +105,29 @@ def test_the_smallest_folders(tmp_path):
     for split in ("train", "test"):
         write_classes(tmp_path / "one" / split, {"a": 1})
     assert "at least 2 training images" in refusal(f"folder:{tmp_path / 'one'}")
+
+
+def test_one_split_stratified_by_class_whatever_the_storage(tmp_path):
+    """Classes of 60, 30, 3, 2 and 1 images; an empty folder, and files of other kinds."""
+    rng = np.random.default_rng(0)
+    for name, count in {"cat": 60, "dog": 30, "few": 3, "rare": 2, "once": 1, "empty": 0}.items():
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+            (tmp_path / name / f"{number}.png").write_bytes(tf.io.encode_png(pixels).numpy())
+    (tmp_path / "dog" / "a.webp").write_bytes(b"")
+    memory, disk = (load_data(f"folder:{tmp_path}", image_size=8, storage=storage) for storage in ("memory", "disk"))
+    assert memory.class_names == disk.class_names == ("cat", "dog", "few", "once", "rare")
+    counts = {"train": [49, 24, 1, 1, 1], "validation": [5, 3, 1, 0, 1], "test": [6, 3, 1, 0, 0]}
+    seen = set()
+    for part, expected in counts.items():
+        pairs = []
+        for data in (memory, disk):
+            images, labels = getattr(data, part).sample(100)
+            assert np.bincount(labels, minlength=5).tolist() == expected
+            pairs.append({(image.tobytes(), int(label)) for image, label in zip(images, labels)})
+        assert pairs[0] == pairs[1] and not pairs[0] & seen
+        seen |= pairs[0]
+    assert len(seen) == 96
+    left_out = "1 files are not JPEG or PNG and were left out: dog/a.webp"
+    assert memory.notes == disk.notes == (left_out, "folders without images are no classes: empty")

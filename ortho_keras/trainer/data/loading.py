@@ -67,6 +67,7 @@ class ImageData:
     validation: MemorySplit | DiskSplit | None
     test: MemorySplit | DiskSplit
     class_names: tuple
+    notes: tuple = ()  # lines for the log, on what was left out or is missing
 
     @property
     def image_shape(self):
@@ -138,9 +139,10 @@ def load_data(name, data_dir=None, image_size=0, hold_out=True, storage="memory"
             parts of them that a step uses are decoded and resized to `image_size` when they are needed (`DiskSplit`).
 
     Returns:
-        An `ImageData`. A split that the data set lacks is cut off the training split, the same at every run: a tenth for the
-        test of a folder without `test`, then, with `hold_out`, a tenth for validation. A TFDS set that has a validation split
-        and no test split is tested on the former.
+        An `ImageData`. A split that the data set lacks is cut off the training split, the same at every run and for both kinds
+        of storage: a tenth for the test of a folder without `test`, then, with `hold_out`, a tenth for validation; of a
+        folder, a tenth of each class, so that a class of at least three images is in all parts. A TFDS set that has a
+        validation split and no test split is tested on the former.
 
     Raises:
         InputError: If the data set is unknown, cannot be downloaded or read, or its images differ in size.
@@ -158,8 +160,29 @@ def load_data(name, data_dir=None, image_size=0, hold_out=True, storage="memory"
     if len(train) < needed:
         expected = f"at least {needed} training images, to hold out {' and '.join(missing)}"
         raise InputError(f"{source.flag} must have {expected}. Received: {len(train)}")
-    for key in missing:
-        order = np.random.default_rng(SPLIT_SEED).permutation(len(train))
-        count = max(1, round(HELD_SHARE * len(train)))
-        splits[key], train = train.take(np.sort(order[:count])), train.take(np.sort(order[count:]))
-    return ImageData(train, splits.get("validation"), splits["test"], tuple(source.class_names))
+    labels = source.train_labels
+    for still_missing, key in zip(range(len(missing), 0, -1), missing):
+        held = _held_out(len(train), labels, still_missing)
+        kept = np.setdiff1d(np.arange(len(train)), held)
+        splits[key], train = train.take(held), train.take(kept)
+        labels = None if labels is None else labels[kept]
+    notes = list(source.notes)
+    if labels is not None:
+        absent = [name for label, name in enumerate(source.class_names) if label not in labels]
+        notes += [f"no training image is of class {', '.join(absent)}"] if absent else []
+    return ImageData(train, splits.get("validation"), splits["test"], tuple(source.class_names), tuple(notes))
+
+
+def _held_out(count, labels, parts):
+    """Returns the sorted indices of a tenth of the images, of each class where labels are known.
+
+    `parts` is how many parts are still to be cut off: a class keeps an image for each of them and one for training.
+    """
+    rng = np.random.default_rng(SPLIT_SEED)
+    if labels is None:
+        return np.sort(rng.permutation(count)[: max(1, round(HELD_SHARE * count))])
+    held = []
+    for label in np.unique(labels):
+        own = rng.permutation(np.flatnonzero(labels == label))
+        held += own[: max(1, round(HELD_SHARE * len(own)))].tolist() if len(own) > parts else []
+    return np.sort(held or rng.permutation(count)[:1])

@@ -29,6 +29,8 @@ class Source:
 
     def __init__(self, name, data_dir=None):
         self.flag = f"--dataset {name}"  # for error messages
+        self.notes = []  # lines for the log
+        self.train_labels = None  # of the training images, in their order, where they are known before an image is read
 
     def examples(self):
         """Returns `{split: iterable of pairs of a uint8 image (height, width, channels) and a label}`."""
@@ -68,14 +70,16 @@ class ImageFolder(Source, name="folder:"):
         if "train" not in names or not _folders(self.path / "train"):
             names = {"train": ""}
         classes = {split: _folders(self.path / name) for split, name in names.items()}
-        self.class_names = sorted({folder.name for folders in classes.values() for folder in folders})
+        files = {split: self._images(folders) for split, folders in classes.items()}
+        self.class_names = sorted({path.parent.name for paths in files.values() for path in paths})
         labels = {name: label for label, name in enumerate(self.class_names)}
-        self.files = {}  # {split: pairs of a path and a label}
-        for split, folders in classes.items():
-            files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
-            if files:
-                self.files[split] = [(path, labels[path.parent.name]) for path in files]
-        if "train" not in self.files:
+        self.files = {split: [(path, labels[path.parent.name]) for path in paths] for split, paths in files.items() if paths}
+        empty = sorted({folder.name for folders in classes.values() for folder in folders} - set(labels))
+        if empty:
+            self.notes.append(f"folders without images are no classes: {', '.join(empty)}")
+        if "train" in self.files:
+            self.train_labels = np.array([label for _, label in self.files["train"]])
+        else:
             expected = "one folder of JPEG or PNG images for each class, or train/ and test/ with such folders in each"
             raise InputError(f"{self.flag} must contain {expected}. Received: no image")
 
@@ -85,11 +89,21 @@ class ImageFolder(Source, name="folder:"):
     def on_disk(self):
         return {split: ImageFiles(self.flag, self.path, *zip(*pairs)) for split, pairs in self.files.items()}
 
+    def _images(self, folders):
+        """The image files in class folders, in an order that mixes the classes and is the same on every machine."""
+        files = [path for folder in folders for path in sorted(folder.iterdir()) if not path.is_dir()]
+        files = [path for path in files if path.name[0] != "."]
+        images = [path for path in files if path.suffix.lower() in SUFFIXES]
+        others = [str(path.relative_to(self.path)) for path in files if path.suffix.lower() not in SUFFIXES]
+        if others:
+            shown = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+            self.notes.append(f"{len(others)} files are not JPEG or PNG and were left out: {shown}")
+        random.Random(len(images)).shuffle(images)
+        return images
+
     def _decoded(self, split):
-        """Decodes a split's files to RGB in the order of TFDS's `ImageFolder`, which mixes the classes."""
-        pairs = list(self.files[split])
-        random.Random(split).shuffle(pairs)
-        for path, label in pairs:
+        """Decodes a split's files to RGB."""
+        for path, label in self.files[split]:
             try:
                 yield tf.io.decode_image(path.read_bytes(), channels=3, expand_animations=False).numpy(), label
             except tf.errors.InvalidArgumentError as error:
