@@ -30,12 +30,13 @@ def fit(model, decay, steps):
     model.fit(x, y, batch_size=2, callbacks=[decay], verbose=0)
 
 
-def test_every_layout_equals_the_oracle():
+def test_every_layout_equals_the_oracle_and_a_frozen_kernel_stays():
     model = still(small_model())
+    model.get_layer("classifier").trainable = False
     before = {path: weights(model)[path].numpy() for path in LAYOUTS}
     fit(model, OrthonormalDecay(0.02, every=1), steps=1)
     for path, layout in LAYOUTS.items():
-        gradient = references.penalty_and_gradient(before[path], layout, 0.02)[1]
+        gradient = references.penalty_and_gradient(before[path], layout, 0.02)[1] * (path != "classifier/kernel")
         np.testing.assert_allclose(weights(model)[path], before[path] - 0.1 * gradient, rtol=1e-5, atol=1e-7, err_msg=path)
 
 
@@ -98,13 +99,6 @@ def test_a_resumed_run_counts_its_own_steps_only(tmp_path, first):
             model.fit(np.zeros((4, 1)), np.zeros(4), batch_size=2, epochs=4, callbacks=[*callbacks, *last], verbose=0)
     assert model.optimizer.iterations == 8
     np.testing.assert_allclose(model.get_weights(), expected.get_weights(), rtol=1e-6)
-
-
-def test_frozen_kernels_stay():
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, trainable=False), keras.layers.Dense(2)])
-    before = model.get_weights()
-    fit(still(model), OrthonormalDecay(1.0, every=1), steps=1)
-    assert [not np.array_equal(*pair) for pair in zip(before, model.get_weights())] == [False, False, True, False]
 
 
 def test_a_mirrored_strategy(two_replicas):
