@@ -5,6 +5,7 @@ import warnings
 import keras
 
 from ortho_keras.method.checks import check_built, check_number
+from ortho_keras.method.errors import first_line
 from ortho_keras.method.graphs import Graph
 from ortho_keras.method.kernels import layer_kernels, walk_layers
 from ortho_keras.method.modulation import ErrorModulation
@@ -57,7 +58,12 @@ def modulate(model, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled
         if isinstance(model, keras.Sequential):
             modulated = keras.Model(inputs, outputs, name=model.name)
         else:  # a custom class keeps its train_step, a dict of inputs its keys
-            modulated = type(model)(keras.tree.pack_sequence_as(model.input, [inputs]), outputs, name=model.name)
+            try:
+                modulated = type(model)(keras.tree.pack_sequence_as(model.input, [inputs]), outputs, name=model.name)
+            except Exception as error:  # a class with other arguments may raise anything
+                expected = "of a class that is made as `keras.Model(inputs, outputs, name=...)`"
+                received = f"{model.name!r}, a {type(model).__name__} ({first_line(error)})"
+                raise ValueError(f"`model` must be {expected}. Received: {received}") from error
         if model.compiled:
             try:
                 modulated.compile_from_config(model.get_compile_config())

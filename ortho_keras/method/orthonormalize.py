@@ -1,6 +1,7 @@
 """Adds a regularizer of kernels to an existing model."""
 
 import dataclasses
+import random
 
 import keras
 
@@ -92,7 +93,7 @@ def orthonormalize(model, factor=1e-4, verbose=True, regularizer="orthonormal"):
     check_number("factor", factor, least=0)
     kind = find_regularizer(regularizer)
     shared, holders = {}, {}  # config -> regularizer, id of a weight -> the innermost layer that holds it
-    covered, skipped = [], []
+    set_on, skipped = [], []
     for layer, owners in walk_layers(model):
         holders |= {id(weight): layer for weight in layer.weights}
         for kernel in layer_kernels(layer):
@@ -107,7 +108,9 @@ def orthonormalize(model, factor=1e-4, verbose=True, regularizer="orthonormal"):
             matrices = matrix_shape(kernel.variable.shape, kernel.layout, kernel.groups)
             kernel.variable.regularizer = made
             setattr(layer, kernel.regularizer_attribute, made)
-            covered.append(CoveredKernel(*own, matrices, made, replaced, _note(kernel, owners)))
+            set_on.append((kernel, owners, (*own, matrices, made, replaced)))
+    rebuilt = {}  # id of a layer -> the layers in it after a round trip through its configuration
+    covered = [CoveredKernel(*values, _note(kernel, owners, rebuilt)) for kernel, owners, values in set_on]
     kernels = {id(kernel.variable) for kernel in model_kernels(model)}
     for weight in model.weights:
         if len(weight.shape) > 1 and id(weight) not in kernels:
@@ -122,13 +125,35 @@ def orthonormalize(model, factor=1e-4, verbose=True, regularizer="orthonormal"):
     return report
 
 
-def _note(kernel, owners):
+def _note(kernel, owners, rebuilt):
     if not kernel.variable.trainable:
         return "frozen: no penalty until it is trainable"
-    composite = [o for o in owners if not isinstance(o, (keras.Function, keras.Sequential, keras.layers.Wrapper))]
-    if composite:
-        return f"inside {type(composite[0]).__name__}, whose config does not hold it: call again after loading"
+    for owner in owners:
+        holds_layers = isinstance(owner, (keras.Function, keras.Sequential, keras.layers.Wrapper))
+        if not holds_layers or not type(owner).get_config.__module__.startswith("keras."):
+            lost = f"not in the config of {type(owner).__name__}: call orthonormalize again after loading"
+            return "" if _survives(kernel, owner, rebuilt) else lost
     return ""
+
+
+def _survives(kernel, owner, rebuilt):
+    """Whether a kernel's regularizer is still there when its owner is rebuilt, as loading does, from its configuration."""
+    before = [layer for layer, _ in walk_layers(owner)]
+    if id(owner) not in rebuilt:
+        state = random.getstate()  # Keras seeds new layers from it
+        try:
+            rebuilt[id(owner)] = [layer for layer, _ in walk_layers(type(owner).from_config(owner.get_config()))]
+        except Exception:  # a custom class may raise anything, and cannot be loaded then
+            rebuilt[id(owner)] = []
+        finally:
+            random.setstate(state)
+    after = rebuilt[id(owner)]
+    if list(map(type, after)) != list(map(type, before)):
+        return False
+    place = next(place for place, layer in enumerate(before) if layer is kernel.layer)
+    regularizer = getattr(after[place], kernel.regularizer_attribute, None)
+    held = getattr(kernel.layer, kernel.regularizer_attribute)
+    return type(regularizer) is type(held) and regularizer.get_config() == held.get_config()
 
 
 def _reason(layer, variable):

@@ -7,7 +7,7 @@ import references
 from keras import layers
 from layout_models import FACTOR, LAYOUTS, images, oracle, small_model, weights
 
-from ortho_keras import OrthonormalRegularizer, orthonormalize
+from ortho_keras import OrthonormalRegularizer, modulate, orthonormalize
 
 
 def model_of(*stack, shape=(4,)):
@@ -155,7 +155,7 @@ def test_kernels_that_no_config_holds_are_noted():
     model = keras.Model(x, keras.Sequential([layers.Dense(2, name="nested")])(y))
     report = orthonormalize(model, factor=FACTOR, verbose=False)
     covered = {kernel.path.split("/")[-2]: kernel for kernel in report.covered}
-    noted = {name for name, kernel in covered.items() if "call again after loading" in kernel.note}
+    noted = {name for name, kernel in covered.items() if "call orthonormalize again after loading" in kernel.note}
     assert noted == {"query", "key", "value", "attention_output", "dense"}
     copy = keras.Model.from_config(model.get_config(), {"Pair": Pair})
     kept = {weight.path.split("/")[-2] for weight in copy.weights if weight.regularizer is not None}
@@ -194,3 +194,31 @@ def test_what_is_refused_changes_nothing():
     assert type(model.layers[0].kernel.regularizer) is keras.regularizers.L2
     with pytest.raises(ValueError, match="`factor` must be"):
         orthonormalize(model_of(layers.ReLU()), -1.0)  # also where there is no kernel
+
+
+class Backbone(keras.Model):
+    """A Functional subclass that is rebuilt from its own arguments, as keras-hub's models are."""
+
+    def __init__(self, width=4, penalty=None, **kwargs):
+        inputs = keras.Input((6,))
+        hidden = layers.Dense(width, kernel_regularizer=penalty, name="first")(inputs)
+        super().__init__(inputs, layers.Dense(3, name="last")(hidden), **kwargs)
+        self.width, self.penalty = width, penalty
+
+    def get_config(self):
+        return {"name": self.name, "width": self.width, "penalty": self.penalty}
+
+
+def test_a_subclass_that_is_rebuilt_from_its_arguments():
+    model = Backbone()
+    report = orthonormalize(model, factor=FACTOR, verbose=False)
+    assert [kernel.note for kernel in report.covered] == 2 * [
+        "not in the config of Backbone: call orthonormalize again after loading"
+    ]
+    assert len(model.losses) == 2 and not Backbone.from_config(model.get_config()).losses  # the note is right
+    kept = Backbone(penalty=OrthonormalRegularizer(FACTOR))
+    report = orthonormalize(kept, factor=FACTOR, verbose=False)
+    assert [bool(kernel.note) for kernel in report.covered] == [False, True]
+    assert len(Backbone.from_config(kept.get_config()).losses) == 1
+    with pytest.raises(ValueError, match="`model` must be of a class that is made as .*Received: 'backbone.*', a Backbone"):
+        modulate(model)
