@@ -40,5 +40,8 @@ def test_a_model_saved_before_the_packages_loads():
     model = ortho_keras.load_model(SAVED / "every_class.keras")
     kept = np.load(SAVED / "every_class.npz")
     np.testing.assert_allclose(model.predict(kept["images"], verbose=0), kept["outputs"], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose([float(loss) for loss in model.losses], kept["losses"], rtol=1e-4)
-    assert len(kept["losses"]) == 12
+    losses = np.array([float(loss) for loss in model.losses])
+    corrected = np.arange(12) == 10  # SRIP's estimate of the spectral norm is larger since a correction
+    np.testing.assert_allclose(losses[~corrected], kept["losses"][~corrected], rtol=1e-4)
+    np.testing.assert_allclose(losses[corrected], kept["losses"][corrected], rtol=0.01)
+    assert losses.shape == kept["losses"].shape == (12,)

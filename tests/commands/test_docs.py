@@ -177,11 +177,10 @@ def test_docstrings_list_the_arguments_in_their_order():
             continue  # a result, or a parent's arguments
         parameters = inspect.signature(function).parameters.values()
         given = [parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
-        given = (
-            given[1 : given.index("name") if "name" in given else None] if inspect.isclass(thing) else given
-        )  # Keras's `name`
+        if inspect.isclass(thing):  # without `self`, and up to Keras's `name`
+            given = given[1 : given.index("name") if "name" in given else None]
         arguments = re.search(r"^Args:\n((?:    .*\n|\n)*)", inspect.getdoc(thing) + "\n", re.MULTILINE)
-        listed = re.findall(r"^    ([\w, ]+):", arguments[1], re.MULTILINE)
+        listed = re.findall(r"^    (\w[\w, ]*):", arguments[1], re.MULTILINE)
         assert ", ".join(listed).split(", ") == given, public
         checked += 1
     assert checked > 30
