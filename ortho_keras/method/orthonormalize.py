@@ -6,6 +6,7 @@ import random
 import keras
 
 from ortho_keras.method.checks import check_built, check_number
+from ortho_keras.method.initializers import OrthonormalInitializer
 from ortho_keras.method.kernels import layer_kernels, matrix_shape, model_kernels, walk_layers
 from ortho_keras.method.regularizers import KernelRegularizer, find_regularizer
 
@@ -57,13 +58,13 @@ class OrthonormalizeReport:
         return "\n".join(lines)
 
 
-def orthonormalize(model, factor=1e-4, verbose=True, regularizer="orthonormal"):
+def orthonormalize(model, factor=1e-4, verbose=True, regularizer="orthonormal", initialize=False):
     """Puts the orthonormal regularizer, or another one, on every kernel of a built model, in place.
 
     Covers the kernels of Dense, EinsumDense, Conv1D/2D/3D and of transposed, depthwise and separable convolutions, in nested
     models and composite layers too, each with the layout that fits it. A kernel's previous regularizer (L1, L2) is replaced;
-    other weights, such as biases, keep theirs. Weights and outputs do not change. A compiled model stays compiled, and its next
-    training step uses the penalty. Kernels of one layout share one regularizer.
+    other weights, such as biases, keep theirs. Weights and outputs do not change, unless `initialize` is True. A compiled model
+    stays compiled, and its next training step uses the penalty. Kernels of one layout share one regularizer.
 
     Args:
         model: A built `keras.Model` (for instance from `keras.applications`).
@@ -71,6 +72,9 @@ def orthonormalize(model, factor=1e-4, verbose=True, regularizer="orthonormal"):
         verbose: bool. Whether to print the report.
         regularizer: `"orthonormal"`, `"double_soft_orthogonal"`, `"mutual_coherence"`, `"srip"`, `"conv_orthogonal"`, the name
             of a custom `KernelRegularizer`, or a subclass of it. Kernels for which it is not defined are skipped.
+        initialize: bool. Whether to set the covered kernels to orthonormal ones, by the layouts found. The layers' own
+            initializers cannot know these: `MultiHeadAttention(kernel_initializer=OrthonormalInitializer())` uses one layout
+            for queries, keys, values and outputs, and so does its `kernel_regularizer`.
 
     Returns:
         An `OrthonormalizeReport`: `covered`, `skipped` (with the reason) and `regularizers`.
@@ -107,6 +111,9 @@ def orthonormalize(model, factor=1e-4, verbose=True, regularizer="orthonormal"):
             replaced = type(kernel.variable.regularizer).__name__ if kernel.variable.regularizer else ""
             matrices = matrix_shape(kernel.variable.shape, kernel.layout, kernel.groups)
             kernel.variable.regularizer = made
+            if initialize:
+                initializer = OrthonormalInitializer(layout=kernel.layout, groups=kernel.groups)
+                kernel.variable.assign(initializer(kernel.variable.shape, kernel.variable.dtype))
             setattr(layer, kernel.regularizer_attribute, made)
             set_on.append((kernel, owners, (*own, matrices, made, replaced)))
     rebuilt = {}  # id of a layer -> the layers in it after a round trip through its configuration

@@ -222,3 +222,19 @@ def test_a_subclass_that_is_rebuilt_from_its_arguments():
     assert len(Backbone.from_config(kept.get_config()).losses) == 1
     with pytest.raises(ValueError, match="`model` must be of a class that is made as .*Received: 'backbone.*', a Backbone"):
         modulate(model)
+
+
+def test_initialized_kernels_are_orthonormal_by_their_layouts():
+    """The queries of an attention layer are an isometry as a whole, which its own `kernel_initializer` cannot make them."""
+    inputs = keras.Input((5, 16))
+    attention = layers.MultiHeadAttention(4, 4)
+    model = keras.Model(inputs, layers.Dense(3)(attention(inputs, inputs)))
+    before = [np.array(layer.bias) for layer in (attention.query_dense, model.layers[-1])]
+    report = orthonormalize(model, factor=1.0, verbose=False, initialize=True)
+    assert len(report.covered) == 5 and sum(model.losses) < 1e-9
+    matrix = np.reshape(attention.query_dense.kernel, (16, 16)).astype("float64")  # 16 features to 4 heads of 4
+    np.testing.assert_allclose(matrix.T @ matrix, np.eye(16), atol=1e-5)
+    drawn = [np.array(kernel.kernel) for kernel in (attention.query_dense, attention.key_dense)]
+    assert np.abs(drawn[0] - drawn[1]).max() > 0.1
+    for bias, layer in zip(before, (attention.query_dense, model.layers[-1])):
+        np.testing.assert_array_equal(layer.bias, bias)
