@@ -85,8 +85,7 @@ class SRIPRegularizer(KernelRegularizer, name="srip"):
         # orthonormal kernel, has eigenvalues of both signs.
         image = tf.matmul(deviation, vector)
         direction = tf.stop_gradient(tf.math.divide_no_nan(image, tf.norm(image, axis=(-2, -1), keepdims=True)))
-        lengths = tf.reduce_sum(image * direction, axis=(-2, -1))
-        return tf.reduce_sum(lengths / tf.norm(vector, axis=(-2, -1)))
+        return tf.reduce_sum(image * direction)  # v has length 1, or D v is 0
 
     def get_config(self):
         return {**super().get_config(), "iterations": self.iterations, "seed": self.seed}
