@@ -1,15 +1,19 @@
-"""Files that are written completely or not at all, and the lock of a folder."""
+"""Files that are written completely or not at all, JSON files of a given form, and the lock of a folder."""
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import re
+import reprlib
 import uuid
 
 from ortho_keras.method.errors import InputError
 
 LOCK = ".lock"
+_KINDS = {dict: "an object", list: "a list", str: "a string", float: "a finite number", int: "an integer"}
+_KINDS |= {bool: "true or false", type(None): "null"}
 
 
 @contextlib.contextmanager
@@ -51,6 +55,57 @@ def write_json(path, content):
     """Writes a JSON file completely or not at all."""
     with whole_file(path) as own:
         own.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path, form, expected):
+    """Returns the content of a JSON file, or raises `InputError`, which begins with `expected`, where it is not of a form.
+
+    >>> read_json("run.json", {"recipe": dict, "data_sha256": (str, type(None))}, "--workdir must be the folder of a run")
+
+    Args:
+        path: Path of the file.
+        form: See `parse_json`.
+        expected: What the file must be, a clause.
+    """
+    path = pathlib.Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("a folder or a device")  # reading a pipe would wait
+        return parse_json(path.read_text(encoding="utf-8"), form)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{expected}. Received: {str(path)!r} ({reason})") from error
+
+
+def parse_json(text, form):
+    """Returns the content of a JSON text, or raises `ValueError` where it is not of a form.
+
+    A form is a type, a tuple of types, `{key: form}` (a missing value is `None`, other keys are free), `{str: form}` for all
+    values of an object, `[form]` for all elements of a list, or a longer list. `float` is any number; numbers must be finite.
+    """
+    try:  # an integer beyond 64 bits is read as a float, which may be inf
+        content = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    _check_form(content, form, "")
+    return content
+
+
+def _check_form(value, form, place):
+    kinds = form if isinstance(form, tuple) else (form if isinstance(form, type) else type(form),)
+    fits = type(value) in kinds or (type(value) is int and float in kinds)
+    if not fits or (type(value) is float and not math.isfinite(value)):
+        expected = " or ".join(_KINDS[kind] for kind in kinds)
+        raise ValueError(f"{place[1:] or 'its content'} is {reprlib.repr(value)}, expected {expected}")
+    if isinstance(form, list):
+        if 1 < len(form) != len(value):
+            raise ValueError(f"{place[1:] or 'its content'} has {len(value)} elements, expected {len(form)}")
+        for index, one in enumerate(value):
+            _check_form(one, form[index % len(form)], f"{place}[{index}]")
+    elif isinstance(form, dict):
+        for key, own in form.items():
+            for name in value if key is str else [key]:
+                _check_form(value.get(name), own, f"{place}.{name}")
 
 
 def check_folder(flag, path):

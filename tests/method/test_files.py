@@ -5,7 +5,7 @@ import os
 import pytest
 
 from ortho_keras.method.errors import InputError
-from ortho_keras.method.files import entries, only_one, whole_file
+from ortho_keras.method.files import entries, only_one, read_json, whole_file, write_json
 
 
 def test_a_file_takes_the_place_of_the_old_one_at_the_end_and_a_link_stays(tmp_path):
@@ -43,3 +43,63 @@ def test_a_directory_is_held_by_one_at_a_time(tmp_path):
         assert not entries(tmp_path)  # the lock is not content
     with only_one(tmp_path):
         pass
+
+
+FORM = {"recipe": {str: (bool, int, float, str)}, "sha256": (str, type(None)), "rows": [{"step": int, "loss": float}]}
+
+
+def test_json_of_the_expected_form_is_returned_whole(tmp_path):
+    content = {
+        "recipe": {"on": True, "rate": 0.1, "steps": 10**18},
+        "rows": [{"step": 1, "loss": 2, "more": [None]}],
+        "is": "é",
+    }
+    write_json(tmp_path / "run.json", content)
+    assert read_json(tmp_path / "run.json", FORM, "--workdir must hold a run") == content  # sha256 may be missing
+    (tmp_path / "pair.json").write_text("[[], 3]")
+    assert read_json(tmp_path / "pair.json", [list, float], "it must be a pair") == [[], 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "Expecting value: line 1 column 1 (char 0)"),
+        ('{"recipe": {', "Expecting property name enclosed in double quotes: line 1 column 13 (char 12)"),
+        ("[" * 100_000, "it is nested too deep"),
+        ("[]", "its content is [], expected an object"),
+        ("{}", "recipe is None, expected an object"),
+        (
+            '{"recipe": {"rate": NaN}}',
+            "recipe.rate is nan, expected true or false or an integer or a finite number or a string",
+        ),
+        ('{"recipe": {"rate": 1%s}}' % ("0" * 400), "recipe.rate is inf, expected"),
+        ('{"recipe": {"steps": %s}}' % ("9" * 5000), "recipe.steps is inf, expected"),
+        ('{"recipe": {}, "sha256": 3}', "sha256 is 3, expected a string or null"),
+        ('{"recipe": {}, "rows": {}}', "rows is {}, expected a list"),
+        ('{"recipe": {}, "rows": [{"step": 1, "loss": 2}, {"step": true}]}', "rows[1].step is True, expected an integer"),
+        ('{"recipe": {}, "rows": [{"step": 1, "loss": Infinity}]}', "rows[0].loss is inf, expected a finite number"),
+    ],
+)
+def test_json_of_another_form_is_one_line(tmp_path, text, reason):
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        read_json(path, FORM, "--workdir must hold a run")
+    assert str(caught.value).startswith(f"--workdir must hold a run. Received: {str(path)!r} ({reason}")
+
+
+def test_what_is_no_json_file_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "bytes").write_bytes(b'"\xff"')
+    (tmp_path / "pair").write_text("[1]")
+    for name, reason in (
+        ("missing", "No such file or directory"),
+        ("", "a folder or a device"),
+        ("pipe", "a folder or a device"),  # does not wait for a writer
+        ("bytes", "'utf-8' codec can't decode byte 0xff"),
+        ("nul\0", "embedded null byte"),
+        ("n" * 300, "File name too long"),
+        ("pair", "its content has 1 elements, expected 2"),
+    ):
+        with pytest.raises(InputError, match=f"^it must be a pair. Received: .*[(]{reason}"):
+            read_json(tmp_path / name, [int, int], "it must be a pair")
