@@ -9,27 +9,20 @@ from ortho_keras.method.files import whole_file
 
 
 def plot_curves(history, path, title):
-    """Plots a run's `history`, a list of one dict of metrics for each epoch: loss and penalty, accuracy, learning rate."""
+    """Plots a run's `history`, a list of one dict of metrics for each epoch: cross-entropy, accuracy and penalty."""
     figure = new_figure(12, 3.8)
     panels = figure.subplots(1, 3)
-    lines = (
-        {"crossentropy": "training", "validation_crossentropy": "validation", "penalty": "penalty"},
-        {"accuracy": "training", "validation_accuracy": "validation"},
-        {"learning_rate": "learning rate"},
-    )
-    for axes, labels in zip(panels, lines):
-        for name, label in labels.items():
-            points = [(row["step"], row[name]) for row in history if name in row]
-            if points:
-                axes.plot(*zip(*points), marker="o" if len(history) == 1 else "", label=label)
-        axes.set(xlabel="step")
+    for axes, name, label in zip(panels, ("crossentropy", "accuracy", "penalty"), ("cross-entropy", "accuracy", "penalty")):
+        lines = {"training": name, "validation": f"validation_{name}"}
+        values = {label: [(row["step"], row[key]) for row in history if key in row] for label, key in lines.items()}
+        for kind, points in values.items():
+            axes.plot(*zip(*points), marker="o" if len(points) == 1 else "", label=kind)
+        positive = all(value > 0 for points in values.values() for _, value in points)
+        axes.set(xlabel="step", ylabel=label, yscale="log" if positive and name != "accuracy" else "linear")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    has_zero = any(row.get("penalty", 1) <= 0 for row in history)
-    panels[0].set(title="cross-entropy and penalty", ylabel="loss", yscale="symlog" if has_zero else "log")
-    panels[1].set(title="accuracy", ylabel="accuracy", ylim=(0, 1.02))
-    panels[2].set(title="learning rate", ylabel="learning rate", ylim=(0, None))
-    for axes in panels[:2]:
-        axes.legend()
+    panels[1].set_ylim(0, 1.02)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.suptitle(title)
     save(figure, path)
 
@@ -49,28 +42,29 @@ def plot_signals(report, path):
     fired = series("fired") > 0
     label = "rescaled by modulation" if report.modulated else "modulation would rescale"
     error.plot(at[fired], series("error_to_top")[fired], "o", color="tab:red", markersize=4, label=label if fired.any() else "")
-    error.set(title="magnitudes", ylabel="root mean square", yscale="log")
-    gradient.plot(at, series("gradient_ratio"), label="gradient norm / kernel norm", **points)
-    gradient.set(title="kernel gradients and filters", ylabel="gradient norm / kernel norm", yscale="log")
-    cosine = gradient.twinx()
-    cosine.plot(at, series("mean_abs_cosine"), color="tab:green", label="mean |cosine| of filters", **points)
-    cosine.set(ylim=(0, None), ylabel="mean |cosine|")
-    cosine.legend(handles=[*gradient.lines, *cosine.lines], loc="upper right")  # free where gradients grow towards the input
+    error.set(ylabel="root mean square", yscale="log")
+    gradient.plot(at, series("gradient_ratio"), label="gradient of the kernel, over the kernel", **points)
+    gradient.set(ylabel="ratio of norms", yscale="log")
     for kind, label, color in (("kernel", "W", "tab:blue"), ("operator", "the layer's linear map", "tab:orange")):
         low, high = series(f"{kind}_smallest"), series(f"{kind}_largest")
         if np.isfinite(low).any():
             values.fill_between(at, low, high, color=color, alpha=0.3, label=label)
             values.plot(at, np.stack([low, high], 1), color=color, linewidth=1, **points)
-    values.set(title="singular values, smallest to largest", ylabel="singular value", ylim=(0, None))
-    shares.plot(at, 100 * series("image_share"), label="between-image share of the variance", **points)
-    shares.plot(at, 100 * series("dead_share"), color="0.3", label="dead channels", **points)
-    shares.set(title="shares", ylabel="share, %", ylim=(-2, 102))
+    values.set(ylabel="singular values, smallest to largest", ylim=(0, None))
+    if not values.lines:
+        values.text(0.5, 0.5, "no values without singular_values=True", transform=values.transAxes, ha="center")
+    shares.plot(at, series("image_share"), label="variance between images", **points)
+    shares.plot(at, series("dead_share"), color="0.3", label="dead channels", **points)
+    shares.plot(at, series("mean_abs_cosine"), color="tab:green", label="mean |cosine| of filters", **points)
+    shares.set(ylabel="share, or |cosine|", ylim=(-0.02, 1.02))
     for axes in (error, gradient, values, shares):
         axes.set(xlabel="layer, from input to output", xlim=(0.5, len(at) + 0.5))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
-        if axes is not gradient and axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="best")
+        if axes.get_legend_handles_labels()[0]:  # above the axes, where no line is
+            axes.legend(
+                loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9, columnspacing=1, handlelength=1.5
+            )
     figure.suptitle("\n".join(textwrap.wrap(str(report).splitlines()[0], 150)), fontsize=11)
     save(figure, path)
 
@@ -87,16 +81,16 @@ def errors_by_step(rows):
 
 
 def plot_heat_map(steps, names, ratios, path, title):
-    """Plots the errors' magnitudes, an array `(layers, steps)`, on a logarithmic colour scale around 1; NaN is light grey."""
-    figure = new_figure(10, 5.5)
+    """Plots the errors' magnitudes, an array `(layers, steps)`, on a logarithmic color scale around 1; NaN is hatched."""
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     with np.errstate(divide="ignore"):
         decades = np.log10(np.asarray(ratios, float))
     limit = max(1.0, np.abs(decades[np.isfinite(decades)]).max(initial=0))
     decades = decades.clip(-limit, limit)  # an error of 0 has the darkest blue
     image = axes.imshow(decades, "RdBu_r", aspect="auto", origin="lower", vmin=-limit, vmax=limit, interpolation="nearest")
-    image.set_cmap(image.cmap.with_extremes(bad="0.85"))
-    for set_ticks, labels, most in ((axes.set_xticks, steps, 12), (axes.set_yticks, names, 22)):  # as many as fit
+    axes.patch.set(hatch="////", edgecolor="0.6")  # shows through where the image has no value
+    for set_ticks, labels, most in ((axes.set_xticks, steps, 10), (axes.set_yticks, names, 22)):  # as many as fit
         every = -(-len(labels) // most)
         set_ticks(range(0, len(labels), every), labels[::every])
     axes.set(xlabel="step", ylabel="layer, from input to output", title=title)

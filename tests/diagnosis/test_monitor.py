@@ -236,11 +236,33 @@ def draw(monkeypatch, *arguments):
     return figures[0].axes[0]
 
 
+def test_axes_are_labelled_and_no_legend_covers_them(monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    for length in (1, 9):
+        row = {"crossentropy": 2.0, "validation_crossentropy": 1.5, "accuracy": 0.1, "validation_accuracy": 0.9, "penalty": 0.0}
+        plots.plot_curves([{"step": step, **row} for step in range(length)], "curves.png", "title")
+    for values in (True, False):
+        model = ortho_keras.plain_cnn(8, (8, 8, 1), width=2, seed=0)
+        report = ortho_keras.signal_report(model, X[:8], Y[:8], LOGITS, singular_values=values)
+        report.plot("signal.png")
+    for figure in figures:
+        figure.draw_without_rendering()
+        places = [axes.get_window_extent() for axes in figure.axes]
+        legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+        assert legends and all(axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
+        for legend in legends:
+            box = legend.get_window_extent().padded(-3)
+            assert not box.count_overlaps(places) and box.xmax < figure.bbox.xmax and box.ymin > 0
+    assert figures[0].axes[2].get_yscale() == "linear" and figures[0].axes[0].get_yscale() == "log"  # a penalty of 0
+    assert [len(figure.axes[2].texts) for figure in figures[2:]] == [0, 1]  # that there are no singular values
+
+
 def test_a_heat_map_names_layers_and_steps_evenly(monkeypatch):
     layers, steps = 110, 250
     names, at = [f"layer{index}" for index in range(layers)], [100 * index for index in range(steps)]
     axes = draw(monkeypatch, at, names, np.ones((layers, steps)))
-    for axis, labels, most in ((axes.xaxis, list(map(str, at)), 12), (axes.yaxis, names, 22)):
+    for axis, labels, most in ((axes.xaxis, list(map(str, at)), 10), (axes.yaxis, names, 22)):
         ticks = axis.get_ticklocs()
         assert len(ticks) <= most < 2 * len(ticks) and len(set(np.diff(ticks))) == 1 and ticks[0] == 0 and axis.get_label_text()
         assert [text.get_text() for text in axis.get_ticklabels()] == [labels[int(tick)] for tick in ticks]
@@ -253,8 +275,8 @@ def test_the_heat_map_of_a_net_that_grew(monkeypatch):
     steps, names, ratios = plots.errors_by_step(rows)
     assert steps == [0, 5, 10, 15, 20] and names == ["a", "c", "b", "z"]  # of the deepest net, as it was last
     np.testing.assert_array_equal(np.isnan(ratios), [[0] * 5, [1, 1, 0, 0, 1], [1, 1, 0, 0, 1], [0] * 5])
-    image = draw(monkeypatch, steps, names, ratios).images[0]
-    colours = image.to_rgba(image.get_array())[..., :3]
-    none, zero, same, ten = colours[1, 0], colours[2, 2], colours[0, 0], colours[1, 2]
-    assert none.tolist() == [0.85] * 3 and same.min() > 0.95
+    axes = draw(monkeypatch, steps, names, ratios)
+    colors = axes.images[0].to_rgba(axes.images[0].get_array())
+    none, zero, same, ten = colors[1, 0], colors[2, 2], colors[0, 0], colors[1, 2]
+    assert none[3] == 0 and axes.patch.get_hatch() and same[:3].min() > 0.95 and same[3] == 1  # hatched where it shows through
     assert zero[2] > zero[0] + 0.2 and ten[0] > ten[2] + 0.2  # blue and red
