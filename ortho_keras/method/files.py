@@ -105,7 +105,7 @@ def _check_form(value, form, place):
     elif isinstance(form, dict):
         for key, own in form.items():
             for name in value if key is str else [key]:
-                _check_form(value.get(name), own, f"{place}.{name}")
+                _check_form(value.get(name), own, f"{place}.{reprlib.repr(name)[1:-1]}")  # a name may be long
 
 
 def check_folder(flag, path):

@@ -2,11 +2,12 @@
 
 import collections
 import dataclasses
-import json
 import pathlib
+import reprlib
 
 from ortho_keras.method.checks import check_number
 from ortho_keras.method.errors import InputError
+from ortho_keras.method.files import read_json
 from ortho_keras.method.regularizers import REGULARIZERS
 from ortho_keras.nets.networks import BLOCKS, BOTTLENECK_DEPTHS
 from ortho_keras.trainer.optimizers import SHAPES
@@ -27,6 +28,13 @@ READ_FOR = {
     **dict.fromkeys(("padding", "crop_border", "cutout"), ("augment", ("crop", "crop_flip"))),
     "grow_epoch": ("start_depth", range(8, 2**31)),
     **dict.fromkeys(("tolerance", "max_scale", "modulation_steps", "modulation_sync"), ("modulation", ("neighbour", "anchor"))),
+}
+
+# The form of a file that holds a recipe: run.json, result.json, a search's best.json.
+STORED = {
+    "recipe": {str: (bool, int, float, str)},
+    "recipe_name": (str, type(None)),
+    "data_sha256": (str, type(None)),  # runs of earlier versions have none
 }
 
 # Values of earlier versions: a stored recipe that has one of them at its default is the same recipe without it.
@@ -169,7 +177,7 @@ class Recipe:
             kept.setdefault("storage", "disk")  # as before `storage` was a value of its own
         unknown = sorted(set(kept) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
-            shown = ", ".join(f"{name}={kept[name]!r}" for name in unknown)
+            shown = reprlib.repr({name: kept[name] for name in unknown})
             raise ValueError(f"a recipe of this version has no such value: {shown}")
         return cls(**kept)
 
@@ -180,12 +188,10 @@ def read_recipe(path):
     Raises:
         InputError: If the file cannot be read, or a value in it is wrong.
     """
+    expected = "--recipe_file must be a JSON file with a recipe, as a run's run.json"
+    content = read_json(path, STORED, expected)
     try:
-        content = json.loads(pathlib.Path(path).read_text())
         recipe = Recipe.from_json(content["recipe"]).check()
-        return str(content.get("recipe_name") or pathlib.Path(path).stem), recipe
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"--recipe_file must be a JSON file with a recipe, as a run's run.json. Received: {str(path)!r} "
-            f"({type(error).__name__}: {error})"
-        ) from error
+    except ValueError as error:
+        raise InputError(f"{expected}. Received: {str(path)!r} ({error})") from error
+    return content.get("recipe_name") or pathlib.Path(path).stem, recipe

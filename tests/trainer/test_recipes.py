@@ -114,7 +114,7 @@ def test_a_result_is_of_its_recipe_whatever_its_seed_and_age():
     assert RECIPES["plain34_imagenet"].gave(
         {"recipe": {k: v for k, v in RECIPES["plain34_imagenet"].recipe.to_json().items() if k != "storage"}, "seed": 0}
     )
-    with pytest.raises(ValueError, match="no such value: bn_shift=1.0"):
+    with pytest.raises(ValueError, match="no such value: {'bn_shift': 1.0}"):
         preset.gave({"recipe": held | {"bn_shift": 1.0}, "seed": 3})
 
 
@@ -182,13 +182,18 @@ def test_a_recipe_file_is_the_recipe(tmp_path):
 @pytest.mark.parametrize(
     "content, expected",
     [
-        (None, "FileNotFoundError"),
-        ("{", "JSONDecodeError"),
-        ("[]", "TypeError"),
-        ("{}", "KeyError: 'recipe'"),
-        ('{"recipe": {"colour": 3}}', "no such value: colour=3"),
+        (None, "No such file or directory"),
+        ("{", "Expecting property name"),
+        ("[" * 100_000, "nested too deep"),
+        ("[]", "its content is [], expected an object"),
+        ("{}", "recipe is None, expected an object"),
+        ('{"recipe": {"colour": 3}}', "no such value: {'colour': 3}"),
+        ('{"recipe": {"%s": 3}}' % ("red\\n" * 999), "no such value: {"),
+        ('{"recipe": {"learning_rate": 1%s}}' % ("0" * 400), "recipe.learning_rate is inf, expected"),
+        ('{"recipe": {"depth": [[[3]]]}}', "recipe.depth is [[[3]]], expected"),
+        ('{"recipe": {}, "recipe_name": {}}', "recipe_name is {}, expected a string or null"),
         ('{"recipe": {"depth": "44"}}', "--depth must be an integer"),
-        ('{"recipe": {"augment": null}}', "--augment must be one of"),
+        ('{"recipe": {"augment": null}}', "recipe.augment is None, expected"),
     ],
 )
 def test_a_file_that_holds_no_recipe(tmp_path, content, expected):
@@ -199,3 +204,4 @@ def test_a_file_that_holds_no_recipe(tmp_path, content, expected):
         read_recipe(path)
     message = str(caught.value)
     assert message.startswith("--recipe_file must be a JSON file with a recipe") and expected in message
+    assert "\n" not in message and len(message) < 400
