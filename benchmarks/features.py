@@ -116,7 +116,8 @@ def draw(given):
     paths = [find_model(name) for name in given.models]
     labels = find_labels(paths, given.labels)
     dataset, image_size = choose("dataset", given.dataset, paths), choose("image_size", given.image_size, paths, 0)
-    test = load_data(dataset, given.data_dir, image_size).test
+    data = load_data(dataset, given.data_dir, image_size)
+    test, classes = data.test, np.array(data.class_names)
     if not 1 <= given.images <= len(test):
         raise InputError(f"--images must be 1 to {len(test)}, the number of test images. Received: {given.images}")
     models = {label: load_model(path, compile=False) for label, path in zip(labels, paths)}
@@ -128,7 +129,12 @@ def draw(given):
     output = pathlib.Path(given.output).expanduser()
     filters_output = output.with_name(f"{output.stem}_filters.png")
     output.parent.mkdir(parents=True, exist_ok=True)
-    compare_features(models, test.images[: given.images], layers, output)
+    images = test.images[: given.images]
+    columns = [[f"true class: {name}" for name in classes[test.labels[: given.images]]]]
+    for label, model in models.items():
+        if model.output_shape[1:] == classes.shape:
+            columns.append([f"{label}: {name}" for name in classes[model.predict(images, verbose=0).argmax(1)]])
+    compare_features(models, images, layers, output, titles=["\n".join(lines) for lines in zip(*columns)])
     compare_filters(models, list(kernels), filters_output)
     return output, filters_output
 

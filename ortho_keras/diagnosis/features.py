@@ -16,7 +16,7 @@ from ortho_keras.method.kernels import as_matrices, layer_kernels
 MAP, PATCH, GAP, DPI, LARGEST, CHANNELS = 72, 36, 4, 144, 20_000, 4  # pixels, and the input channels drawn of each filter
 
 
-def plot_features(model, images, layers, path, maps=8):
+def plot_features(model, images, layers, path, maps=8, titles=None):
     """Draws feature maps as a PNG file: a row for each image, with the image at the left and a cell for each layer.
 
     The model runs in inference mode. Each map is scaled to its own range, from black to white; a constant map is grey, and
@@ -30,6 +30,7 @@ def plot_features(model, images, layers, path, maps=8):
             that is called several times, the first output is drawn.
         path: Path of the file.
         maps: int, at least 1. The first `maps` channels of each output are drawn.
+        titles: List of a string for each image, its class say. Defaults to `None`.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -43,15 +44,15 @@ def plot_features(model, images, layers, path, maps=8):
     Reference:
         The figures of Xie, Xiong, Pu 2017 ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)); the layout is ours.
     """
-    compare_features({getattr(model, "name", ""): model}, images, layers, path, maps)
+    compare_features({getattr(model, "name", ""): model}, images, layers, path, maps, titles)
 
 
-def compare_features(models, images, layers, path, maps=8):
+def compare_features(models, images, layers, path, maps=8, titles=None):
     """Draws several models' feature maps side by side.
 
     Args:
         models: Dict of label to model. Every model must have all of the layers.
-        images, layers, path, maps: As in `plot_features`, which raises the same errors.
+        images, layers, path, maps, titles: As in `plot_features`, which raises the same errors.
     """
     _check(models, "maps", maps)
     images = np.asarray(images)
@@ -59,23 +60,26 @@ def compare_features(models, images, layers, path, maps=8):
     if not shaped or images.dtype.kind not in "iuf" or not np.isfinite(images).all():
         expected = "`images` must be finite numbers (n, height, width, channels), with n at least 1 and 1 or 3 channels"
         raise ValueError(f"{expected}. Received: images of shape {images.shape} and type {images.dtype}")
+    titles = ["input", *[""] * (len(images) - 1)] if titles is None else list(titles)
+    if len(titles) != len(images):
+        raise ValueError(f"`titles` must have one string for each of the {len(images)} images. Received: titles={titles!r}")
     outputs = {label: layer_outputs(model, images, layers) for label, model in models.items()}
     columns = math.isqrt(min(maps, max(output.shape[-1] for block in outputs.values() for output in block.values())))
     pixels = [image / 255 if images.dtype == np.uint8 else _stretched(image) for image in images]
-    blocks = {"": [[("input", _mosaic([image], 1, columns * (MAP + GAP) - GAP))] for image in pixels]}
+    blocks = {"": [[(title, _mosaic([image], 1, columns * (MAP + GAP) - GAP))] for title, image in zip(titles, pixels)]}
 
     def cell(output):
         return _mosaic([_stretched(output[..., k, np.newaxis]) for k in range(min(maps, output.shape[-1]))], columns, MAP)
 
     for label, block in outputs.items():
-        blocks[label] = [[(name, cell(output[row])) for name, output in block.items()] for row in range(len(images))]
+        blocks[label] = [[(name * (row == 0), cell(block[name][row])) for name in block] for row in range(len(images))]
     _draw(blocks, path)
 
 
 def plot_filters(model, layers, path, filters=16):
     """Draws convolution kernels as a PNG file: a row for each layer, in it a column for each of its first filters.
 
-    A filter with three input channels is one patch in colour; of others the first four input channels are drawn in grey. All
+    A filter with three input channels is one patch in color; of others the first four input channels are drawn in grey. All
     patches of a layer have one scale, symmetric around 0 (mid-grey), given in the title with the mean |cosine| of its filters.
 
     Args:
@@ -192,13 +196,18 @@ def _mosaic(tiles, columns, side):
 
 
 def _draw(blocks, path):
-    """Draws blocks of cells side by side, `{label: rows of (title, pixels)}`; equal titles below each other are drawn once."""
+    """Draws blocks of cells side by side, `{label: rows of (title, pixels)}`."""
     heights = [max(pixels.shape[0] for row in rows for _, pixels in row) for rows in zip(*blocks.values())]
+    lines = [max(title.count("\n") + 2 if title else 0 for row in rows for title, _ in row) for rows in zip(*blocks.values())]
     widths = {}
     for label, rows in blocks.items():  # a title's letter is about 9 pixels wide
-        widths[label] = [max(max(pixels.shape[1], 9 * len(title)) for title, pixels in column) for column in zip(*rows)]
+        widths[label] = [
+            max(max(pixels.shape[1], *(9 * len(line) for line in title.split("\n"))) for title, pixels in column)
+            for column in zip(*rows)
+        ]
+        widths[label][-1] += max(0, 14 * len(label) - sum(widths[label]))  # a label's are larger
     width = sum(block_width + 3 * GAP for block in widths.values() for block_width in block)
-    height = 40 + sum(heights) + 30 * len({row[0][0] for row in rows})
+    height = 40 + sum(heights) + 15 * sum(lines)
     if max(width, height) > LARGEST:
         raise ValueError(f"choose fewer images, layers or maps: at most {LARGEST} pixels a side. Received: {width} x {height}")
     figure = new_figure(width / DPI, height / DPI)
@@ -207,10 +216,10 @@ def _draw(blocks, path):
     for subfigure, (label, rows) in zip(subfigures[0], blocks.items()):
         subfigure.suptitle(label or " ", x=0.01, ha="left", fontsize=9, fontweight="bold", parse_math=False)
         grid = subfigure.subplots(len(rows), len(rows[0]), squeeze=False, width_ratios=widths[label], height_ratios=heights)
-        for line, row, above in zip(grid, rows, [[("", None)] * len(rows[0]), *rows]):
-            for axes, (title, pixels), (title_above, _) in zip(line, row, above):
+        for line, row in zip(grid, rows):
+            for axes, (title, pixels) in zip(line, row):
                 axes.imshow(pixels, interpolation="nearest")
-                axes.set_title("" if title == title_above else title, loc="left", fontsize=7, parse_math=False)
+                axes.set_title(title, loc="left", fontsize=7, parse_math=False)
                 axes.set_anchor("NW")
                 axes.axis("off")
     save(figure, path, DPI)

@@ -1,5 +1,6 @@
 """Feature maps and filters, by the pixels of the figures that are saved."""
 
+import itertools
 import json
 import pathlib
 import sys
@@ -13,6 +14,7 @@ from keras import layers
 from ortho_keras import compare_features, compare_filters, modulate, plain_cnn, plot_features, plot_filters
 from ortho_keras.diagnosis import features
 from ortho_keras.diagnosis.features import CHANNELS, GAP, MAP, PATCH, layer_outputs
+from ortho_keras.trainer.data import load_data
 
 PATTERN = np.array([[0, 1, 0, 0], [0, 0, 0, 1], [1, 1, 1, 0], [0, 1, 0, 1]], np.float32)
 IMAGES = PATTERN[np.newaxis, ..., np.newaxis]
@@ -30,11 +32,16 @@ def cells(monkeypatch, tmp_path):
     def draw(function, *arguments, **options):
         function(*arguments, path=tmp_path / "drawn.png", **options)
         picture = matplotlib.image.imread(tmp_path / "drawn.png")
-        width, height = figures[-1].get_size_inches() * figures[-1].dpi
+        figures[-1].dpi = features.DPI
+        width, height = figures[-1].get_size_inches() * features.DPI
         assert len(np.unique(picture)) > 2 and picture.shape[1] > 0.9 * width and picture.shape[0] > 0.9 * height
         drawn = {}
+        labels = [part._suptitle.get_window_extent() for part in figures[-1].subfigs]
+        assert all(box.xmax < next_box.xmin for box, next_box in itertools.pairwise(labels)) and labels[-1].xmax < width
         for part in figures[-1].subfigs:
             shape = part.axes[0].get_subplotspec().get_gridspec().get_geometry()
+            sizes = [axes.get_window_extent().height / axes.images[0].get_array().shape[0] for axes in part.axes]
+            assert min(sizes) > 0.9  # about a pixel for each, at least
             each = [(axes.get_title(loc="left"), np.asarray(axes.images[0].get_array())) for axes in part.axes]
             drawn[part.get_suptitle().strip()] = [each[row * shape[1] : (row + 1) * shape[1]] for row in range(shape[0])]
         return drawn
@@ -96,6 +103,9 @@ def test_models_side_by_side_and_wide_images(cells):
         assert [[title for title, _ in row] for row in drawn[label]] == [["conv"], [""], [""]]
         for row in drawn[label]:
             np.testing.assert_array_equal(tiles(row[0][1], MAP, 4)[0, 0], grey(expected))
+    long, titles = "a label that is longer than the maps are wide", ["zero", "one\nof two lines", "zero"]
+    drawn = cells(compare_features, {long: models["plain"], **models}, np.repeat(IMAGES, 3, 0), ["conv"], titles=titles)
+    assert [title for ((title, _),) in drawn[""]] == titles and list(drawn) == ["", long, "plain", "negative"]
     drawn = cells(plot_features, conv_model([[[[1.0]]]], (4, 100)), np.random.default_rng(0).random((1, 4, 100, 1)), ["conv"])
     assert drawn[""][0][0][1].shape == (3, 72, 3)  # smaller than the image, its pixels averaged
 
@@ -154,6 +164,7 @@ WRONG = [
     ({"images": np.full((1, 4, 4, 1), np.nan)}, "`images` must be finite numbers"),
     ({"images": np.zeros((1, 4, 5, 1))}, r"`images` must fit .*'outer'.*\(1, 4, 5, 1\)"),
     ({"images": np.zeros((400, 4, 4, 1))}, "pixels a side"),
+    ({"titles": ["one", "two"]}, "`titles` must have one string for each of the 1 images. Received: titles=.'one', 'two'.$"),
     ({"model": "model"}, "`model` must be a built Keras model"),
 ]
 
@@ -206,7 +217,20 @@ def test_command(tmp_path, monkeypatch, capsys):
         assert command.main((both, flag)) == 2
         message = capsys.readouterr().err
         assert message.startswith("features.py: ") and message.count("\n") == 1 and expected in message
+    titles, draw = [], command.compare_features
+    monkeypatch.setattr(
+        command, "compare_features", lambda *args, **kwargs: titles.extend(kwargs["titles"]) or draw(*args, **kwargs)
+    )
     assert command.main([both, f"--output={tmp_path / 'new' / 'both.png'}"]) == 0
+    test = load_data("digits", None, 8).test
+    predicted = [
+        keras.models.load_model(tmp_path / name / "final.keras")(test.images[:3]).numpy().argmax(1)
+        for name in ("first", "second")
+    ]
+    assert titles == [
+        f"true class: {label}\nfirst: {one}\ndigits: {other}"
+        for label, one, other in zip(test.labels, *predicted, strict=False)
+    ]
     assert command.main([both, "--layers=stem_conv", "--images=1", f"--output={tmp_path / 'one.png'}"]) == 0
     drawn = {path.name: matplotlib.image.imread(path).shape for path in tmp_path.rglob("*.png")}
     assert sorted(drawn) == ["both.png", "both_filters.png", "one.png", "one_filters.png"]
