@@ -16,6 +16,7 @@ from ortho_keras.method.loading import load_model
 from ortho_keras.method.modulation import ErrorModulation
 from ortho_keras.method.state import copy_rest
 from ortho_keras.nets.batchnorm import FusedBatchNormalization
+from ortho_keras.trainer.result import EVALUATE_AGAIN
 
 
 def fold_batchnorm(model, dtype=None):
@@ -153,7 +154,7 @@ def deploy(path, output):
         model = load_model(path)
         deployed = fold_batchnorm(model, dtype="float32")
     except (ValueError, OSError, TypeError) as error:
-        expected = "the model must be a Functional or Sequential one in a .keras file"
+        expected = f"the model must be an intact Functional or Sequential one in a .keras file (of a run: {EVALUATE_AGAIN})"
         raise InputError(f"{expected}. Received: {str(path)!r} ({first_line(error)})") from error
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == "":

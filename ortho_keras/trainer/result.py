@@ -10,6 +10,11 @@ from ortho_keras.method.kernels import model_kernels, orthonormality_error
 from ortho_keras.trainer.runtime import cpu_cores, device_names
 from ortho_keras.version import __version__
 
+# The form of the values of a `result.json` that are shown, and what to do where a file of a finished run is damaged.
+RESULT = dict.fromkeys(("validation_accuracy", "test_top5_accuracy", "test_mirrored_accuracy"), (float, type(None)))
+RESULT |= {"test_accuracy": float, "seconds": float, "steps": int, "skipped_images": (int, type(None))}
+EVALUATE_AGAIN = "delete its result.json, and the same command evaluates the last checkpoint again, or give another --workdir"
+
 PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "scikit-learn")
 
 

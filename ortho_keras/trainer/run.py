@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import pathlib
 
@@ -13,15 +12,15 @@ from ortho_keras.diagnosis.monitor import SignalMonitor
 from ortho_keras.method.chain import ModulationSwitch
 from ortho_keras.method.checks import require
 from ortho_keras.method.errors import InputError, WorkerLostError, first_line
-from ortho_keras.method.files import check_folder, entries, only_one, whole_file, write_json
+from ortho_keras.method.files import check_folder, entries, only_one, read_json, whole_file, write_json
 from ortho_keras.method.kernels import layer_kernels
 from ortho_keras.nets.growth import grow
 from ortho_keras.nets.shifted_relu import shift_for_depth
 from ortho_keras.trainer.build import compiled_model, growth_step
 from ortho_keras.trainer.data import load_data
 from ortho_keras.trainer.loop import Trainer, new_epoch
-from ortho_keras.trainer.recipe import MIRRORING, Recipe
-from ortho_keras.trainer.result import result_of
+from ortho_keras.trainer.recipe import MIRRORING, STORED, Recipe
+from ortho_keras.trainer.result import EVALUATE_AGAIN, RESULT, result_of
 from ortho_keras.trainer.runtime import Runtime, slowdown
 from ortho_keras.trainer.steps import scores
 
@@ -58,6 +57,8 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
         ImportError: If a package that only runs need is not installed.
     """
     recipe.check()
+    if keras.config.floatx() != "float32":
+        raise InputError(f"Keras's floatx must be float32; use --precision instead. Received: {keras.config.floatx()!r}")
     require("a run", "filelock", "matplotlib", "tensorboard")
     runtime = runtime or Runtime()
     workdir = pathlib.Path(workdir).expanduser()
@@ -199,22 +200,22 @@ def _check_workdir(workdir, recipe, fingerprint=None):
     check_folder("--workdir", workdir)
     if not entries(workdir):
         return None
+    if not (workdir / "run.json").exists():
+        raise InputError(f"--workdir must be empty or hold this very run. Received: {shown!r}, with other files")
+    held = read_json(workdir / "run.json", STORED, "--workdir must be empty or hold a run with an intact run.json")
     try:
-        held = json.loads((workdir / "run.json").read_text())
         theirs, mine = Recipe.from_json(held["recipe"]).to_json(), recipe.to_json()
-        if fingerprint and held.get("data_sha256"):  # runs of earlier versions have none
-            theirs["data_sha256"], mine["data_sha256"] = held["data_sha256"], fingerprint
-    except FileNotFoundError:
-        raise InputError(f"--workdir must be empty or hold this very run. Received: {shown!r}, with other files") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"--workdir must be empty or hold a run. Received: {shown!r}, whose run.json is damaged") from error
+    except ValueError as error:
+        raise InputError(f"--workdir must be empty or hold this very run. Received: {shown!r} ({error})") from error
+    if fingerprint and held.get("data_sha256"):
+        theirs["data_sha256"], mine["data_sha256"] = held["data_sha256"], fingerprint
     different = [f"{key}={theirs[key]!r} there, {mine[key]!r} here" for key in mine if theirs[key] != mine[key]]
     if different:
         raise InputError(
             f"--workdir must be empty or hold this very run. Received: {shown!r}, which holds another: {'; '.join(different)}"
         )
-    result = workdir / "result.json"
-    return json.loads(result.read_text()) if result.exists() else None
+    result, expected = workdir / "result.json", f"the result of a finished run must be intact; {EVALUATE_AGAIN}"
+    return read_json(result, RESULT, expected) if result.exists() else None
 
 
 def _begin(workdir, recipe, fingerprint, lock):

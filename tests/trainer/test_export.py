@@ -65,7 +65,7 @@ def test_what_is_refused(trained, tmp_path):
         (path, "net.onnx", "--export must end in .keras or .tflite, or have no suffix"),
         (path, ".", "--export must be a folder that does not exist"),
         (path, "file.keras/net.keras", "--export must be a folder that can be written"),
-        (tmp_path / "file.keras", "net.keras", "the model must be a Functional or Sequential one in a .keras file"),
+        (tmp_path / "file.keras", "net.keras", "the model must be an intact Functional or Sequential one in a .keras file"),
     ):
         with pytest.raises(InputError, match=message) as caught:
             deploy(model, tmp_path / output)

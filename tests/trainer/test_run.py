@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import types
 
@@ -11,9 +12,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from command_lines import invoke
 from PIL import Image
 
-from ortho_keras import orthonormality_error
+from ortho_keras import load_model, orthonormality_error
 from ortho_keras.diagnosis.monitor import read_signals
 from ortho_keras.method.errors import InputError, Interrupted
 from ortho_keras.method.files import only_one
@@ -95,6 +97,29 @@ def test_final_model_reproduces_the_reported_metrics(finished):
     assert float(sum(model.losses)) == pytest.approx(result["penalty"], rel=1e-5)
     for path, error in result["orthonormality_error"].items():
         assert orthonormality_error(model.get_layer(path.split("/")[0]).kernel) == pytest.approx(error, rel=1e-5)
+
+
+def test_a_damaged_finished_run_is_named_and_evaluates_again(tmp_path, finished, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir, ignore=shutil.ignore_patterns("tensorboard"))
+    result, lines = workdir / "result.json", []
+    again = "delete its result.json, and the same command evaluates the last checkpoint again, or give another --workdir"
+    for content in ("", "[]", "{}", result.read_text()[:200], result.read_text().replace('"steps": 40', '"steps": "40"')):
+        result.write_text(content)
+        with pytest.raises(InputError, match=f"{again}. Received: '{result}'"):
+            run(RECIPE, workdir, log=lines.append)
+    assert lines == []
+    shutil.copy(finished[0] / "result.json", result)
+    model = (workdir / "final.keras").read_bytes()
+    (workdir / "final.keras").write_bytes(model[: len(model) // 2])
+    status, _, err = invoke(
+        capsys, f"--recipe_file={workdir}/run.json", f"--workdir={workdir}", f"--export={tmp_path}/net.keras"
+    )
+    assert status == 2 and err.count("\n") == 1 and again in err and str(workdir / "final.keras") in err
+    result.unlink()
+    assert run(RECIPE, workdir, log=lines.append)["test_accuracy"] == finished[1]["test_accuracy"]
+    assert "resuming after step 40 of 40" in lines and not any(line.startswith("epoch ") for line in lines)
+    assert load_model(workdir / "final.keras").count_params() == finished[1]["parameters"]
 
 
 def test_the_signal_is_measured_and_nothing_else_changes(tmp_path, finished):
@@ -276,11 +301,26 @@ def test_mirror_images_by_hand():
     assert (alone, both, weight) == (1, 2, 3)
 
 
+def test_a_run_in_half_precision_is_asked_for_by_its_own_flag(tmp_path):
+    keras.config.set_floatx("bfloat16")
+    try:
+        with pytest.raises(InputError, match="^Keras's floatx must be float32; use --precision instead. Received: 'bfloat16'$"):
+            run(RECIPE, tmp_path, log=silent)
+    finally:
+        keras.config.set_floatx("float32")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_workdir_of_another_run_or_process_is_refused(tmp_path):
     recipe = dataclasses.replace(RECIPE, width=2)
     own, content = tmp_path / "run.json", {"recipe": recipe.to_json(), "data_sha256": "0123456789abcdef" * 4}
     expected = r"which holds another: data_sha256='(0123456789abcdef){4}' there, '[0-9a-f]{64}' here"
-    for held, message in ((json.dumps(content), expected), ("{", "run.json is damaged"), ('{"recipe": 3}', "is damaged")):
+    for held, message in (
+        (json.dumps(content), expected),
+        ("{", "hold a run with an intact run.json. .*run.json' .Expecting property name"),
+        ('{"recipe": {}, "data_sha256": 3}', "run.json' .data_sha256 is 3, expected a string or null"),
+        ('{"recipe": {"colour": 3}}', "hold this very run.* no such value: {'colour': 3}"),
+    ):
         own.write_text(held)
         with pytest.raises(InputError, match=f"--workdir must be .*{message}"):
             run(recipe, tmp_path, log=silent)
