@@ -96,10 +96,10 @@ def _check_form(value, form, place):
     fits = type(value) in kinds or (type(value) is int and float in kinds)
     if not fits or (type(value) is float and not math.isfinite(value)):
         expected = " or ".join(_KINDS[kind] for kind in kinds)
-        raise ValueError(f"{place[1:] or 'its content'} is {reprlib.repr(value)}, expected {expected}")
+        raise ValueError(f"{place.removeprefix('.') or 'its content'} is {reprlib.repr(value)}, expected {expected}")
     if isinstance(form, list):
         if 1 < len(form) != len(value):
-            raise ValueError(f"{place[1:] or 'its content'} has {len(value)} elements, expected {len(form)}")
+            raise ValueError(f"{place.removeprefix('.') or 'its content'} has {len(value)} elements, expected {len(form)}")
         for index, one in enumerate(value):
             _check_form(one, form[index % len(form)], f"{place}[{index}]")
     elif isinstance(form, dict):

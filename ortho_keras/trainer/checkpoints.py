@@ -8,6 +8,8 @@ import zipfile
 
 import numpy as np
 
+from ortho_keras.method.files import parse_json
+
 _NAME = re.compile(r"step-(\d{9})\.npz")
 
 
@@ -38,17 +40,18 @@ def save_checkpoint(directory, model, step, history, keep=2):
         old.unlink()
 
 
-def restore_checkpoint(directory, model, log=print):
+def restore_checkpoint(directory, model, log=print, form=list):
     """Sets the model to the newest intact checkpoint and returns `(step, history)`, or `None` where there is none.
 
-    A truncated or damaged checkpoint is logged, and the previous one is used.
+    A truncated or damaged checkpoint, or one whose history is not of the form (see `parse_json`), is logged, and the previous
+    one is used.
     """
     variables = state_variables(model)
     for path in _found(pathlib.Path(directory)):
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = [file[name] for name in sorted(file.files) if name != "history"]
-                history = json.loads(str(file["history"]))
+                history = parse_json(str(file["history"]), form)
             if [array.shape for array in arrays] != [tuple(v.shape) for v in variables]:
                 raise ValueError("it belongs to another model")
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile) as error:

@@ -27,6 +27,11 @@ from ortho_keras.trainer.steps import score_function, train_function
 FEW_CLASSES = 10  # top-5 accuracy is reported for more classes than these
 PACE_AFTER = 30.0  # seconds of steps before the time left is logged
 DRAW_EVERY = 30.0  # seconds between two drawings of the curves, which take a quarter of one
+# The form of a checkpoint's history: a row of metrics for each epoch, and the sums over the one that was begun (`new_epoch`).
+HISTORY = [
+    [{"epoch": int, "step": int, "seconds": float, "accuracy": float, "penalty": float}],
+    {"steps": int, "seconds": float, "smoothed": float, "crossentropy": float, "accuracy": float, "logs": dict},
+]
 LEAST_LOSS_SCALE = 2.0**-10  # float16's own range is used up long before
 
 
@@ -134,7 +139,7 @@ class Trainer:
     def restore(self):
         """Sets the model on all workers to the chief's newest checkpoint; returns where it was, or `None` without one."""
         step, history, epoch = -1, [], new_epoch()
-        restored = restore_checkpoint(self.checkpoints, self.model, self.log) if self.runtime.is_chief else None
+        restored = restore_checkpoint(self.checkpoints, self.model, self.log, HISTORY) if self.runtime.is_chief else None
         if restored:
             step, (history, begun) = restored
             epoch |= begun

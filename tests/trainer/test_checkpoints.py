@@ -1,5 +1,6 @@
 """Checkpoints: training resumes as if it had not been stopped, and damage of any kind falls back to the previous one."""
 
+import json
 import pathlib
 
 import keras
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 
 from ortho_keras.trainer.checkpoints import restore_checkpoint, save_checkpoint, state_variables
+from ortho_keras.trainer.loop import HISTORY as HISTORY_FORM
+from ortho_keras.trainer.loop import new_epoch
 
 HISTORY = [[{"epoch": 1, "loss": 0.1 + 0.2}], {"steps": 3, "logs": {}, "worst": float("inf")}]
 PARTS = ("kernel", "moving_mean", "seed_generator_state", "iteration", "momentum", "dynamic_scale", "step_counter")
@@ -148,6 +151,21 @@ class Trap:
 
     def __reduce__(self):
         return pathlib.Path.touch, (self.path,)
+
+
+def test_a_history_of_another_shape_falls_back_to_the_previous(small, tmp_path):
+    row = {"epoch": 1, "step": 2, "seconds": 0.5, "accuracy": 0.5, "penalty": 0, "validation_crossentropy": float("nan")}
+    good = [[row], new_epoch()]
+    deep = json.loads("[" * 900 + "]" * 900)
+    wrong = [[row], {}], [[row], {**new_epoch(), "steps": "3"}], [[{**row, "seconds": None}], new_epoch()], [*good, 3], {}, deep
+    save_checkpoint(tmp_path, small, 1, good, keep=9)
+    for step, history in enumerate(wrong, 2):
+        save_checkpoint(tmp_path, small, step, history, keep=9)
+    log = []
+    step, (rows, begun) = restore_checkpoint(tmp_path, small, log.append, HISTORY_FORM)
+    assert (step, begun) == (1, new_epoch()) and rows[0].keys() == row.keys()
+    assert len(log) == len(wrong) and not any("\n" in line for line in log)
+    assert "[1].steps is '3', expected an integer" in log[-2]
 
 
 @pytest.mark.parametrize("which", ["history", "array"])
