@@ -7,22 +7,28 @@ All plots are inside the page.
 
 import argparse
 import base64
+import dataclasses
 import itertools
 import json
+import math
 import os
 import pathlib
 import sys
 import tempfile
+import textwrap
 
 import keras
+import numpy as np
 
-from ortho_keras.diagnosis.features import plot_filters
+from ortho_keras.diagnosis.features import compare_filters
 from ortho_keras.diagnosis.plots import errors_by_step, new_figure, plot_heat_map, save
 from ortho_keras.diagnosis.signals import read_signals
 from ortho_keras.method.checks import require
 from ortho_keras.method.errors import InputError, first_line
 from ortho_keras.method.files import check_folder, whole_file
 from ortho_keras.method.loading import load_model
+from ortho_keras.trainer.optimizers import LearningRate
+from ortho_keras.trainer.recipe import Recipe
 from ortho_keras.trainer.result import progress
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.jinja")
@@ -41,9 +47,8 @@ SUMMARY = {
     "images skipped": ("skipped_images", "{:,}"),
     "largest |WᵀW − I|": ("largest_error", "{:.3g}"),
 }
-# Left out where no run has a value: with few classes, without mirroring, and with sound data.
-OPTIONAL = ("test_top5_accuracy", "test_mirrored_accuracy", "skipped_images")
-CURVES = {"accuracy": "accuracy", "cross-entropy": "crossentropy", "penalty": "penalty", "learning rate": "learning_rate"}
+CURVES = {"accuracy": "accuracy", "cross-entropy": "crossentropy", "penalty": "penalty"}
+MISSING = "–"
 
 
 class Run:
@@ -65,7 +70,7 @@ class Run:
             raise InputError(f"{expected}. Received: {str(workdir)!r} ({first_line(error)})") from error
         self.errors = self.result.get("orthonormality_error", {})
         self.values["largest_error"] = max(self.errors.values(), default=None)
-        self.environment = {"data_sha256": self.result.get("data_sha256") or begun.get("data_sha256") or ""}
+        self.environment = {"data_sha256": (self.result.get("data_sha256") or begun.get("data_sha256") or MISSING)[:12]}
         self.environment |= {**self.result.get("device", {}), **self.result.get("versions", {})}
         self.model = workdir / "final.keras"
 
@@ -115,29 +120,53 @@ def _summary(runs):
     rows = []
     for name, (key, form) in SUMMARY.items():
         values = [run.values.get(key) for run in runs]
-        if any(values) or key not in OPTIONAL:
-            rows.append((name, ["" if value is None else form.format(value) for value in values], False))
+        if any(value is not None for value in values):
+            rows.append((name, [MISSING if value is None else form.format(value) for value in values], False))
     return rows
 
 
 def _comparison(columns):
-    """Returns rows of every value by run, marked where runs differ."""
+    """Returns rows of every value by run, marked where runs that have one differ."""
     names = dict.fromkeys(itertools.chain(*columns))
-    rows = {name: [str(column.get(name, "")) for column in columns] for name in names}
-    return [(name, values, len(set(values)) > 1) for name, values in rows.items()]
+    rows = {name: [str(column.get(name, MISSING)) for column in columns] for name in names}
+    return [(name, values, len({*values} - {MISSING}) > 1) for name, values in rows.items()]
 
 
 def _curves(runs):
     pictures = []
     for title, key in CURVES.items():
-        training, validation = (
-            [{row["step"]: row[name] for row in run.history if row.get(name) is not None} for run in runs.values()]
-            for name in (key, f"validation_{key}")
-        )
-        caption = f"{title} by step" + (", validation dashed" if any(validation) else "")
-        logarithmic = key in ("crossentropy", "penalty")
-        pictures += _plot(runs, training, validation, caption=caption, log=logarithmic, xlabel="step", title=title)
-    return pictures
+        kinds = [run.recipe.get("regularizer") if key == "penalty" else "" for run in runs.values()]  # others do not compare
+        for kind in dict.fromkeys(kinds):
+            training, validation = (
+                [
+                    {row["step"]: row[name] for row in run.history if own == kind and row.get(name) is not None}
+                    for run, own in zip(runs.values(), kinds)
+                ]
+                for name in (key, f"validation_{key}")
+            )
+            label = f"{title} ({kind})" if kind else title
+            caption = f"{label} by step" + (", validation dashed" if any(validation) else "")
+            pictures += _plot(runs, training, validation, caption=caption, log=key != "accuracy", xlabel="step", ylabel=label)
+    rates = [_learning_rates(run) for run in runs.values()]
+    return pictures + _plot(runs, rates, caption="learning rate by step", log=False, xlabel="step", ylabel="learning rate")
+
+
+def _learning_rates(run):
+    """Returns `{step: learning rate}` of the steps so far, a thousand at most, computed from the recipe."""
+    if not run.history:
+        return {}
+    recipe = Recipe(**{name: value for name, value in run.recipe.items() if name in Recipe.__dataclass_fields__})
+    epoch, steps = run.history[0]["step"], np.unique(np.linspace(0, run.history[-1]["step"], 1000, dtype=int))
+    grown = recipe.grow_epoch * epoch if recipe.start_depth else 0
+    rates = {}
+    for own, first, at in (
+        (dataclasses.replace(recipe, depth=recipe.start_depth), 0, steps[steps < grown]),
+        (recipe, grown, steps[steps >= grown]),
+    ):
+        total = min(recipe.epochs * epoch, recipe.max_steps or math.inf)
+        schedule = LearningRate(own.peak_learning_rate, total, own.schedule, own.warmup_steps, first)
+        rates |= zip(at, schedule(at - first).numpy())
+    return rates
 
 
 def _orthonormality(runs):
@@ -159,7 +188,7 @@ def _filters(runs):
             model = load_model(run.model, compile=False)
             convolutions = [layer.name for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
             names = list(dict.fromkeys((convolutions[0], convolutions[-1])))
-            pictures.append(_picture(f"{label}: filters of {' and '.join(names)}", plot_filters, model, names))
+            pictures.append(_picture(f"{label}: filters of {' and '.join(names)}", compare_filters, {label: model}, names))
     return pictures
 
 
@@ -167,16 +196,23 @@ def _plot(labels, solid, dashed=(), *, caption, log, **settings):
     """Plots each run's `{x: y}`; returns a list of one picture, or none if all are empty."""
     if not any((*solid, *dashed)):
         return []
-    figure = new_figure(5.5, 3.8)
+    from matplotlib import colormaps
+
+    names = [textwrap.fill(label, 60) for label in labels]
+    columns = max(1, 70 // (6 + max(map(len, names))))  # as many as fit
+    figure = new_figure(5.5, 3.4 + 0.2 * "\n".join(names).count("\n") / columns)
     axes = figure.subplots()
-    for style, lines in ((".-", solid), (".--", dashed)):
-        for number, (label, points) in enumerate(zip(labels, lines)):
-            shown = label if points and lines is solid else None
-            axes.plot(points.keys(), points.values(), style, color=f"C{number % 10}", markersize=4, label=shown)
+    colors = colormaps["tab10"].colors if len(names) <= 10 else colormaps["turbo"](np.linspace(0.05, 0.95, len(names)))
+    for style, lines in (("--", dashed), ("-", solid)):
+        for name, color, points in zip(names, colors, lines):
+            marker = "." if len(points) < 100 else ""
+            axes.plot(points.keys(), points.values(), marker + style, color=color, label=name if points else "")
     positive = all(y > 0 for points in (*solid, *dashed) for y in points.values())
     axes.set(yscale="log" if log and positive else "linear", **settings)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    axes.legend()
+    legend = dict(zip(*axes.get_legend_handles_labels()[::-1]))  # of a run's two lines the solid one
+    figure.legend(legend.values(), legend.keys(), loc="outside lower left", ncols=columns, fontsize=9, frameon=False)
     return [_picture(caption, save, figure)]
 
 

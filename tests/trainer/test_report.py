@@ -1,5 +1,6 @@
 """The HTML page of real runs, one of them stopped: its content, and what is refused."""
 
+import dataclasses
 import html
 import json
 import os
@@ -13,8 +14,11 @@ import keras
 import pytest
 
 from ortho_keras.method.errors import InputError, Interrupted
+from ortho_keras.trainer import report
+from ortho_keras.trainer.build import make_optimizer
+from ortho_keras.trainer.optimizers import SHAPES
 from ortho_keras.trainer.recipe import Recipe
-from ortho_keras.trainer.report import TEMPLATE, main, write_report
+from ortho_keras.trainer.report import TEMPLATE, Run, _learning_rates, main, write_report
 from ortho_keras.trainer.run import run
 
 SMALL = Recipe(image_size=8, depth=8, width=2, epochs=3, batch_size=256, learning_rate=0.01, bn_batches=1, evaluate_every=1)
@@ -61,15 +65,17 @@ def test_two_runs_side_by_side(runs, tmp_path):
     assert page.headings == [
         "Result", "Curves", "Orthonormality by layer", "Signal by layer and step", "Filters", "Recipe", "Environment",
     ]  # fmt: skip
-    assert page.pictures == 9 * [PICTURE]  # four curves, orthonormality, and for each run its signal and its filters
+    assert page.pictures == 10 * [PICTURE]  # five curves, orthonormality, and for each run its signal and its filters
+    captions = re.findall("<figcaption>(.*?)</figcaption>", page.text)
+    assert captions[2:5] == ["penalty (orthonormal) by step", "penalty (l2) by step", "learning rate by step"]
     assert all(address.startswith("data:") for address in page.addresses)
     assert "http" not in re.sub(r'src="data:[^"]*"', "", page.text) and "<control>" not in page.text
     rows, result = page.rows, json.loads((runs / "method" / "result.json").read_text())
-    assert "test top-5 accuracy" not in rows and "images skipped" not in rows  # ten classes, no damaged images
+    assert "test top-5 accuracy" not in rows and rows["images skipped"] == ["0", "0"]  # ten classes
     assert rows["test accuracy"] == 2 * [f"{result['test_accuracy']:.4f}"]
     assert rows["largest |WᵀW − I|"] == 2 * [f"{max(result['orthonormality_error'].values()):.3g}"]
     assert rows["tensorflow"] == 2 * [result["versions"]["tensorflow"]] and rows[""] == ["method", "a <control> & more"]
-    hashes = [result["data_sha256"], "0" * 64]
+    hashes = [result["data_sha256"][:12], "0" * 12]
     assert page.marked == {"regularizer": ["orthonormal", "l2"], "data_sha256": hashes}
 
 
@@ -77,12 +83,15 @@ def test_a_stopped_run_is_shown_as_far_as_it_came(runs, tmp_path):
     assert main([str(runs / "stopped"), f"--output={tmp_path / 'report.html'}"]) == 0
     page = Page(tmp_path / "report.html")
     assert page.headings == ["Result", "Curves", "Signal by layer and step", "Recipe", "Environment"]
-    assert page.pictures == 5 * [PICTURE] and "Not finished: stopped, after 2 epochs." in page.text
+    assert page.pictures == 5 * [PICTURE] and "stopped is not finished (2 of 3 epochs): " in page.text
     rows, history = page.rows, json.loads((runs / "method" / "history.json").read_text())
-    assert rows["steps"] == [f"{history[1]['step']}"] and rows["test accuracy"] == [""]
+    assert rows["steps"] == [f"{history[1]['step']}"] and "test accuracy" not in rows
     assert rows["training accuracy"] == [f"{history[1]['accuracy']:.4f}"]
     assert rows["validation accuracy"] == [f"{history[1]['validation_accuracy']:.4f}"]
-    assert len(rows["data_sha256"][0]) == 64
+    assert rows["data_sha256"] == [json.loads((runs / "stopped" / "run.json").read_text())["data_sha256"][:12]]
+    write_report([runs / "stopped", runs / "method"], tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    assert page.rows["test accuracy"][0] == page.rows["keras"][0] == "–" != page.rows["test accuracy"][1] and not page.marked
 
 
 def test_runs_of_one_name_without_an_epoch(runs, tmp_path):
@@ -91,7 +100,55 @@ def test_runs_of_one_name_without_an_epoch(runs, tmp_path):
         shutil.copy(runs / "method" / "run.json", tmp_path / parent / "digits")
     write_report([tmp_path / parent / "digits" for parent in ("first", "second")], tmp_path / "report.html")
     page = Page(tmp_path / "report.html")
-    assert page.headings == ["Result", "Recipe", "Environment"] and page.rows[""] == ["first/digits", "second/digits"]
+    assert page.headings == ["Recipe", "Environment"] and page.rows[""] == ["first/digits", "second/digits"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_learning_rate_is_drawn_step_by_step(tmp_path, shape):
+    """As the optimizers of a run that grows have it at each step: the second warms up again."""
+    recipe = dataclasses.replace(
+        SMALL,
+        schedule=shape,
+        depth=20,
+        start_depth=8,
+        grow_epoch=1,
+        warmup_steps=3,
+        rate_depth=16,
+        learning_rate=0.5,
+        max_steps=70,
+    )
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": {**recipe.to_json(), "retired": 1}}))
+    (tmp_path / "history.json").write_text(
+        json.dumps([{"step": step, "seconds": 1, "accuracy": 0, "penalty": 0} for step in (30, 60)])
+    )
+    rates = _learning_rates(Run(tmp_path))
+    before, after = make_optimizer(dataclasses.replace(recipe, depth=8), 70), make_optimizer(recipe, 70, 30)
+    expected = {}
+    for optimizer, steps, first in ((before, range(30), 0), (after, range(30, 61), 30)):
+        optimizer.build([])
+        for step in steps:
+            optimizer.iterations.assign(step - first)
+            expected[step] = float(optimizer.learning_rate)
+    assert {int(step): float(rate) for step, rate in rates.items()} == pytest.approx(expected)
+    assert (
+        0 < expected[0] < expected[2] == pytest.approx(1.0, abs=0.01) and expected[30] < expected[32]
+    )  # 0.5 * 16 / 8 at the peak
+
+
+def test_more_runs_than_colors_and_long_labels(monkeypatch):
+    figures = []
+    monkeypatch.setattr(report, "_picture", lambda caption, save, figure: figures.append(figure))
+    points = {1: 1.0, 2: 3.0}
+    for labels in (["a"], [f"run{index}" for index in range(14)], [f"{index}{'/long' * 30}" for index in range(3)]):
+        report._plot(labels, [points] * len(labels), [points] * len(labels), caption="", log=True, xlabel="x", ylabel="y")
+        (figure,), (axes,) = figures[-1:], figures[-1].axes
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        box, area = legend.get_window_extent().padded(-3), axes.get_window_extent()
+        assert [text.get_text().replace("\n", "") for text in legend.get_texts()] == labels
+        assert not box.overlaps(area) and box.xmin >= 0 and box.xmax <= figure.bbox.xmax and area.height > 150
+        solid = [line for line in axes.lines if line.get_linestyle() == "-"]
+        assert len({tuple(line.get_color()) for line in solid}) == len(solid) == len(labels)
 
 
 def test_the_package_holds_the_template():
