@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
-import json
 import os
+import re
+import socket
+import sys
 import time
 
 import numpy as np
 import tensorflow as tf
 
 from ortho_keras.method.errors import InputError
+from ortho_keras.method.files import parse_json
 
 STRATEGIES = ("auto", "none", "mirrored", "multi_worker")
 
@@ -114,6 +117,7 @@ def start(strategy="auto", devices="", jit_compile=False, deterministic=False, t
         tf.config.experimental.enable_op_determinism()
     tf.config.experimental.enable_tensor_float_32_execution(tf32)
     if strategy == "multi_worker":
+        _announce(cluster)
         started = tf.distribute.MultiWorkerMirroredStrategy()
     elif strategy == "mirrored":
         started = tf.distribute.MirroredStrategy(names or None)
@@ -155,20 +159,36 @@ def slowdown(dtype):
 
 
 def _cluster():
-    """The cluster in TF_CONFIG, a dict of job to addresses; empty if there is none."""
+    """The addresses of the workers in TF_CONFIG, a list; empty if there is no cluster."""
     text = os.environ.get("TF_CONFIG") or "{}"
+    form = {"cluster": {"worker": [str]}, "task": {"type": str, "index": (int, str)}}
     try:
-        config = json.loads(text)
-        cluster, task = config.get("cluster", {}), config.get("task", {})
-        hosts = cluster.get("worker", [])
-        if not cluster or (set(cluster) == {"worker"} and task["type"] == "worker" and 0 <= int(task["index"]) < len(hosts)):
-            return cluster
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
+        if not parse_json(text, dict).get("cluster"):
+            return []
+        config = parse_json(text, form)
+        hosts, task = config["cluster"]["worker"], config["task"]
+        sound = len(set(hosts)) == len(hosts) and all(re.fullmatch(r"\S+:\d{1,5}", host) for host in hosts)
+        if set(config["cluster"]) == {"worker"} and task["type"] == "worker" and 0 <= int(task["index"]) < len(hosts) and sound:
+            return hosts
+        reason = ""
+    except ValueError as error:
+        reason = f" ({error})"
     raise InputError(
-        "TF_CONFIG must be JSON with a cluster of workers and this task's index among them (worker 0 is the chief). "
-        f"Received: {text!r}"
+        "TF_CONFIG must be JSON with a cluster of workers, a different host:port each, and this task's index among them "
+        f"(worker 0 is the chief). Received: {text[:400]!r}{reason}"
     )
+
+
+def _announce(hosts):
+    """Logs who is waited for: TensorFlow waits for all workers without a word, and until then ignores signals."""
+    unknown = []
+    for host in hosts:
+        try:
+            socket.getaddrinfo(host.rpartition(":")[0].strip("[]"), None)
+        except (OSError, UnicodeError):
+            unknown.append(host)
+    note = f" (unknown here: {', '.join(unknown)})" if unknown else ""
+    print(f"waiting for the workers of TF_CONFIG, {', '.join(hosts)}{note}", file=sys.stderr, flush=True)
 
 
 def read_devices(text):

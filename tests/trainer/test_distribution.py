@@ -261,6 +261,24 @@ def test_the_chiefs_state_is_sent_exactly():
         ({"strategy": "auto"}, '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}', "this task's index"),
         ({"strategy": "auto"}, '{"cluster": {"ps": ["a:1"]}, "task": {"type": "ps", "index": 0}}', "a cluster of workers"),
         (
+            {},
+            '{"cluster": {"worker": "a:1"}, "task": {"type": "worker", "index": 0}}',
+            "cluster.worker is 'a:1', expected a list",
+        ),
+        (
+            {},
+            '{"cluster": {"worker": [["a:1"]]}, "task": {"type": "worker", "index": 0}}',
+            "worker.0. is ..a:1.., expected a str",
+        ),
+        ({}, '{"cluster": {"worker": ["a:1", "a:1"]}, "task": {"type": "worker", "index": 0}}', "a different host:port each"),
+        ({}, '{"cluster": {"worker": ["a"]}, "task": {"type": "worker", "index": 0}}', "a different host:port each"),
+        (
+            {},
+            '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1e400}}',
+            "task.index is inf, expected an int",
+        ),
+        ({}, "[" * 100_000, "TF_CONFIG must be JSON.* .it is nested too deep.$"),
+        (
             {"devices": "2"},
             '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 0}}',
             "--devices must be empty, as each worker uses all its devices, with --strategy multi_worker",
@@ -278,6 +296,16 @@ def test_wrong_runtimes(monkeypatch, arguments, tf_config, message):
     monkeypatch.setenv("TF_CONFIG", tf_config)
     with pytest.raises(InputError, match=message):
         start(**arguments)
+
+
+def test_who_is_waited_for_is_said_before_tensorflow_waits(monkeypatch, capsys):
+    """TensorFlow itself would wait here without an end: the second host does not exist."""
+    cluster = {"worker": ["127.0.0.1:1", "[::1]:2", "no-such-host.invalid:3"]}
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": {"type": "worker", "index": 0}}))
+    monkeypatch.setattr(tf.distribute, "MultiWorkerMirroredStrategy", lambda: tf.distribute.OneDeviceStrategy("CPU:0"))
+    assert start().replicas == 1
+    expected = "waiting for the workers of TF_CONFIG, 127.0.0.1:1, [::1]:2, no-such-host.invalid:3 (unknown here: no-such-host."
+    assert capsys.readouterr().err.startswith(expected)
 
 
 def test_auto_takes_what_there_is_and_replicas_share_a_batch(tmp_path, monkeypatch):
