@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 
+from ortho_keras.diagnosis.plots import new_figure, save
 from ortho_keras.method.errors import InputError
 from ortho_keras.method.files import write_json
 from ortho_keras.trainer.recipe import Recipe
@@ -145,33 +146,33 @@ def importance_table(found, count):
 
 
 def draw(trials, names, path):
-    """Plots validation accuracy against each hyperparameter, one panel each."""
-    from matplotlib.figure import Figure
-
+    """Plots validation accuracy against each hyperparameter, one panel each; hopeless trials are at the lower edge."""
     trials = scored(trials)
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(3.6 * columns, 3 * rows), layout="constrained")
+    figure = new_figure(3.6 * columns, 3 * rows)
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    finished = [trial.score for trial in trials if trial.state == FINISHED]
+    edge = min(finished, default=0) - 0.05 * (np.ptp(finished or [0]) or 0.1)  # chance is far below
     for axes, name in zip(panels, names):
         continuous = name in ("learning_rate", "factor")
         order = kinds([shown(trial, name) for trial in trials])
-        for state, color in ((FINISHED, "tab:blue"), (HOPELESS, "tab:red")):
+        for state, color, marker in ((FINISHED, "tab:blue", "o"), (HOPELESS, "tab:red", "v")):
             own = [trial for trial in trials if trial.state == state]
             at = [getattr(trial.recipe, name) if continuous else order.index(shown(trial, name)) for trial in own]
-            axes.scatter(at, [trial.score for trial in own], s=18, color=color, alpha=0.7, label=state)
+            axes.scatter(at, [max(trial.score, edge) for trial in own], 18, color, marker, alpha=0.7, label=state)
         if continuous:
             axes.set_xscale("log")
         else:
-            axes.set_xticks(range(len(order)), [kind or "(off)" for kind in order], rotation=30)
-        axes.set(title=name, ylim=(-0.03, 1.03))
+            axes.set_xticks(range(len(order)), [kind or "(off)" for kind in order], rotation=30, ha="right")
+        axes.set(xlabel=name)
         axes.grid(alpha=0.3)
     for axes in panels[len(names) :]:
         axes.set_axis_off()
-    panels[0].set_ylabel("validation accuracy")
+    figure.supylabel("validation accuracy")
     if any(trial.state == HOPELESS for trial in trials):
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower right", ncols=2)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def main(arguments):

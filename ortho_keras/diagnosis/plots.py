@@ -93,7 +93,7 @@ def plot_heat_map(steps, names, ratios, path, title):
     for set_ticks, labels, most in ((axes.set_xticks, steps, 10), (axes.set_yticks, names, 22)):  # as many as fit
         every = -(-len(labels) // most)
         set_ticks(range(0, len(labels), every), labels[::every])
-    axes.set(xlabel="step", ylabel="layer, from input to output", title=title)
+    axes.set(xlabel="step", ylabel="layer, from input to output", title=textwrap.fill(title, 70))
     figure.colorbar(image, label="log10 of the error's magnitude over the last layer's")
     save(figure, path)
 

@@ -188,7 +188,7 @@ def _filters(runs):
             model = load_model(run.model, compile=False)
             convolutions = [layer.name for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
             names = list(dict.fromkeys((convolutions[0], convolutions[-1])))
-            pictures.append(_picture(f"{label}: filters of {' and '.join(names)}", compare_filters, {label: model}, names))
+            pictures.append(_picture(f"{label}: filters of {' and '.join(names)}", compare_filters, {"": model}, names))
     return pictures
 
 

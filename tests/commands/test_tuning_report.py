@@ -11,7 +11,7 @@ from ortho_keras.method.errors import InputError
 from ortho_keras.method.files import write_json
 from ortho_keras.trainer.recipe import read_recipe
 from ortho_keras.trainer.recipes import RECIPES
-from tuning.report import command, importance, importance_table, report, shown
+from tuning.report import command, draw, importance, importance_table, report, shown
 from tuning.space import search_space
 from tuning.trials import FAILED, FINISHED, HOPELESS, RUNNING, SEARCH_FILE, Trial, best_trial
 
@@ -90,6 +90,22 @@ def test_hyperbands_short_trials_are_not_compared_with_long_ones():
     trials = [trial(n, FINISHED, 0.01 * n, epochs=3, learning_rate=0.001 * n) for n in range(1, 9)]
     trials += [trial(n, FINISHED, 1 - 0.01 * n, epochs=9, learning_rate=0.001 * n) for n in range(9, 17)]
     assert importance(trials, ["learning_rate"])["learning_rate"][1] == pytest.approx(-1)
+
+
+def test_the_plot_shows_the_finished_trials_range(monkeypatch):
+    figures = []
+    monkeypatch.setattr("tuning.report.save", lambda figure, path: figures.append(figure))
+    scores = (0.95, FINISHED), (0.98, FINISHED), (0.1, HOPELESS)
+    trials = [trial(1, state, score, learning_rate=rate) for rate, (score, state) in zip((0.01, 0.1, 1.0), scores)]
+    draw(trials, ["learning_rate", "optimizer"], "search.png")
+    figures[0].draw_without_rendering()
+    panels = figures[0].axes
+    assert [axes.get_xlabel() for axes in panels] == ["learning_rate", "optimizer"]
+    assert figures[0].get_supylabel() == "validation accuracy"
+    assert 0.93 < panels[0].get_ylim()[0] < 0.95 and 0.98 < panels[0].get_ylim()[1] < 0.99
+    finished, hopeless = (points.get_offsets() for points in panels[0].collections)
+    np.testing.assert_allclose(finished, [[0.01, 0.95], [0.1, 0.98]])
+    np.testing.assert_allclose(hopeless, [[1.0, 0.95 - 0.05 * 0.03]])
 
 
 def test_a_command_names_what_differs():
