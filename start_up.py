@@ -7,6 +7,15 @@ import re
 import sys
 import tempfile
 
+
+def refuse(message):
+    """Ends the process with one line."""
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+if os.environ.setdefault("KERAS_BACKEND", "tensorflow") != "tensorflow":
+    refuse(f"KERAS_BACKEND must be tensorflow, or not set. Received: {os.environ['KERAS_BACKEND']!r}")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides TensorFlow's notes on its build
 if platform.machine().lower() in ("x86_64", "amd64"):  # halves the time of convolutions where TensorFlow leaves it off
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
@@ -33,7 +42,12 @@ def without_notes():
 
 
 with without_notes():
-    import tensorflow as tf
+    try:
+        import tensorflow as tf
+    except AssertionError:  # its own, on the floatx in that file
+        refuse(
+            "Keras's configuration file, ~/.keras/keras.json, must have floatx float32. Received: a type unknown to TensorFlow"
+        )
     from absl import logging
 
     tf.config.list_physical_devices()

@@ -1,5 +1,9 @@
 """Orthonormality and error modulation for very deep networks without shortcuts, on Keras 3 and TensorFlow."""
 
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # whatever Keras's configuration file says
+
 import keras
 
 if keras.config.backend() != "tensorflow":

@@ -1,5 +1,7 @@
 """The library with nothing but its declared dependencies: it imports, and what needs more says so before it begins."""
 
+import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -7,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from absl.testing import flagsaver
+from command_lines import ROOT
 from image_files import write_photographs
 
 import ortho_keras
@@ -34,6 +37,34 @@ def test_require_names_what_is_missing_and_only_that():
     assert installed_versions("numpy", "no-such-distribution") == {"numpy": np.__version__}
     with pytest.raises(ImportError, match=r"^a test needs no_such_one and nor_this: pip install no_such_one nor_this$"):
         require("a test", "no_such_one", "numpy", "nor_this")
+
+
+def test_require_reports_a_package_whose_import_fails(monkeypatch, tmp_path):
+    (tmp_path / "broken_one.py").write_text("raise ValueError('no such backend\\nmore')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="^a test needs broken_one, whose import failed: no such backend$"):
+        require("a test", "numpy", "broken_one")
+
+
+def test_configurations_that_do_not_fit_are_one_line_or_do_not_matter(tmp_path):
+    """Keras reads its file, and matplotlib its variable, once in a process."""
+    for name in ("float16", "bfloat16"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "keras.json").write_text(json.dumps({"backend": "jax", "floatx": name}))
+    given = [sys.executable, "train.py", "--depth=8", f"--workdir={tmp_path / 'run'}"]
+    for variables, expected in (
+        ({"KERAS_BACKEND": "jax"}, "KERAS_BACKEND must be tensorflow, or not set. Received: 'jax'"),
+        (
+            {"KERAS_HOME": f"{tmp_path}/float16"},
+            "train.py: Keras's floatx must be float32; use --precision instead. Received: 'f",
+        ),
+        ({"KERAS_HOME": f"{tmp_path}/bfloat16"}, "Keras's configuration file, ~/.keras/keras.json, must have floatx float32."),
+        ({"MPLBACKEND": "nonsense"}, "train.py: a run needs matplotlib, whose import failed: Key backend: 'nonsense' is not a"),
+    ):
+        environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"} | variables
+        done = subprocess.run(given, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith(expected) and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
