@@ -16,6 +16,7 @@ def refuse(message):
 
 if os.environ.setdefault("KERAS_BACKEND", "tensorflow") != "tensorflow":
     refuse(f"KERAS_BACKEND must be tensorflow, or not set. Received: {os.environ['KERAS_BACKEND']!r}")
+os.environ["MPLBACKEND"] = "agg"  # the commands draw into files
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides TensorFlow's notes on its build
 if platform.machine().lower() in ("x86_64", "amd64"):  # halves the time of convolutions where TensorFlow leaves it off
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
