@@ -30,12 +30,15 @@ class SignalMonitor(keras.callbacks.Callback):
     object. Otherwise a model at step 0 starts a new file. A measurement is taken as soon as all of them together, `share`, have
     at most `max_share` of the time since training began, and always at the first step and the last.
 
+    In a keras-tuner search, which copies callbacks for each trial, the files of a trial are in
+    `directory/<trial id>/execution<number>`, as those of Keras's `TensorBoard` are.
+
     Args:
         x, y: As in `signal_report`; 64 to 128 samples are enough.
         directory: Path of a folder; made if missing.
         loss: As in `signal_report`. Defaults to `None`, the compiled model's.
-        every: int, at least 1, steps from one measurement to the next, a multiple of the model's `steps_per_execution`.
-            Defaults to `None`, as often as `max_share` allows.
+        every: int, at least 1, a multiple of the model's `steps_per_execution`. The steps that are multiples of it are
+            measured, by a run that resumes between them too. Defaults to `None`, as often as `max_share` allows.
         max_share: float, above 0. The largest share of training time, where `every` is `None`.
         singular_values: bool. Whether to compute singular values, which is slower.
 
@@ -60,8 +63,7 @@ class SignalMonitor(keras.callbacks.Callback):
             raise ValueError(f"`directory` must be the path of a folder. Received: directory={directory!r}")
         require("SignalMonitor", "tensorboard", "matplotlib")
         self.x, self.y, self.loss = x, y, loss
-        self.directory = pathlib.Path(directory)
-        self.path = self.directory / "signals.csv"
+        self.log_dir = directory
         self.every, self.max_share, self.singular_values = every, max_share, singular_values
         self._probe = self._recorded = self._counter = None  # what the probe is of: a model, its optimizer and loss
         self._counted = (None, None)  # the model and optimizer of the last training
@@ -72,6 +74,12 @@ class SignalMonitor(keras.callbacks.Callback):
     def share(self):
         """The share of the last training's time that measurements, recording the graph and the plot took; 0 before."""
         return self._spent / max(self._duration, 1e-9)
+
+    def __deepcopy__(self, memo):
+        """For keras-tuner, which sets `log_dir` of a trial's copies of callbacks whose class has the name `TensorBoard`."""
+        copied = object.__new__(type("TensorBoard", (type(self),), {}))
+        vars(copied).update(vars(self))
+        return copied
 
     def on_train_begin(self, logs=None):
         self._began, self._spent, self._counter = time.perf_counter(), 0.0, None
@@ -86,21 +94,24 @@ class SignalMonitor(keras.callbacks.Callback):
         counter = StepCounter(model)
         counter.check_multiple("every", self.every or counter.interval)
         recorded = (model, model.optimizer, model.loss if self.loss is None else self.loss)
-        self._rows = [row for row in read_signals(self.path) if row["step"] <= step] if step else []
+        directory = pathlib.Path(self.log_dir)
+        self._path = directory / "signals.csv"
+        self._rows = [row for row in read_signals(self._path) if row["step"] <= step] if step else []
         if not model.built:
             model.build(np.shape(self.x))
         report = None
         if self._recorded != recorded or not self._rows or self._rows[-1]["step"] != step:
             self._recorded, self._probe, self._rule = None, self._new_probe(), ErrorModulation()
             self._spent = time.perf_counter() - began
-            self._rows = [row for row in self._rows if row["step"] < step]
-            report = self._report(step)
-        self._last, self._counter, self._recorded = step, counter, recorded
+            if not self.every or step % self.every == 0 or not self._rows:
+                self._rows = [row for row in self._rows if row["step"] < step]
+                report = self._report(step)
+        self._seen, self._counter, self._recorded = step, counter, recorded
         self._earlier, self._counted = step - steps_taken(model), recorded[:2]
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._writer = tf.summary.create_file_writer(str(self.directory / "tensorboard"))
+        directory.mkdir(parents=True, exist_ok=True)
+        self._writer = tf.summary.create_file_writer(str(directory / "tensorboard"))
         self._columns = list(self._rows[0]) if self._rows else ["step", *dataclasses.asdict(report.layers[0])]
-        with whole_file(self.path) as part:
+        with whole_file(self._path) as part:
             append_rows(part, self._rows, self._columns)
         if report:
             self._write(report)
@@ -117,19 +128,24 @@ class SignalMonitor(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         self._counter.end(batch)
         self._duration = time.perf_counter() - self._began
-        affordable = self._spent + self._latest <= self.max_share * self._duration
-        if self._steps() - self._last >= self.every if self.every else affordable:
-            self._write(self._report(self._steps()))
+        before, self._seen = self._seen, self._steps()
+        if self.every:
+            due = before // self.every < self._seen // self.every
+        else:
+            due = self._spent + self._latest <= self.max_share * self._duration
+        if due:
+            self._write(self._report(self._seen))
 
     def on_train_end(self, logs=None):
         self.on_train_batch_begin(0)  # where training took no step
-        if self._steps() > self._last:
-            self._write(self._report(self._steps()))
-        self._earlier = self._last - steps_taken(self.model)
+        step = self._steps()
+        if step > self._rows[-1]["step"]:
+            self._write(self._report(step))
+        self._earlier = step - steps_taken(self.model)
         drawing = time.perf_counter()
         self._writer.close()
         title = f"{self.model.name}: magnitude of the backpropagated error"
-        plot_heat_map(*errors_by_step(self._rows), self.directory / "signals.png", title)
+        plot_heat_map(*errors_by_step(self._rows), self._path.with_name("signals.png"), title)
         self._spent += time.perf_counter() - drawing
         self._duration = time.perf_counter() - self._began
 
@@ -143,7 +159,7 @@ class SignalMonitor(keras.callbacks.Callback):
         return Probe(model, self.x, self.y, self.loss)
 
     def _report(self, step):
-        self._started, self._last = time.perf_counter(), step
+        self._started, self._step = time.perf_counter(), step
         if self._probe.model is not self.model:
             copy_state(self.model, self._probe.model)
             for layer, copied in zip(self.model.layers, self._probe.model.layers):
@@ -152,10 +168,10 @@ class SignalMonitor(keras.callbacks.Callback):
         return self._probe.measure(self._rule, self.singular_values)
 
     def _write(self, report):
-        rows = [{"step": self._last, **dataclasses.asdict(layer)} for layer in report.layers]
-        append_rows(self.path, rows, self._columns)
+        rows = [{"step": self._step, **dataclasses.asdict(layer)} for layer in report.layers]
+        append_rows(self._path, rows, self._columns)
         self._rows += rows
-        with self._writer.as_default(step=self._last):
+        with self._writer.as_default(step=self._step):
             tf.summary.scalar("signal/growth_per_layer", report.growth[1])
             for layer in report.layers:
                 for field in dataclasses.fields(layer):

@@ -95,8 +95,8 @@ def test_a_resumed_run_keeps_its_lines(tmp_path):
         assert len(losses) == len(steps) and list(lines(tmp_path)) == steps
     with open(tmp_path / "signals.csv", "a") as file:
         file.write("20,conv,Conv2D,Tr")  # killed while it wrote
-    fit(model, copy.deepcopy(monitor(tmp_path, every=4)))
-    assert list(lines(tmp_path)) == [0, 8, 16, 20, 24]
+    fit(model, copy.deepcopy(monitor(tmp_path, every=3)))
+    assert list(lines(tmp_path)) == [0, 8, 16, 18, 21, 24]
     model = compiled()  # another model begins at step 0: another run
     fit(model, monitor(tmp_path), epochs=0)  # which takes no step
     assert list(lines(tmp_path)) == [0] and (tmp_path / "signals.png").exists()
@@ -128,23 +128,41 @@ class Killed(keras.callbacks.Callback):
 @pytest.mark.parametrize("same", [False, True], ids=["new objects", "the same objects"])
 def test_a_run_that_another_callback_restores_keeps_its_lines(tmp_path, same):
     def objects():
-        # The backup is written after each epoch.
-        made = [monitor(tmp_path / "signals", every=4), keras.callbacks.BackupAndRestore(tmp_path / "backup")]
+        # The backup is written after each epoch, at a step between two measurements.
+        made = [monitor(tmp_path / "signals", every=3), keras.callbacks.BackupAndRestore(tmp_path / "backup")]
         return compiled(), made[::-1] if same else made  # in either order
 
     model, callbacks = objects()
     with pytest.raises(KeyboardInterrupt):
         fit(model, *callbacks, Killed(), epochs=3)
     before = lines(tmp_path / "signals")
-    assert list(before) == [0, 4, 8, 12]
+    assert list(before) == [0, 3, 6, 9, 12]
     if not same:
         model, callbacks = compiled(seed=1), objects()[1]
     fit(model, *callbacks, epochs=3)
     after = lines(tmp_path / "signals")
-    assert model.optimizer.iterations == 24 and list(after) == [0, 4, 8, 12, 16, 20, 24]
-    for step in (0, 4, 8):  # at 8 the weights were restored, and measured as what they are
+    assert model.optimizer.iterations == 24 and list(after) == list(range(0, 25, 3))
+    for step in (0, 3, 6):
         assert after[step]["gradient_ratio"] == pytest.approx(before[step]["gradient_ratio"], rel=1e-4)
     assert_of(after[24], model)
+
+
+def test_a_trial_of_a_search_has_a_folder_of_its_own(tmp_path):
+    import keras_tuner
+
+    def build(hp):
+        hidden = [keras.layers.Dense(4) for _ in range(hp.Choice("depth", [1, 2]))]
+        model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten(), *hidden, keras.layers.Dense(10)])
+        model.compile("sgd", LOGITS)
+        return model
+
+    goal = keras_tuner.Objective("loss", "min")
+    tuner = keras_tuner.GridSearch(build, goal, directory=tmp_path, project_name="search")
+    tuner.search(*BATCH, epochs=1, verbose=0, callbacks=[monitor(tmp_path / "signals", every=1)])
+    assert not (tmp_path / "signals" / "signals.csv").exists()
+    for depth, trial in ((1, "0000"), (2, "0001")):
+        rows = read_signals(tmp_path / "signals" / trial / "execution0" / "signals.csv")
+        assert [row["step"] for row in rows] == [0] * (depth + 1) + [1] * (depth + 1)
 
 
 def test_under_a_strategy(tmp_path, two_replicas):
