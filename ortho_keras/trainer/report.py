@@ -158,11 +158,8 @@ def _learning_rates(run):
     recipe = Recipe(**{name: value for name, value in run.recipe.items() if name in Recipe.__dataclass_fields__})
     epoch, steps = run.history[0]["step"], np.unique(np.linspace(0, run.history[-1]["step"], 1000, dtype=int))
     grown = recipe.grow_epoch * epoch if recipe.start_depth else 0
-    rates = {}
-    for own, first, at in (
-        (dataclasses.replace(recipe, depth=recipe.start_depth), 0, steps[steps < grown]),
-        (recipe, grown, steps[steps >= grown]),
-    ):
+    shallow, rates = dataclasses.replace(recipe, depth=recipe.start_depth or recipe.depth), {}
+    for own, first, at in ((shallow, 0, steps[steps < grown]), (recipe, grown, steps[steps >= grown])):
         total = min(recipe.epochs * epoch, recipe.max_steps or math.inf)
         schedule = LearningRate(own.peak_learning_rate, total, own.schedule, own.warmup_steps, first)
         rates |= zip(at, schedule(at - first).numpy())

@@ -21,7 +21,7 @@ from ortho_keras.trainer.recipe import Recipe
 from ortho_keras.trainer.report import TEMPLATE, Run, _learning_rates, main, write_report
 from ortho_keras.trainer.run import run
 
-SMALL = Recipe(image_size=8, depth=8, width=2, epochs=3, batch_size=256, learning_rate=0.01, bn_batches=1, evaluate_every=1)
+SMALL = Recipe(image_size=8, depth=8, width=2, epochs=3, batch_size=256, learning_rate=0.01, rate_depth=8, bn_batches=1)
 PICTURE = "data:image/png;base64"
 
 
@@ -104,7 +104,7 @@ def test_runs_of_one_name_without_an_epoch(runs, tmp_path):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_learning_rate_is_drawn_step_by_step(tmp_path, shape):
+def test_the_learning_rate_is_drawn_step_by_step(runs, tmp_path, shape):
     """As the optimizers of a run that grows have it at each step: the second warms up again."""
     recipe = dataclasses.replace(
         SMALL,
@@ -130,9 +130,8 @@ def test_the_learning_rate_is_drawn_step_by_step(tmp_path, shape):
             optimizer.iterations.assign(step - first)
             expected[step] = float(optimizer.learning_rate)
     assert {int(step): float(rate) for step, rate in rates.items()} == pytest.approx(expected)
-    assert (
-        0 < expected[0] < expected[2] == pytest.approx(1.0, abs=0.01) and expected[30] < expected[32]
-    )  # 0.5 * 16 / 8 at the peak
+    assert 0 < expected[0] < expected[2] == pytest.approx(0.5 * 16 / 8, abs=0.01) and expected[30] < expected[32]
+    assert len(_learning_rates(Run(runs / "method"))) == 1 + 15  # from a recipe whose net does not grow
 
 
 def test_more_runs_than_colors_and_long_labels(monkeypatch):
