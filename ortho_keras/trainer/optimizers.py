@@ -7,7 +7,10 @@ import tensorflow as tf
 from keras import ops
 
 from ortho_keras.method.checks import check_number
+from ortho_keras.method.kernels import as_kernel, as_matrices
+from ortho_keras.method.regularizers import KernelRegularizer
 
+EXCLUDED = ("bias", "embeddings")
 DROPS = {"step": (1 / 2, 3 / 4), "thirds": (1 / 3, 2 / 3)}  # where the rate is divided by 10, as shares of the steps
 SHAPES = (*DROPS, "cosine", "constant")
 FLOAT16_EPSILON = 6e-5  # float16 rounds a smaller one to 0, or as coarsely as it does squared gradients
@@ -58,9 +61,10 @@ class LearningRate(keras.optimizers.schedules.LearningRateSchedule):
 class Muon(keras.optimizers.Muon):
     """Muon for kernels of any rank: each step is the orthonormalized momentum.
 
-    `keras.optimizers.Muon` applies Muon to kernels of rank 2, and Adam to convolutions. Here a kernel of higher rank is read as
-    a matrix W of shape `(f_in, f_out)`, as `OrthonormalRegularizer` reads it in the standard layout: a Conv2D kernel
-    `(kh, kw, cin, cout)` becomes `(kh * kw * cin, cout)`. With G its gradient,
+    `keras.optimizers.Muon` applies Muon to kernels of rank 2, and Adam to convolutions. Here a kernel is read as a matrix W
+    of shape `(f_in, f_out)`, or as several, by the layout and groups of its regularizer: `orthonormalize`, with a factor of 0
+    too, gives each kernel one with the layout that fits its layer. A kernel without one is read in the standard layout, a
+    Conv2D's `(kh, kw, cin, cout)` as `(kh * kw * cin, cout)`. With G the gradient of W,
 
         M = momentum * M + G
         W = W - learning_rate * orthonormal(G + momentum * M)
@@ -77,10 +81,11 @@ class Muon(keras.optimizers.Muon):
         vector_rate: float, at least 0. Adam's learning rate, relative to `learning_rate`.
         beta_2: float, at least 0 and below 1. Adam's decay of squared gradients.
         epsilon: float, above 0. Adam's; at least 6e-5 is used where variables are float16.
-        exclude: List or tuple of names of variables that Adam trains whatever their rank.
+        exclude: List or tuple of strings, whose variables Adam trains whatever their rank: names of variables or layers, or
+            paths (`"block1/conv"`). Each must have a trainable variable, except `"bias"` and `"embeddings"`.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        ValueError: If an argument is outside its range, or, when the optimizer is built, no variable has a name in `exclude`.
 
     Reference:
         Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". Not a part of Xie et al. 2017.
@@ -93,13 +98,13 @@ class Muon(keras.optimizers.Muon):
         vector_rate=1.0,
         beta_2=0.99,
         epsilon=1e-8,
-        exclude=("bias", "embeddings"),
-        name="muon",
+        exclude=EXCLUDED,
+        name=None,
         weight_decay=None,
         **kwargs,
     ):
         if not isinstance(exclude, (list, tuple)) or not all(isinstance(one, str) for one in exclude):
-            raise ValueError(f"`exclude` must be a list or tuple of names of variables. Received: exclude={exclude!r}")
+            raise ValueError(f"`exclude` must be a list or tuple of names. Received: exclude={exclude!r}")
         momentum = check_number("momentum", momentum, least=0, below=1)
         super().__init__(
             learning_rate=learning_rate,
@@ -120,6 +125,10 @@ class Muon(keras.optimizers.Muon):
         """Creates the optimizer's variables: a momentum for each variable, then Adam's squared gradients."""
         if self.built:
             return
+        for name in self.exclude:
+            if name not in EXCLUDED and not any(_has_name(one, name) for one in variables):
+                expected = "`exclude` must list names or paths of trainable variables or of their layers"
+                raise ValueError(f"{expected}. Received: exclude={self.exclude}, where no variable has the name {name!r}")
         keras.optimizers.Optimizer.build(self, variables)
         add = self.add_variable_from_reference
         self.momentums = [add(one, name="momentum") for one in variables]
@@ -139,19 +148,34 @@ class Muon(keras.optimizers.Muon):
         epsilon = max(self.epsilon, FLOAT16_EPSILON) if variable.dtype == "float16" else self.epsilon
         self.assign_sub(variable, learning_rate * mean / (ops.sqrt(square) + epsilon))
 
+    def _muon_update_step(self, gradient, variable, lr, m):
+        self.assign_add(m, gradient + m * (self.momentum - 1))
+        regularizer = self._trainable_variables[self._get_variable_index(variable)].regularizer
+        known = isinstance(regularizer, KernelRegularizer)
+        reading = (regularizer.layout, regularizer.groups) if known else ("standard", 1)
+        self.assign_sub(variable, lr * self._orthonormal(gradient + self.momentum * m, *reading))
+
     @tf.function(autograph=False)  # the graph of a deep net then traces the iteration once for each shape of kernel
-    def zeropower_via_newtonschulz5(self, x, steps):
-        matrix = ops.reshape(x, (-1, x.shape[-1]))
+    def _orthonormal(self, x, layout, groups):
+        kernel = ops.reshape(x, (-1, x.shape[-1])) if layout == "standard" else x  # of any rank
+        matrices = as_matrices(kernel, layout, groups)
+        matrices = matrices[0] if matrices.shape[0] == 1 else matrices  # a plain product is faster than a batch of one
         # Keras adds 1e-7 to the norm, and the squares of 1e-30 and 1e30 leave float32.
-        matrix = ops.divide_no_nan(matrix, ops.max(ops.abs(matrix)))
-        return ops.reshape(super().zeropower_via_newtonschulz5(matrix, steps), x.shape)
+        matrices = ops.divide_no_nan(matrices, ops.max(ops.abs(matrices), axis=(-2, -1), keepdims=True))
+        matrices = self.zeropower_via_newtonschulz5(matrices, self.ns_steps)
+        return ops.reshape(as_kernel(matrices, kernel.shape, layout, groups), x.shape)
 
     def _should_use_adamw(self, variable):
-        return len(variable.shape) < 2 or variable.name in self.exclude
+        return len(variable.shape) < 2 or any(_has_name(variable, name) for name in self.exclude)
 
     def get_config(self):
         own = {"momentum": self.momentum, "vector_rate": self.adam_lr_ratio, "beta_2": self.adam_beta_2}
         return {**keras.optimizers.Optimizer.get_config(self), **own, "epsilon": self.epsilon, "exclude": self.exclude}
+
+
+def _has_name(variable, name):
+    """Whether a name is a variable's, its layer's, or a part of its path."""
+    return f"/{name}/" in f"/{variable.path}/"
 
 
 @keras.saving.register_keras_serializable(package="ortho_keras")

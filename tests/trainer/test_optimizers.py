@@ -65,6 +65,44 @@ def test_a_step_is_orthonormal_whatever_the_size_of_the_gradient(shape):
     assert values[-1] > 0.3 and values[0] < 1.135
 
 
+@pytest.mark.parametrize(
+    ("layer", "read"),
+    [
+        (L.Conv2DTranspose(2, 3, use_bias=False), lambda w: [w.transpose(0, 1, 3, 2).reshape(-1, 2)]),
+        (L.DepthwiseConv2D(3, depth_multiplier=2, use_bias=False), lambda w: [w[:, :, c].reshape(9, 2) for c in range(6)]),
+        (L.Conv2D(4, 3, groups=2, use_bias=False), lambda w: [w[..., :2].reshape(-1, 2), w[..., 2:].reshape(-1, 2)]),
+        (L.EinsumDense("abcd,def->abcef", (None, None, 2, 3)), lambda w: [w.reshape(6, 6)]),
+    ],
+)
+def test_a_step_is_orthonormal_in_the_layout_that_orthonormalize_finds(layer, read):
+    model = keras.Sequential([keras.Input((5, 5, 6)), layer])
+    ortho_keras.orthonormalize(model, 0, verbose=False)
+    before, gradient = layer.kernel.numpy(), np.random.default_rng(0).normal(size=layer.kernel.shape)
+    if isinstance(layer, L.DepthwiseConv2D):
+        gradient[:, :, 0] *= 1e-25  # each channel is a matrix of its own
+    Muon(0.5, momentum=0).apply([tf.constant(gradient, tf.float32)], [layer.kernel])
+    for found, matrix in zip(read(layer.kernel.numpy() - before), read(gradient), strict=True):
+        np.testing.assert_allclose(found, -0.5 * orthonormal(matrix), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["last", "last/kernel"])
+def test_adam_trains_layers_that_are_excluded(name):
+    model = keras.Sequential([keras.Input((6,)), *(L.Dense(6, use_bias=False, name=own) for own in ("last1", "last"))])
+    before = model.get_weights()
+    gradients = np.random.default_rng(0).normal(size=(2, 6, 6))
+    Muon(0.01, exclude=[name]).apply(list(tf.constant(gradients, tf.float32)), model.trainable_variables)
+    muon, adam = (after - start for after, start in zip(model.get_weights(), before))
+    np.testing.assert_allclose(muon, -0.01 * orthonormal(1.9 * gradients[0]), atol=1e-6)
+    np.testing.assert_allclose(adam, -0.01 * np.sign(gradients[1]), atol=1e-6)  # Adam's first step
+    with pytest.raises(ValueError, match="names or paths .* Received: exclude=.'lst',., where no variable has the name 'lst'"):
+        Muon(exclude=["lst"]).build(model.trainable_variables)
+
+
+def test_two_optimizers_are_numbered_as_keras_numbers_them():
+    keras.backend.clear_session()
+    assert [Muon().name, Muon().name, Muon(name="mine").name] == ["muon", "muon_1", "mine"]
+
+
 def test_steps_equal_numpy():
     rng = np.random.default_rng(1)
     kernel, bias = keras.Variable(rng.normal(size=(2, 3, 2))), keras.Variable(rng.normal(size=(2,)))
@@ -176,7 +214,7 @@ def test_a_config_of_an_earlier_version_loads():
         ({"momentum": 1.0}, "`momentum` must be a finite number, at least 0 and below 1. Received: momentum=1.0"),
         ({"beta_2": -0.1}, "`beta_2` must be"),
         ({"epsilon": 0}, "`epsilon` must be"),
-        ({"exclude": "embeddings"}, "`exclude` must be a list or tuple of names of variables. Received: exclude='embeddings'"),
+        ({"exclude": "embeddings"}, "`exclude` must be a list or tuple of names. Received: exclude='embeddings'"),
         ({"peak": 0.1, "total_steps": 9, "shape": "linear"}, "`shape` must be one of .* Received: shape='linear'"),
     ],
 )
