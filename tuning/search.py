@@ -140,6 +140,8 @@ def run_trials(role, space, name, directory, deadline):
                 log(f"searching {', '.join(space.parameters)}; {directory} holds {len(oracle.trials)} trials")
             with workers.watched_chief(deadline) if role == CHIEF else contextlib.nullcontext():
                 tuner.search()
+        if role != WORKER and len(oracle.trials) < FLAGS.max_trials:
+            log(f"--tuner={FLAGS.tuner} has nothing more to try after {len(oracle.trials)} of {FLAGS.max_trials} trials")
     except SearchStopped as error:
         if deadline and time.time() >= deadline:
             log(f"{error}: the budget is used up; the same command resumes from there")

@@ -36,6 +36,8 @@ def checked_inputs(model, x):
 
 def _fitted(array, expected):
     """A tensor of the input's type; a last axis of one channel is added or removed, as in `fit`."""
+    if isinstance(array, (tf.SparseTensor, tf.RaggedTensor)):
+        raise TypeError("it must be dense")
     tensor = tf.cast(tf.convert_to_tensor(array), expected.dtype)
     rank = len(expected.shape)
     if len(tensor.shape) == rank - 1 and expected.shape[-1] == 1:
@@ -46,8 +48,18 @@ def _fitted(array, expected):
 def checked_targets(model, y):
     """Returns y as arrays; for a model of one output a list of numbers is one array, unless the model returns a list."""
     if len(model.outputs) > 1 or not isinstance(y, (list, tuple)) or _is_one_in_a_list(y, model, "output"):
-        return keras.tree.map_structure(np.asarray, y)
-    return np.asarray(y)
+        return keras.tree.map_structure(_target, y)
+    return _target(y)
+
+
+def _target(value):
+    try:
+        array = np.asarray(value)
+    except ValueError:  # a list of lists of different lengths
+        array = None
+    if value is not None and (array is None or array.dtype == object):
+        raise ValueError(f"`y` must be dense arrays of numbers. Received: {type(value).__name__}")
+    return array
 
 
 def _is_one_in_a_list(given, model, end):  # a Sequential model never has lists

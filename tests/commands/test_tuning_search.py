@@ -142,6 +142,15 @@ def test_hopeless_and_failed_trials_do_not_end_a_search(tmp_path, capsys):
     assert out.count("failed: --stem_initializer=pca must have images with patches that differ") == 8  # line and table
 
 
+@pytest.mark.parametrize("tuner", ["grid", "random"])
+def test_a_search_whose_space_is_used_up_says_so(tmp_path, capsys, monkeypatch, tuner):
+    monkeypatch.setattr("tuning.tuner.run", lambda *arguments, **options: {}["no time for training"])
+    fixed = ["--learning_rate=0.03", "--factor=1e-4", "--modulation=off", "--relu_shift=0"]  # the initializer is searched
+    status, out, err = invoke(capsys, *TINY, *fixed, f"--tuner={tuner}", "--max_trials=9", f"--workdir={tmp_path / 'search'}")
+    assert (status, err) == (0, "") and states(tmp_path / "search") == [(number, FAILED) for number in (1, 2, 3)]
+    assert f"\n--tuner={tuner} has nothing more to try after 3 of 9 trials\n" in out
+
+
 def test_a_trial_that_kills_its_process_again_and_again_is_given_up(search_of_two, tmp_path, capsys):
     given, directory, _ = search_of_two
     directory = shutil.copytree(directory, tmp_path / "search")

@@ -238,6 +238,21 @@ class OwnCall(keras.Model):
         return 1000 * super().call(x)
 
 
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (tf.sparse.eye(8, 4), "SparseTensor"),
+        (tf.ragged.constant([[1.0], [2.0, 3.0]] * 4), "RaggedTensor"),
+        ([[1], [2, 3]], "list"),
+    ],
+)
+def test_arrays_that_are_not_dense(value, kind):
+    with pytest.raises(ValueError, match=r"^`y` must be dense arrays of numbers. Received: " + kind + "$"):
+        ortho_keras.signal_report(dense(), np.ones((8, 4)), value, "mse")
+    with pytest.raises(ValueError, match=rf"^`x` must be a batch of at least 2 for inputs .* Received: {kind} \(.*\)$"):
+        ortho_keras.signal_report(dense(), value, np.ones((8, 10)), "mse")
+
+
 def test_bad_input():
     """`x` and `y` are the number of samples, or a shape."""
     inputs = keras.Input((4,))
