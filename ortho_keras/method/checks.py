@@ -19,7 +19,8 @@ def check_number(name, value, least=None, above=None, most=None, below=None, int
     ranges = (least, "at least", operator.ge), (above, "above", operator.gt), (most, "at most", operator.le)
     limits = [limit for limit in (*ranges, (below, "below", operator.lt)) if limit[0] is not None]
     is_number = isinstance(value, numbers.Integral if integer else numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not all(holds(value, limit) for limit, _, holds in limits):
+    too_long = isinstance(value, numbers.Integral) and abs(int(value)) >= (2**63 if integer else 10**300)
+    if not is_number or too_long or not math.isfinite(value) or not all(holds(value, limit) for limit, _, holds in limits):
         bounds = "".join(f"{' and' if number else ','} {words} {limit}" for number, (limit, words, _) in enumerate(limits))
         message = f"must be {'an integer' if integer else 'a finite number'}{bounds}. Received: {name}={value!r}"
         raise InputError(f"{name} {message}") if name.startswith("--") else ValueError(f"`{name}` {message}")

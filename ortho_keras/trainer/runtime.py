@@ -14,6 +14,7 @@ import tensorflow as tf
 from ortho_keras.method.errors import InputError
 from ortho_keras.method.files import parse_json
 
+MOST_CPUS = 64  # logical ones; a thousand took 11 GB and 15 minutes to make
 STRATEGIES = ("auto", "none", "mirrored", "multi_worker")
 
 
@@ -197,19 +198,21 @@ def read_devices(text):
         return []
     gpus = len(tf.config.list_physical_devices("GPU"))
     kind = "GPU" if gpus else "CPU"
-    names = [f"{kind}:{index}" for index in range(int(text))] if text.isdecimal() else text.upper().replace(" ", "").split(",")
+    names = text.upper().replace(" ", "").split(",")
+    if re.fullmatch(r"\d{1,3}", text):
+        names = [f"{kind}:{index}" for index in range(int(text))]
     kind = names[0][:3] if names else ""
-    indices = [int(name[4:]) for name in names if name.startswith(f"{kind}:") and name[4:].isdecimal()]
-    count = 1 + max(indices, default=0)
-    if not names or len(set(indices)) < len(names) or kind not in ("GPU", "CPU") or (kind == "GPU" and count > gpus):
+    indices = [int(name[4:]) for name in names if re.fullmatch(r"[GC]PU:\d{1,3}", name) and name[:3] == kind]
+    most = gpus if kind == "GPU" else MOST_CPUS
+    if not names or len(set(indices)) < len(names) or max(indices) >= most:
         raise InputError(
             "--devices must be a number of devices or names of one kind, GPU:0,GPU:1, that this machine has "
-            f"({gpus} GPU(s)). Received: {text!r}"
+            f"({gpus} GPU(s)), or at most {MOST_CPUS} logical CPUs. Received: {text!r}"
         )
     cpu = tf.config.list_physical_devices("CPU")[0]
-    if kind == "CPU" and len(tf.config.get_logical_device_configuration(cpu) or [None]) < count:
+    if kind == "CPU" and len(tf.config.get_logical_device_configuration(cpu) or [None]) <= max(indices):
         try:
-            tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
+            tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * (1 + max(indices)))
         except RuntimeError as error:
             raise InputError(f"--devices must be set before TensorFlow is used. Received: {text!r} ({error})") from error
     return names

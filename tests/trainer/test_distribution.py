@@ -289,6 +289,10 @@ def test_the_chiefs_state_is_sent_exactly():
         ({"devices": "TPU:0"}, "", "Received: 'TPU:0'"),
         ({"devices": "GPU:0"}, "", "Received: 'GPU:0'"),
         ({"devices": "0"}, "", "Received: '0'"),
+        ({"devices": "65"}, "", "or at most 64 logical CPUs. Received: '65'"),
+        ({"devices": "9" * 5000}, "", "or at most 64 logical CPUs. Received: '9{5000}'"),
+        ({"devices": "CPU:0,CPU:64"}, "", "or at most 64 logical CPUs. Received: 'CPU:0,CPU:64'"),
+        ({"devices": f"CPU:{'9' * 5000}"}, "", "Received: 'CPU:9{5000}'"),
         ({"strategy": "mirrored", "devices": "2", "jit_compile": True}, "", "--jit_compile must be off with more than one"),
     ],
 )
