@@ -176,15 +176,22 @@ _PRESETS = {
     "resnet101_imagenet": _residual(
         _IMAGENET, "plain101_imagenet", "75.9 (orthonormal, read off a figure; L2: 75.5)", depth=101
     ),
-    "plain34_imagenet_smoke": _preset(
+    # Chosen on two folders of 360 enlarged CIFAR-10 images. With random orthonormal kernels and ReLU the error grows 26 times
+    # towards the first layer, and at a rate of 0.02 the loss did not fall.
+    "plain34_photographs": _preset(
         _IMAGENET,
-        "a small plain34_imagenet, to try a folder of a few hundred photographs: --dataset=folder:PATH",
+        "34 layers for a folder of a few hundred photographs, about a minute on two cores: --dataset=folder:PATH",
         dataset="imagenette",
         image_size=64,
         width=16,
-        learning_rate=0.02,
-        warmup_steps=5,
-        epochs=3,
+        initializer="dirac",
+        stem_initializer="pca",
+        relu_shift=1.0,
+        factor=1e-2,
+        schedule="cosine",
+        learning_rate=0.005,
+        warmup_steps=30,
+        epochs=20,
         batch_size=32,
     ),
 }

@@ -1,6 +1,7 @@
 """The recipes for photographs: their nets, and runs on a generated folder of which some files do not decode."""
 
 import dataclasses
+import json
 
 import keras
 import numpy as np
@@ -65,6 +66,18 @@ def test_a_run_on_photographs_reports_top_five_and_skipped_images(photographs, t
     order = np.argsort(model.predict(images.astype("float32"), verbose=0), -1)
     top = np.mean([label in five for label, five in zip(labels, order[:, -5:])])
     assert abs(whole["test_top5_accuracy"] - top) <= 1.01 / len(labels)
+
+
+def test_the_recipe_for_a_small_folder_learns_and_keeps_its_kernels_orthonormal(tmp_path):
+    write_photographs(tmp_path / "data", {"train": 40, "test": 4}, 3)
+    own = RECIPES["plain34_photographs"].recipe
+    recipe = small("plain34_photographs", tmp_path / "data", batch_size=12, width=4, epochs=5, warmup_steps=own.warmup_steps)
+    run(recipe, tmp_path / "run", log=silent)
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    losses, penalties = ([epoch[name] for epoch in history] for name in ("loss", "penalty"))
+    assert history[-1]["step"] == 50 and losses[0] > losses[2] > losses[-1] and losses[-1] < 0.7 * losses[0]
+    # The sum over the kernels of ||W'W - I||^2; with random orthonormal kernels and ReLU it passes 1,000.
+    assert max(penalties) < 1 * own.factor / 2
 
 
 def test_one_class_is_nothing_to_tell_apart(tmp_path):

@@ -40,8 +40,8 @@ def test_every_recipe_is_sound_and_named_by_network_depth_and_data():
             continue
         network, data = name.split("_")[:2]
         assert f"{'plain' if recipe.network == 'plain' else 'resnet'}{recipe.depth}" == network
-        assert recipe.dataset.startswith(data) or name.startswith("plain34_imagenet_smoke")
-        assert recipe.family == ("imagenet" if data == "imagenet" else "cifar")
+        assert recipe.dataset.startswith("imagenet" if data == "photographs" else data)
+        assert recipe.family == ("imagenet" if data in ("imagenet", "photographs") else "cifar")
 
 
 def test_every_recipe_has_a_baseline_with_the_same_data_steps_and_schedule():
