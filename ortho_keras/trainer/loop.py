@@ -105,13 +105,14 @@ class Trainer:
             callbacks.on_train_end(history[-1] if history else None)
         return history
 
-    def evaluate(self, split, mirrored=False):
+    def evaluate(self, split, mirrored=False, confusion=False):
         """Returns `crossentropy`, `accuracy` and `penalty` as floats; of more than ten classes `top5_accuracy` too.
 
-        With `mirrored`, `mirrored_accuracy` too (see `score_function`). Calls `estimate` first.
+        With `mirrored`, `mirrored_accuracy` too, and with `confusion` the `confusion_matrix`, an int64 array `(classes, classes)`
+        (see `score_function`). Calls `estimate` first.
         """
         self.estimate()
-        score = score_function(self.model, self.runtime, mirrored=True) if mirrored else self._score
+        score = score_function(self.model, self.runtime, mirrored, confusion) if mirrored or confusion else self._score
         batch_size = min(self.recipe.batch_size, -(-len(split) // self.runtime.replicas) * self.runtime.replicas)
         totals = 0.0
         for batch in self._distributed(lambda own: evaluation_batches(split, batch_size, self.runtime.replicas, own)):
@@ -122,7 +123,10 @@ class Trainer:
             raise InputError(f"--dataset must hold images that decode. Received: {len(split)} that do not")
         metrics = {"crossentropy": crossentropy / count, "accuracy": correct / count, "penalty": float(sum(self.model.losses))}
         if mirrored:
-            metrics["mirrored_accuracy"] = rest[0] / count
+            metrics["mirrored_accuracy"] = rest.pop() / count
+        if confusion:
+            classes = len(self.data.class_names)
+            metrics["confusion_matrix"] = np.reshape(rest, (classes, classes)).astype(np.int64)
         return metrics | ({"top5_accuracy": among / count} if len(self.data.class_names) > FEW_CLASSES else {})
 
     def estimate(self):

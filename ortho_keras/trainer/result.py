@@ -15,6 +15,7 @@ RESULT = dict.fromkeys(("validation_accuracy", "test_top5_accuracy", "test_mirro
 RESULT |= {"test_accuracy": float, "seconds": float, "steps": int, "skipped_images": (int, type(None))}
 EVALUATE_AGAIN = "delete its result.json, and the same command evaluates the last checkpoint again, or give another --workdir"
 
+MOST_CLASSES = 100  # of a confusion matrix in a file: a thousand classes would be a million numbers
 PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "scikit-learn")
 
 
@@ -27,6 +28,7 @@ def result_of(name, recipe, data, model, history, test, runtime):
         "seed": recipe.seed,
         **progress(history, recipe.grow_epoch if recipe.start_depth else 0),
         **{f"test_{key}": test.get(key) for key in ("accuracy", "top5_accuracy", "mirrored_accuracy", "crossentropy")},
+        **by_class(data.class_names, test["confusion_matrix"]),
         "penalty": test["penalty"],
         "skipped_images": len(data.skipped),
         "data_sha256": data.fingerprint,
@@ -40,6 +42,19 @@ def result_of(name, recipe, data, model, history, test, runtime):
             "runtime": runtime.describe(),
         },
         "versions": {"python": platform.python_version(), "ortho_keras": __version__, **installed_versions(*PACKAGES)},
+    }
+
+
+def by_class(names, matrix):
+    """Returns the part of `result.json` on single classes, from a confusion matrix whose rows are the true classes.
+
+    A class without a test image has the accuracy `None`. Above `MOST_CLASSES` the matrix is left out.
+    """
+    names, rows = list(names), zip(matrix.diagonal().tolist(), matrix.sum(1).tolist())
+    return {
+        "class_names": names,
+        "test_accuracy_by_class": [right / count if count else None for right, count in rows],
+        "test_confusion_matrix": matrix.tolist() if len(names) <= MOST_CLASSES else None,
     }
 
 

@@ -102,7 +102,7 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
         if signal_every and runtime.is_chief:
             log(f"signals.csv and signals.png took {100 * callbacks[-1].share:.1f} % of the training time")
         log("evaluating on the test split")
-        test = trainer.evaluate(data.test, recipe.augment in MIRRORING)
+        test = trainer.evaluate(data.test, recipe.augment in MIRRORING, confusion=True)
         if not runtime.is_chief:
             return None
         result = result_of(name, recipe, data, model, history, test, runtime)

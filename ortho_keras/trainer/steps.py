@@ -29,22 +29,26 @@ def train_function(model, batch_size, label_smoothing, runtime):
     return lambda images, labels, stop: train(images, labels, tf.constant(stop, tf.float32))
 
 
-def score_function(model, runtime, mirrored=False):
+def score_function(model, runtime, mirrored=False, confusion=False):
     """An evaluation step from `(images, labels, weights)` to sums over replicas `[cross-entropy, correct, in top 5, weight]`.
 
-    With `mirrored` there is one more, correct by the mean of the logits of each image and of its mirror image (left to right),
-    as Krizhevsky, Sutskever and Hinton 2012 average over reflections.
+    With `confusion` the confusion matrix follows, row by row: a row for each true class, a column for each predicted one. With
+    `mirrored` there is one more at the end, correct by the mean of the logits of each image and of its mirror image (left to
+    right), as Krizhevsky, Sutskever and Hinton 2012 average over reflections.
     """
 
     def step(images, labels, weights):
         logits = tf.cast(model(images, training=False), tf.float32)
         crossentropy, correct, _ = scores(labels, logits)
         among = tf.cast(tf.math.in_top_k(labels, logits, min(TOP, logits.shape[-1])), tf.float32)
-        figures = [crossentropy, correct, among, tf.ones_like(weights)]
+        sums = [tf.stack([tf.reduce_sum(weights * one) for one in (crossentropy, correct, among, tf.ones_like(weights))])]
+        if confusion:
+            matrix = tf.math.confusion_matrix(labels, tf.argmax(logits, -1), logits.shape[-1], weights, tf.float32)
+            sums.append(tf.reshape(matrix, (-1,)))
         if mirrored:
             logits += tf.cast(model(tf.reverse(images, [2]), training=False), tf.float32)
-            figures.append(scores(labels, logits)[1])
-        return tf.stack([tf.reduce_sum(weights * figure) for figure in figures])
+            sums.append([tf.reduce_sum(weights * scores(labels, logits)[1])])
+        return tf.concat(sums, 0)
 
     @tf.function(reduce_retracing=True)
     def score(images, labels, weights):

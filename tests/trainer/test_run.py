@@ -26,7 +26,7 @@ from ortho_keras.trainer.data import load_data, training_batches
 from ortho_keras.trainer.loop import Trainer
 from ortho_keras.trainer.recipe import OPTIMIZERS
 from ortho_keras.trainer.recipes import find_preset
-from ortho_keras.trainer.result import hardware
+from ortho_keras.trainer.result import by_class, hardware
 from ortho_keras.trainer.run import run
 from ortho_keras.trainer.steps import score_function
 
@@ -91,6 +91,10 @@ def test_final_model_reproduces_the_reported_metrics(finished):
     model = keras.models.load_model(workdir / "final.keras", safe_mode=True)
     logits = np.float64(model.predict(test.images.astype("float32"), verbose=0))
     assert np.mean(logits.argmax(-1) == test.labels) == pytest.approx(result["test_accuracy"], abs=1e-9)
+    matrix = np.zeros((10, 10), int)
+    np.add.at(matrix, (test.labels, logits.argmax(-1)), 1)
+    assert result["test_confusion_matrix"] == matrix.tolist() and result["class_names"] == [str(digit) for digit in range(10)]
+    assert result["test_accuracy_by_class"] == (matrix.diagonal() / matrix.sum(1)).tolist()
     log_sums = np.log(np.exp(logits).sum(-1))
     crossentropy = np.mean(log_sums - logits[np.arange(len(test)), test.labels])
     assert crossentropy == pytest.approx(result["test_crossentropy"], rel=1e-4)
@@ -296,9 +300,15 @@ def test_mirror_images_by_hand():
     model = keras.Sequential([keras.layers.Input((1, 2, 1)), keras.layers.Flatten(), keras.layers.Dense(2, use_bias=False)])
     model.layers[-1].kernel.assign([[1.0, 0.0], [0.0, 2.0]])
     images = np.float32([[5, 1], [1, 1], [1, 5], [5, 1]])[:, None, :, None]
-    score = score_function(model, runtime.Runtime(tf.distribute.get_strategy()), mirrored=True)
-    _, alone, _, weight, both = score(images, np.int64([1, 1, 0, 1]), np.float32([1, 1, 1, 0])).numpy()
-    assert (alone, both, weight) == (1, 2, 3)
+    score = score_function(model, runtime.Runtime(tf.distribute.get_strategy()), mirrored=True, confusion=True)
+    _, alone, _, weight, *matrix, both = score(images, np.int64([1, 1, 0, 1]), np.float32([1, 1, 1, 0])).numpy()
+    assert (alone, both, weight) == (1, 2, 3) and matrix == [0, 1, 1, 1]
+
+
+def test_results_by_class_without_images_and_of_many_classes():
+    few = by_class("abc", np.array([[2, 2, 0], [0, 0, 0], [0, 0, 1]]))
+    assert few["test_accuracy_by_class"] == [0.5, None, 1.0] and few["test_confusion_matrix"][0] == [2, 2, 0]
+    assert by_class(map(str, range(101)), np.eye(101, dtype=int))["test_confusion_matrix"] is None
 
 
 def test_a_run_in_half_precision_is_asked_for_by_its_own_flag(tmp_path):
