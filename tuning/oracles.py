@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import pathlib
 import warnings
 
 import keras_tuner
@@ -9,8 +10,13 @@ from keras_tuner.engine.trial import TrialStatus
 from keras_tuner.src.engine.stateful import Stateful
 from sklearn.exceptions import ConvergenceWarning
 
-from ortho_keras.method.files import whole_file
+from ortho_keras.method.errors import InputError, first_line
+from ortho_keras.method.files import read_json, whole_file
 
+ORACLE = {"ongoing_trials": {str: str}, "hyperparameters": dict, "display": dict, "seed": int, "seed_state": int}
+ORACLE |= {"id_to_hash": dict, "run_times": {str: int}}
+ORACLE |= {name: [str] for name in ("start_order", "end_order", "retry_queue", "tried_so_far")}
+TRIAL = {"trial_id": str, "hyperparameters": dict, "metrics": dict, "score": (float, type(None)), "status": str}
 OBJECTIVE = keras_tuner.Objective("validation_accuracy", "max")
 
 
@@ -35,7 +41,17 @@ class _Lasting:
         self.save()  # now that the trial is no longer among the ongoing ones
 
     def reload(self):
-        super().reload()
+        folder, expected = pathlib.Path(self._project_dir), "the files of a search must be whole"
+        for path in (folder / "oracle.json", *folder.glob("trial_*/trial.json")):
+            read_json(path, ORACLE if path.parent == folder else TRIAL, expected)
+        try:
+            super().reload()
+            lost = {*self.start_order, *self.end_order, *self._retry_queue} - set(self.trials)
+            if lost:
+                raise ValueError(f"no trial.json for {', '.join(sorted(lost))}")
+        except Exception as error:  # keras-tuner does not check what it reads
+            reason = f"{type(error.__cause__ or error).__name__}: {first_line(error.__cause__ or error)}"
+            raise InputError(f"{expected}. Received: {str(folder)!r} ({reason})") from error
         for number in set(self.trials) - set(self.start_order):
             del self.trials[number]  # killed before the oracle's own file was written: it will be chosen again
         self._retry_queue = [number for number in self._retry_queue if self.trials[number].status == TrialStatus.RUNNING]

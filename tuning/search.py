@@ -138,7 +138,7 @@ def run_trials(role, space, name, directory, deadline):
             tuner = Search(oracle, space, directory, FLAGS.data_dir, name, machine, FLAGS.chance_steps, deadline, log)
             if role != WORKER:
                 log(f"searching {', '.join(space.parameters)}; {directory} holds {len(oracle.trials)} trials")
-            with workers.watched_chief(deadline) if role == CHIEF else contextlib.nullcontext():
+            with workers.watched_chief(deadline, oracle, log) if role == CHIEF else contextlib.nullcontext():
                 tuner.search()
         if role != WORKER and len(oracle.trials) < FLAGS.max_trials:
             log(f"--tuner={FLAGS.tuner} has nothing more to try after {len(oracle.trials)} of {FLAGS.max_trials} trials")

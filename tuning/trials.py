@@ -5,15 +5,18 @@ reason of a failure is lost; and a worker that is killed leaves no trace of its 
 """
 
 import dataclasses
-import json
 import pathlib
 
 from ortho_keras.method.errors import InputError
-from ortho_keras.method.files import write_json
+from ortho_keras.method.files import read_json, write_json
 from ortho_keras.trainer.recipe import Recipe
 
 RUNNING, FINISHED, HOPELESS, FAILED = "running", "finished", "hopeless", "failed"
 SEARCH_FILE, TRIAL_FILE = "search.json", "outcome.json"
+_NUMBER_OR_NONE = (float, type(None))
+SEARCH = {"recipe_name": str, "base": dict, "parameters": {str: str}, "train_flags": (list, type(None))}
+TRIAL = {"number": int, "state": str, "recipe": dict, "score": _NUMBER_OR_NONE, "crossentropy": _NUMBER_OR_NONE}
+TRIAL |= {"seconds": float, "reason": str, "starts": int}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +49,18 @@ class Trial:
     @classmethod
     def read(cls, folder):
         """Returns the trial of a folder, or `None` where none is written yet."""
-        try:
-            content = json.loads((pathlib.Path(folder) / TRIAL_FILE).read_text())
-            return cls(**{**content, "recipe": Recipe.from_json(content["recipe"])})
-        except FileNotFoundError:
+        path, expected = pathlib.Path(folder) / TRIAL_FILE, f"each {TRIAL_FILE} of a search must be whole"
+        if not path.exists():
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder}/{TRIAL_FILE} must be a trial's file. Received: a damaged one ({error})") from error
+        content = read_json(path, TRIAL, expected)
+        try:
+            trial = cls(**{**content, "recipe": Recipe.from_json(content["recipe"]).check()})
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{expected}. Received: {str(path)!r} ({error})") from error
+        scored = {FINISHED: (trial.score, trial.crossentropy), HOPELESS: (trial.score,), FAILED: (), RUNNING: ()}
+        if None in scored.get(trial.state, [None]):
+            raise InputError(f"{expected}. Received: {str(path)!r} (state is {trial.state!r}, score is {trial.score})")
+        return trial
 
 
 def read_trials(directory):
@@ -69,9 +77,10 @@ def best_trial(trials):
 
 def read_search(directory):
     """Returns the content of a search's `search.json`, or raises `InputError` where the directory holds no search."""
+    path, expected = pathlib.Path(directory) / SEARCH_FILE, "the directory must hold a search"
+    content = read_json(path, SEARCH, expected)
     try:
-        content = json.loads((pathlib.Path(directory) / SEARCH_FILE).read_text())
-        Recipe.from_json(content["base"]), dict(content["parameters"]), str(content["recipe_name"])
-        return content
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"the directory must hold a search ({SEARCH_FILE}). Received: {str(directory)!r}") from error
+        Recipe.from_json(content["base"]).check()
+    except ValueError as error:
+        raise InputError(f"{expected}. Received: {str(path)!r} ({error})") from error
+    return content

@@ -75,6 +75,8 @@ class Search(base_tuner.BaseTuner):
     def pre_create_trial(self):
         if self.over():
             raise SearchStopped("the search ended between trials")
+        if self._is_worker():
+            workers.await_chief(self.log)
         time.sleep(0.1)  # an oracle that has nothing to do yet is asked again and again
 
     def run_trial(self, trial):

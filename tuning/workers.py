@@ -5,6 +5,7 @@ processes.
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -12,12 +13,15 @@ import subprocess
 import sys
 import time
 
+import grpc
+
 from ortho_keras.method.errors import InputError
 from tuning.trials import RUNNING, read_trials
 
 ALONE, CHIEF, WORKER = "alone", "chief", "worker"
 ID, ADDRESS, PORT = "KERASTUNER_TUNER_ID", "KERASTUNER_ORACLE_IP", "KERASTUNER_ORACLE_PORT"
 LAUNCHER, DEADLINE, COUNT = (f"ORTHO_KERAS_SEARCH_{name}" for name in ("LAUNCHER", "DEADLINE", "WORKERS"))
+PATIENCE = 10  # seconds of waiting without a word
 MOST_DEATHS = 5  # of workers while no trial ends
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -58,17 +62,34 @@ def deadline():
     return float(os.environ.get(DEADLINE) or 0) or None
 
 
+def await_chief(log):
+    """Waits in a worker until its chief can be reached, for ten seconds; then logs it, and keras-tuner waits for an hour."""
+    address = f"{os.environ[ADDRESS]}:{os.environ[PORT]}"
+    with grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(PATIENCE)
+        except grpc.FutureTimeoutError:
+            log(f"{os.environ[ID]} is waiting for the chief at {address}")
+
+
 @contextlib.contextmanager
-def watched_chief(deadline):
+def watched_chief(deadline, oracle, log):
     """Ends a chief, which would wait for its workers forever, a minute after the deadline or with its launcher.
+
+    Logs it where no worker has come after ten seconds, unless the launcher starts them.
 
     Raises:
         InputError: If the chief cannot listen at its address.
     """
 
+    address = f"{os.environ[ADDRESS]}:{os.environ[PORT]}"
+    alarms = itertools.count(1)  # one each second
+
     def check(*_):
         if (deadline and time.time() > deadline + 60) or orphaned():
             sys.exit(0)  # all files are complete at any time
+        if next(alarms) == PATIENCE and not oracle.tuner_ids and not launched():
+            log(f"the chief at {address} is waiting for workers")
 
     signal.signal(signal.SIGALRM, check)
     signal.setitimer(signal.ITIMER_REAL, 1, 1)
@@ -78,7 +99,7 @@ def watched_chief(deadline):
         if "bind" not in str(error):
             raise
         message = f"{ADDRESS} and {PORT} must be a free address of this machine"
-        raise InputError(f"{message}. Received: {os.environ[ADDRESS]}:{os.environ[PORT]}") from error
+        raise InputError(f"{message}. Received: {address}") from error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 

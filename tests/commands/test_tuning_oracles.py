@@ -5,6 +5,7 @@ import json
 import keras_tuner
 import pytest
 
+from ortho_keras.method.errors import InputError
 from ortho_keras.trainer.recipes import RECIPES
 from tuning.oracles import TUNERS, make_oracle
 from tuning.space import search_space
@@ -107,6 +108,20 @@ def test_a_kill_between_the_files_of_a_trial_and_of_the_oracle(tmp_path, monkeyp
         chosen = again.create_trial("me")
         assert chosen.trial_id == lost.trial_id and chosen.hyperparameters.values == lost.hyperparameters.values
         finish(again, chosen)
+
+
+@pytest.mark.parametrize("name", ["oracle.json", "trial_00/trial.json"])
+def test_damaged_files_are_one_line(tmp_path, name):
+    all_trials(oracle("random", tmp_path), 2)
+    path = tmp_path / "search" / name
+    content, expected = json.loads(path.read_text()), "^the files of a search must be whole. Received: '[^\n]*' [(][^\n]*[)]$"
+    free = ("id_to_hash", "run_times", "best_step", "message")  # in which it does no harm
+    other = [json.dumps({**content, key: {"a": 1}}) for key in content if key not in free]
+    lacking = [json.dumps({one: value for one, value in content.items() if one != key}) for key in content]
+    for text in ("", "{", "[]", "[" * 100_000, *other, *lacking):
+        path.write_text(text)
+        with pytest.raises(InputError, match=expected):
+            oracle("random", tmp_path, reload=True)
 
 
 def test_a_trial_that_has_ended_is_not_run_again_and_keeps_its_exact_values(tmp_path):

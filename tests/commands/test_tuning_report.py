@@ -130,6 +130,19 @@ def test_a_damaged_trial_and_one_of_an_older_version_which_lacks_a_value(tmp_pat
     del content["recipe"]["label_smoothing"]
     write_json(path, content)
     assert "best: trial 1" in report(directory)
-    path.write_text("{")
-    with pytest.raises(InputError, match="trial_0/outcome.json must be a trial's file"):
-        report(directory)
+    for damaged in (b"", b"{", b"[]", b"\xff", *(json.dumps({**content, name: {"a": 1}}).encode() for name in content)):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"^each outcome.json of a search must be whole. Received: .*json' \(.*\)$"):
+            report(directory)
+    for change in ({"score": None}, {"state": "done"}, {"state": "hopeless", "score": None}):
+        write_json(path, {**content, **change})
+        with pytest.raises(InputError, match="outcome.json' .state is "):
+            report(directory)
+    for damaged in (
+        "",
+        "[]",
+        *(json.dumps({**json.loads((directory / "search.json").read_text()), "base": base}) for base in (1, {"depth": "x"})),
+    ):
+        (directory / "search.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"^the directory must hold a search. Received: .*search.json' \(.*\)$"):
+            report(directory)

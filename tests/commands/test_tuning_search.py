@@ -12,6 +12,7 @@ import sys
 from time import sleep
 
 import keras
+import keras_tuner
 import numpy as np
 import pytest
 from command_lines import TINY, start, wait_for
@@ -20,6 +21,7 @@ from command_lines import invoke as invoke_command
 from ortho_keras.method.files import only_one, write_json
 from ortho_keras.trainer.recipe import read_recipe
 from tuning import search, workers
+from tuning.oracles import make_oracle
 from tuning.report import main as report_main
 from tuning.report import report
 from tuning.trials import FAILED, FINISHED, HOPELESS, RUNNING, Trial, best_trial, read_trials
@@ -210,6 +212,23 @@ def test_a_chief_whose_port_is_taken(monkeypatch, tmp_path, capsys):
             monkeypatch.setenv(name, value)
         status, _, err = invoke(capsys, *TINY, f"--workdir={tmp_path / 'search'}")
     assert status == 2 and "must be a free address of this machine. Received: 127.0.0.1:" in err
+
+
+def test_a_worker_and_a_chief_that_wait_say_for_whom(monkeypatch, tmp_path):
+    oracle, lines = make_oracle("random", keras_tuner.HyperParameters(), 1, 0, 1), []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        for name, value in {**CHIEF, "KERASTUNER_ORACLE_PORT": str(free.getsockname()[1])}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(workers, "PATIENCE", 1)
+        for log in (lines.append, None):  # a worker has come the second time
+            with workers.watched_chief(None, oracle, log):
+                sleep(1.2)
+            oracle.tuner_ids.add("worker0")
+        monkeypatch.setenv("KERASTUNER_TUNER_ID", "worker3")
+        workers.await_chief(lines.append)
+    at = f"127.0.0.1:{os.environ['KERASTUNER_ORACLE_PORT']}"
+    assert lines == [f"the chief at {at} is waiting for workers", f"worker3 is waiting for the chief at {at}"]
 
 
 def test_a_directory_of_something_else_is_left_alone(search_of_two, tmp_path, capsys):
