@@ -12,11 +12,12 @@ from ortho_keras.method.state import LiveScalar
 REGULARIZERS = {}  # name -> subclass of KernelRegularizer
 
 
-class KernelRegularizer(keras.regularizers.Regularizer):
+class KernelRegularizer(keras.regularizers.Regularizer, tf.__internal__.tracking.Trackable):
     """Base class of regularizers that read a kernel as matrices.
 
     A subclass defines `penalty(kernel)`, the scalar that the factor multiplies. With a `name`, Keras saves and loads it, and it
-    is available in `orthonormalize`, in `OrthonormalDecay` and as `train.py --regularizer`.
+    is available in `orthonormalize`, in `OrthonormalDecay` and as `train.py --regularizer`. `tf.saved_model.save` finds it where
+    a layer or a `tf.Module` holds it as an attribute, as Keras's layers do.
 
     Args:
         factor, layout, groups: See `OrthonormalRegularizer`.
@@ -63,6 +64,9 @@ class KernelRegularizer(keras.regularizers.Regularizer):
     def largest_step(self, penalty):
         """Returns the largest step along the negative gradient of the penalty, of the given value, that is stable."""
         return math.inf
+
+    def _trackable_children(self, save_type="checkpoint", **kwargs):
+        return {"factor": self._factor}
 
     def __call__(self, x):
         penalty = self.penalty(x)

@@ -9,10 +9,11 @@ import tensorflow as tf
 from ortho_keras.method.kernels import walk_layers
 
 
-class LiveScalar:
+class LiveScalar(tf.__internal__.tracking.Trackable):  # what Keras's own layers and variables derive from
     """A float that can be set between steps and is read by graphs that were traced before.
 
-    A Python float would be frozen into a graph, and a Keras variable would be one of the model's weights.
+    A Python float would be frozen into a graph, and a Keras variable would be one of the model's weights. A SavedModel has its
+    value. A checkpoint does not: it is a setting, such as the factor of `keras.regularizers.L2`.
     """
 
     def __init__(self, value):
@@ -33,6 +34,9 @@ class LiveScalar:
     def read(self):
         """Returns the current value, a float32 tensor of shape `()`; in a graph, the value at run time."""
         return self._variable.read_value()
+
+    def _trackable_children(self, save_type="checkpoint", **kwargs):
+        return {"variable": self._variable} if save_type == "savedmodel" else {}
 
     def __reduce__(self):  # for copies, too
         return LiveScalar, (self._value,)

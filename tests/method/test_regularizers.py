@@ -1,10 +1,14 @@
+import copy
+import pickle
+
 import keras
 import numpy as np
 import pytest
 import references
 import tensorflow as tf
+from chains import dense_chain
 
-from ortho_keras import OrthonormalRegularizer, orthonormality_error
+from ortho_keras import OrthonormalRegularizer, modulate, orthonormality_error, orthonormalize
 
 
 def test_value_and_gradient_equal_the_oracle():
@@ -78,6 +82,68 @@ def test_fit_makes_a_kernel_orthonormal():
     assert orthonormality_error(layer.kernel) > 0.1
     model.fit(np.zeros((200, 5, 5, 2)), np.zeros((200, 3, 3, 8)), batch_size=1, verbose=0)
     assert orthonormality_error(layer.kernel) < 1e-4
+
+
+class Learner(tf.Module):
+    """A model with the training step that is saved with it, as for TensorFlow Lite's on-device training."""
+
+    def __init__(self, model):
+        self.model, self.optimizer = model, keras.optimizers.SGD(0.1)
+        self.optimizer.build(model.trainable_variables)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 6)), tf.TensorSpec((None, 3))])
+    def train(self, x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((self.model(x) - y) ** 2) + sum(self.model.losses)
+        self.optimizer.apply(tape.gradient(loss, self.model.trainable_variables))
+        return {"loss": loss}
+
+
+def test_a_saved_training_step_regularizes_and_modulates(tmp_path):
+    x, y = (np.random.default_rng(0).normal(size=(4, size)).astype("float32") for size in (6, 3))
+    model = dense_chain()
+    (regularizer,) = orthonormalize(model, 1.0, verbose=False).regularizers
+    regularizer.factor = 1e-6
+    expected, losses = [], []
+    for enabled in (True, False):
+        learner = Learner(modulate(keras.models.clone_model(model), enabled=enabled))
+        learner.model.set_weights(model.get_weights())
+        tf.saved_model.save(learner, tmp_path / str(enabled), signatures={"train": learner.train})
+        saved = tf.saved_model.load(tmp_path / str(enabled))
+        losses.append([float(saved.signatures["train"](x=x, y=y)["loss"]) for _ in range(3)])
+        expected.append([float(learner.train(x, y)["loss"]) for _ in range(3)])
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    kernels = [np.asarray(layer.kernel, np.float64) for layer in model.layers]
+    penalties = [1e-6 * references.penalty_and_gradient(kernel, "standard", 1.0)[0] for kernel in kernels]
+    error = np.mean((np.asarray(model(x)) - y) ** 2)
+    np.testing.assert_allclose(losses[0][0], error + sum(penalties), rtol=1e-5)
+    assert abs(losses[0][2] - losses[1][2]) > 0.1 * losses[1][2]  # modulation acts
+
+
+def test_a_model_on_two_replicas_is_saved(two_replicas, tmp_path):
+    with two_replicas.scope():
+        model = modulate(dense_chain())
+    orthonormalize(model, verbose=False)
+    tf.saved_model.save(model, tmp_path / "saved")
+    model.export(tmp_path / "exported", verbose=False)
+    exported, x = tf.saved_model.load(tmp_path / "exported"), np.ones((2, 6), "float32")
+    np.testing.assert_allclose(exported.serve(x), model(x), rtol=1e-6)
+
+
+def test_checkpoints_hold_weights_and_no_factor(tmp_path):
+    ours, keras_l2 = OrthonormalRegularizer(0.5), keras.regularizers.L2(0.5)
+    models = [keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, kernel_regularizer=r)]) for r in (ours, keras_l2)]
+    paths = [tf.train.Checkpoint(model=model).save(tmp_path / str(number)) for number, model in enumerate(models)]
+    assert tf.train.list_variables(paths[0]) == tf.train.list_variables(paths[1])
+    ours.factor = 0.25
+    for model in models:
+        for path in paths:
+            tf.train.Checkpoint(model=model).restore(path).assert_consumed()
+    assert ours.factor == 0.25 and float(models[0].losses[0]) == float(ours(models[0].layers[0].kernel))
+    np.testing.assert_array_equal(models[0].get_weights()[0], models[1].get_weights()[0])
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):  # a tracked object has attributes of TensorFlow's
+        ours.factor += 1
+        assert copied.factor == 0.25 and float(copied._factor.read()) == 0.25
 
 
 def test_wrong_arguments():
