@@ -244,7 +244,10 @@ def read_signals(path):
     parse = {bool: {"True": True, "False": False}.get, float: float, str: str}
     types = {"step": int, **{field.name: parse[field.type] for field in dataclasses.fields(LayerSignal)}}
     empty = {"step": 0, **dataclasses.asdict(LayerSignal())}
-    return [empty | {name: types.get(name, str)(text) for name, text in line.items()} for line in lines]
+    try:
+        return [empty | {name: types.get(name, str)(text) for name, text in line.items()} for line in lines]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`path` must be a file that SignalMonitor wrote. Received: {str(path)!r} ({error})") from error
 
 
 def _growth(kind):

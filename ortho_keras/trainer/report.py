@@ -9,7 +9,6 @@ import argparse
 import base64
 import dataclasses
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -25,10 +24,10 @@ from ortho_keras.diagnosis.plots import errors_by_step, new_figure, plot_heat_ma
 from ortho_keras.diagnosis.signals import read_signals
 from ortho_keras.method.checks import require
 from ortho_keras.method.errors import InputError, first_line
-from ortho_keras.method.files import check_folder, whole_file
+from ortho_keras.method.files import check_folder, read_json, whole_file
 from ortho_keras.method.loading import load_model
 from ortho_keras.trainer.optimizers import LearningRate
-from ortho_keras.trainer.recipe import Recipe
+from ortho_keras.trainer.recipe import STORED, Recipe
 from ortho_keras.trainer.result import progress
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.jinja")
@@ -47,6 +46,10 @@ SUMMARY = {
     "images skipped": ("skipped_images", "{:,}"),
     "largest |WᵀW − I|": ("largest_error", "{:.3g}"),
 }
+NUMBER = (float, type(None))
+RESULT = {key: NUMBER for key, _ in SUMMARY.values()} | {"orthonormality_error": {str: float}, "device": dict, "versions": dict}
+RESULT |= {"data_sha256": (str, type(None))}
+HISTORY = [{str: NUMBER, "step": int, "seconds": float, "accuracy": float, "penalty": float}]
 CURVES = {"accuracy": "accuracy", "cross-entropy": "crossentropy", "penalty": "penalty"}
 MISSING = "–"
 
@@ -55,18 +58,20 @@ class Run:
     """The content of a workdir: the recipe, and what the run has written so far."""
 
     def __init__(self, workdir):
-        def read(name, missing):
-            return json.loads((workdir / name).read_text()) if (workdir / name).exists() else missing
+        expected = "WORKDIR must be the folder of a run of train.py"
 
+        def read(name, form, missing):
+            return read_json(workdir / name, form, expected) if (workdir / name).exists() else missing
+
+        begun = read_json(workdir / "run.json", STORED, expected)
+        self.recipe = begun["recipe"]
+        self.history, self.result = read("history.json", HISTORY, []), read("result.json", RESULT, {})
         try:
-            begun = json.loads((workdir / "run.json").read_text())
-            self.recipe = dict(begun["recipe"])
-            self.history, self.result = read("history.json", []), read("result.json", {})
             first_epoch = self.recipe.get("grow_epoch", 0) if self.recipe.get("start_depth") else 0
             self.values = {**progress(self.history, first_epoch), **self.result}
             self.signals = read_signals(workdir / "signals.csv")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            expected = "WORKDIR must be the folder of a run of train.py"
+            self.learning_rates = _learning_rates(self)
+        except (OSError, ValueError, TypeError, ArithmeticError) as error:
             raise InputError(f"{expected}. Received: {str(workdir)!r} ({first_line(error)})") from error
         self.errors = self.result.get("orthonormality_error", {})
         self.values["largest_error"] = max(self.errors.values(), default=None)
@@ -147,7 +152,7 @@ def _curves(runs):
             label = f"{title} ({kind})" if kind else title
             caption = f"{label} by step" + (", validation dashed" if any(validation) else "")
             pictures += _plot(runs, training, validation, caption=caption, log=key != "accuracy", xlabel="step", ylabel=label)
-    rates = [_learning_rates(run) for run in runs.values()]
+    rates = [run.learning_rates for run in runs.values()]
     return pictures + _plot(runs, rates, caption="learning rate by step", log=False, xlabel="step", ylabel="learning rate")
 
 
@@ -184,6 +189,8 @@ def _filters(runs):
         if run.model.exists():
             model = load_model(run.model, compile=False)
             convolutions = [layer.name for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
+            if not convolutions:
+                raise InputError(f"final.keras must be a convolutional network of train.py. Received: {str(run.model)!r}")
             names = list(dict.fromkeys((convolutions[0], convolutions[-1])))
             pictures.append(_picture(f"{label}: filters of {' and '.join(names)}", compare_filters, {"": model}, names))
     return pictures

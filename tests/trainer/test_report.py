@@ -94,6 +94,44 @@ def test_a_stopped_run_is_shown_as_far_as_it_came(runs, tmp_path):
     assert page.rows["test accuracy"][0] == page.rows["keras"][0] == "–" != page.rows["test accuracy"][1] and not page.marked
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("run.json", "[]"),
+        ("run.json", {"recipe": []}),
+        ("run.json", {"recipe": {"epochs": "three"}}),
+        ("run.json", {"recipe": {"start_depth": 8, "grow_epoch": "one"}}),
+        ("run.json", {"data_sha256": 5}),
+        ("history.json", "{}"),
+        ("history.json", '[{"step": 1}]'),
+        ("history.json", '[{"step": 1, "seconds": 1, "accuracy": 1, "penalty": 0, "validation_accuracy": "0.5"}]'),
+        ("result.json", ""),
+        ("result.json", {"test_accuracy": "0.9"}),
+        ("result.json", {"orthonormality_error": {"conv": "0.1"}}),
+        ("result.json", {"device": ["CPU"]}),
+        ("signals.csv", "step,name,error_to_top\n0,conv,much\n"),
+        ("signals.csv", "step,name,error_to_top\n0\n"),
+        ("signals.csv", "mine\n"),
+    ],
+)
+def test_odd_files_are_one_line(runs, tmp_path, capsys, name, change):
+    for own in ("run.json", "history.json", "result.json"):
+        shutil.copy(runs / "method" / own, tmp_path)
+    text = change if isinstance(change, str) else json.dumps({**json.loads((tmp_path / name).read_text()), **change})
+    (tmp_path / name).write_text(text)
+    assert main([str(tmp_path), f"--output={tmp_path / 'report.html'}"]) == 2 and not (tmp_path / "report.html").exists()
+    error = capsys.readouterr().err
+    message = "ortho_keras.trainer.report: WORKDIR must be the folder of a run of train.py. Received: "
+    assert error.startswith(message) and error.count("\n") == 1 and error.endswith(")\n")
+
+
+def test_a_model_without_a_convolution(runs, tmp_path):
+    shutil.copy(runs / "method" / "run.json", tmp_path)
+    keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(tmp_path / "final.keras")
+    with pytest.raises(InputError, match="^final.keras must be a convolutional network .* Received: '.*final.keras'$"):
+        write_report([tmp_path], tmp_path / "report.html")
+
+
 def test_runs_of_one_name_without_an_epoch(runs, tmp_path):
     for parent in ("first", "second"):
         (tmp_path / parent / "digits").mkdir(parents=True)
@@ -161,7 +199,7 @@ def test_what_is_refused(runs, tmp_path, capsys):
         (tmp_path / name).mkdir()
         if content:
             (tmp_path / name / "run.json").write_text(content)
-        message = f"WORKDIR must be the folder of a run of train.py. Received: '{tmp_path / name}'"
+        message = f"WORKDIR must be the folder of a run of train.py. Received: '{tmp_path / name / 'run.json'}' ("
         with pytest.raises(InputError, match=re.escape(message)):
             write_report([tmp_path / name], tmp_path / "report.html")
     with pytest.raises(InputError, match="each WORKDIR must be listed once"):
