@@ -1,6 +1,7 @@
 """Error modulation: one layer that rescales the backpropagated gradient."""
 
 import math
+import weakref
 
 import keras
 import tensorflow as tf
@@ -114,8 +115,17 @@ def _either(condition, then, otherwise):
 
 def _one_node(function):
     """Makes a call one node of a graph, where thirty per layer cost memory, and time before the first step."""
-    kept = tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
-    return lambda *args: function(*args) if tf.executing_eagerly() else kept(*args)
+    kept = weakref.WeakKeyDictionary()  # of each graph: a second derivative rewrites `tf.cond`, and others cannot use that
+
+    def call(*args):
+        if tf.executing_eagerly():
+            return function(*args)
+        graph = tf.compat.v1.get_default_graph()
+        if graph not in kept:
+            kept[graph] = tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
+        return kept[graph](*args)
+
+    return call
 
 
 @_one_node

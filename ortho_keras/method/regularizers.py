@@ -16,8 +16,8 @@ class KernelRegularizer(keras.regularizers.Regularizer, tf.__internal__.tracking
     """Base class of regularizers that read a kernel as matrices.
 
     A subclass defines `penalty(kernel)`, the scalar that the factor multiplies. With a `name`, Keras saves and loads it, and it
-    is available in `orthonormalize`, in `OrthonormalDecay` and as `train.py --regularizer`. `tf.saved_model.save` finds it where
-    a layer or a `tf.Module` holds it as an attribute, as Keras's layers do.
+    is available in `orthonormalize`, in `OrthonormalDecay` and as `train.py --regularizer`. `tf.saved_model.save` finds it
+    where a layer or a `tf.Module` holds it as an attribute, as Keras's layers do.
 
     Args:
         factor, layout, groups: See `OrthonormalRegularizer`.

@@ -178,3 +178,25 @@ def test_a_custom_layer_that_holds_one_can_be_quantized(inner):
     model = keras.Sequential([keras.Input((8,)), Block()])
     model.quantize("int8")
     assert model.layers[0].dense.quantization_mode == "int8"
+
+
+def test_jacobians_after_a_second_derivative_in_a_graph():
+    model = modulate(keras.Sequential([keras.Input((6,)), *(keras.layers.Dense(n, use_bias=False) for n in (6, 2))]), 1e6)
+    a = np.linalg.multi_dot([np.asarray(weights, np.float64) for weights in model.get_weights()])
+    x = tf.random.normal((3, 6), seed=0)
+
+    def second():
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                loss = tf.reduce_sum(model(x) ** 2)
+            squares = tf.reduce_sum(inner.gradient(loss, x) ** 2)
+        return outer.gradient(squares, x)
+
+    for run in (RUNS["graph"], RUNS["xla"]):
+        np.testing.assert_allclose(run(second)(), 8 * np.asarray(x) @ a @ a.T @ a @ a.T, rtol=1e-4, atol=1e-4)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = model(x)
+    np.testing.assert_allclose(tape.batch_jacobian(y, x), np.broadcast_to(a.T, (3, 2, 6)), rtol=1e-4, atol=1e-5)
