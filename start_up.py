@@ -1,11 +1,8 @@
 """Importing this module starts TensorFlow with the settings of our commands, and without the notes that it logs first."""
 
-import contextlib
 import os
 import platform
-import re
 import sys
-import tempfile
 
 
 def refuse(message):
@@ -21,36 +18,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides TensorFlow's notes o
 if platform.machine().lower() in ("x86_64", "amd64"):  # halves the time of convolutions where TensorFlow leaves it off
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # several runs can share a GPU's memory
-NOTES = re.compile(r"before absl::InitializeLog|oneDNN custom operations|Could not find cuda drivers|failed call to cuInit")
 
+try:
+    from ortho_keras.method.quiet_start import find_devices, tf
+except AssertionError:  # TensorFlow's own, on the floatx in that file
+    refuse("Keras's configuration file, ~/.keras/keras.json, must have floatx float32. Received: a type unknown to TensorFlow")
 
-@contextlib.contextmanager
-def without_notes():
-    """Hides what TensorFlow writes on a machine without a GPU before its log level takes effect."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as caught:
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            caught.seek(0)
-            for line in caught.read().decode(errors="replace").splitlines():
-                if not NOTES.search(line):
-                    print(line, file=sys.stderr)
+from absl import logging
 
-
-with without_notes():
-    try:
-        import tensorflow as tf
-    except AssertionError:  # its own, on the floatx in that file
-        refuse(
-            "Keras's configuration file, ~/.keras/keras.json, must have floatx float32. Received: a type unknown to TensorFlow"
-        )
-    from absl import logging
-
-    tf.config.list_physical_devices()
-    logging.set_verbosity(logging.WARNING)
-    tf.get_logger().setLevel("WARNING")
+find_devices()
+logging.set_verbosity(logging.WARNING)
+tf.get_logger().setLevel("WARNING")

@@ -4,6 +4,9 @@ import os
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # whatever Keras's configuration file says
 
+import ortho_keras.method.quiet_start  # noqa: F401 - before Keras imports TensorFlow
+
+# isort: split
 import keras
 
 if keras.config.backend() != "tensorflow":

@@ -98,6 +98,25 @@ def plot_heat_map(steps, names, ratios, path, title):
     save(figure, path)
 
 
+def plot_confusion(matrix, names, path, title):
+    """Plots a confusion matrix: a row for each true class, a column for each predicted one; the share of a row is the color."""
+    matrix = np.asarray(matrix)
+    figure = new_figure(6.5, 5.5)
+    axes = figure.subplots()
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    image = axes.imshow(shares, "Blues", vmin=0, vmax=1, interpolation="nearest")
+    every = -(-len(names) // 25)  # as many as fit
+    for set_ticks, angle in ((axes.set_xticks, 90), (axes.set_yticks, 0)):
+        set_ticks(range(0, len(names), every), [name[:16] for name in names[::every]], rotation=angle)
+    if len(names) <= 12:
+        for (row, column), count in np.ndenumerate(matrix):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
+    axes.set(xlabel="predicted class", ylabel="true class", title=textwrap.fill(title, 60))
+    figure.colorbar(image, label="share of the true class's images")
+    save(figure, path)
+
+
 def new_figure(width, height):
     """Returns a matplotlib figure of a size in inches that no window shows."""
     require("a plot", "matplotlib")

@@ -80,7 +80,7 @@ def read_json(path, form, expected):
 def parse_json(text, form):
     """Returns the content of a JSON text, or raises `ValueError` where it is not of a form.
 
-    A form is a type, a tuple of types, `{key: form}` (a missing value is `None`, other keys are free), `{str: form}` for all
+    A form is a type, a tuple of forms, `{key: form}` (a missing value is `None`, other keys are free), `{str: form}` for all
     values of an object, `[form]` for all elements of a list, or a longer list. `float` is any number; numbers must be finite.
     """
     try:  # an integer beyond 64 bits is read as a float, which may be inf
@@ -92,11 +92,13 @@ def parse_json(text, form):
 
 
 def _check_form(value, form, place):
-    kinds = form if isinstance(form, tuple) else (form if isinstance(form, type) else type(form),)
+    forms = form if isinstance(form, tuple) else (form,)
+    kinds = [one if isinstance(one, type) else type(one) for one in forms]
     fits = type(value) in kinds or (type(value) is int and float in kinds)
     if not fits or (type(value) is float and not math.isfinite(value)):
         expected = " or ".join(_KINDS[kind] for kind in kinds)
         raise ValueError(f"{place.removeprefix('.') or 'its content'} is {reprlib.repr(value)}, expected {expected}")
+    form = next((one for one in forms if type(one) is type(value)), None)
     if isinstance(form, list):
         if 1 < len(form) != len(value):
             raise ValueError(f"{place.removeprefix('.') or 'its content'} has {len(value)} elements, expected {len(form)}")

@@ -108,8 +108,8 @@ class Trainer:
     def evaluate(self, split, mirrored=False, confusion=False):
         """Returns `crossentropy`, `accuracy` and `penalty` as floats; of more than ten classes `top5_accuracy` too.
 
-        With `mirrored`, `mirrored_accuracy` too, and with `confusion` the `confusion_matrix`, an int64 array `(classes, classes)`
-        (see `score_function`). Calls `estimate` first.
+        With `mirrored`, `mirrored_accuracy` too; with `confusion`, `confusion_matrix`, int64 `(classes, classes)`: see
+        `score_function`. Calls `estimate` first.
         """
         self.estimate()
         score = score_function(self.model, self.runtime, mirrored, confusion) if mirrored or confusion else self._score

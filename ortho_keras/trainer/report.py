@@ -20,12 +20,13 @@ import keras
 import numpy as np
 
 from ortho_keras.diagnosis.features import compare_filters
-from ortho_keras.diagnosis.plots import errors_by_step, new_figure, plot_heat_map, save
+from ortho_keras.diagnosis.plots import errors_by_step, new_figure, plot_confusion, plot_heat_map, save
 from ortho_keras.diagnosis.signals import read_signals
 from ortho_keras.method.checks import require
 from ortho_keras.method.errors import InputError, first_line
 from ortho_keras.method.files import check_folder, read_json, whole_file
 from ortho_keras.method.loading import load_model
+from ortho_keras.method.quiet_start import find_devices
 from ortho_keras.trainer.optimizers import LearningRate
 from ortho_keras.trainer.recipe import STORED, Recipe
 from ortho_keras.trainer.result import progress
@@ -48,9 +49,11 @@ SUMMARY = {
 }
 NUMBER = (float, type(None))
 RESULT = {key: NUMBER for key, _ in SUMMARY.values()} | {"orthonormality_error": {str: float}, "device": dict, "versions": dict}
-RESULT |= {"data_sha256": (str, type(None))}
+RESULT |= {"data_sha256": (str, type(None)), "class_names": ([str], type(None))}
+RESULT |= {"test_accuracy_by_class": ({str: NUMBER}, type(None)), "test_confusion_matrix": ([[int]], type(None))}
 HISTORY = [{str: NUMBER, "step": int, "seconds": float, "accuracy": float, "penalty": float}]
 CURVES = {"accuracy": "accuracy", "cross-entropy": "crossentropy", "penalty": "penalty"}
+LISTED_CLASSES = 20
 MISSING = "–"
 
 
@@ -100,6 +103,7 @@ def write_report(workdirs, path):
     sections = [
         ("Result", _summary(runs.values()), []),
         ("Curves", [], _curves(runs)),
+        ("Test accuracy by class, the lowest first", _classes(runs.values()), _confusions(runs)),
         ("Orthonormality by layer", [], _orthonormality(runs)),
         ("Signal by layer and step", [], _heat_maps(runs)),
         ("Filters", [], _filters(runs)),
@@ -135,6 +139,23 @@ def _comparison(columns):
     names = dict.fromkeys(itertools.chain(*columns))
     rows = {name: [str(column.get(name, MISSING)) for column in columns] for name in names}
     return [(name, values, len({*values} - {MISSING}) > 1) for name, values in rows.items()]
+
+
+def _classes(runs):
+    """Returns rows of the classes with the lowest test accuracies."""
+    columns = [run.result.get("test_accuracy_by_class") or {} for run in runs]
+    known = [{name: value for name, value in column.items() if value is not None} for column in columns]
+    names = {name: min(column.get(name, 1.0) for column in known) for column in known for name in column}
+    lowest = sorted(names, key=names.get)[:LISTED_CLASSES]
+    return [(name, [f"{column[name]:.4f}" if name in column else MISSING for column in known], False) for name in lowest]
+
+
+def _confusions(runs):
+    return [
+        _picture(f"{label}: test images by class", plot_confusion, matrix, run.result["class_names"], title=label)
+        for label, run in runs.items()
+        if (matrix := run.result.get("test_confusion_matrix"))
+    ]
 
 
 def _curves(runs):
@@ -233,6 +254,7 @@ def main(arguments=None):
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="the folder of a run of train.py")
     parser.add_argument("--output", default="report.html", help="the page's file (default: report.html)")
     given = parser.parse_args(arguments)
+    find_devices()
     try:
         check_folder("--output", pathlib.Path(given.output).parent)
         write_report(given.workdirs, given.output)

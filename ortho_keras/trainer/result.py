@@ -46,14 +46,14 @@ def result_of(name, recipe, data, model, history, test, runtime):
 
 
 def by_class(names, matrix):
-    """Returns the part of `result.json` on single classes, from a confusion matrix whose rows are the true classes.
+    """Returns the part of `result.json` on single classes, from a confusion matrix, whose rows are the true classes.
 
     A class without a test image has the accuracy `None`. Above `MOST_CLASSES` the matrix is left out.
     """
-    names, rows = list(names), zip(matrix.diagonal().tolist(), matrix.sum(1).tolist())
+    rows = zip(names, matrix.diagonal().tolist(), matrix.sum(1).tolist())
     return {
-        "class_names": names,
-        "test_accuracy_by_class": [right / count if count else None for right, count in rows],
+        "class_names": list(names),
+        "test_accuracy_by_class": {name: right / count if count else None for name, right, count in rows},
         "test_confusion_matrix": matrix.tolist() if len(names) <= MOST_CLASSES else None,
     }
 

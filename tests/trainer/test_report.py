@@ -55,6 +55,7 @@ def runs(tmp_path_factory):
         path = folder / "a <control> & more" / name
         content = json.loads(path.read_text()) | {"data_sha256": "0" * 64}
         content["recipe"]["regularizer"] = "l2"
+        content.get("test_accuracy_by_class", {})["3"] = None  # as of a class without a test image
         path.write_text(json.dumps(content))
     return folder
 
@@ -63,9 +64,10 @@ def test_two_runs_side_by_side(runs, tmp_path):
     write_report([runs / "method", runs / "a <control> & more"], tmp_path / "report.html")
     page = Page(tmp_path / "report.html")
     assert page.headings == [
-        "Result", "Curves", "Orthonormality by layer", "Signal by layer and step", "Filters", "Recipe", "Environment",
+        "Result", "Curves", "Test accuracy by class, the lowest first", "Orthonormality by layer", "Signal by layer and step",
+        "Filters", "Recipe", "Environment",
     ]  # fmt: skip
-    assert page.pictures == 10 * [PICTURE]  # five curves, orthonormality, and for each run its signal and its filters
+    assert page.pictures == 12 * [PICTURE]  # five curves, orthonormality, each run's signal, filters and confusion matrix
     captions = re.findall("<figcaption>(.*?)</figcaption>", page.text)
     assert captions[2:5] == ["penalty (orthonormal) by step", "penalty (l2) by step", "learning rate by step"]
     assert all(address.startswith("data:") for address in page.addresses)
@@ -75,6 +77,10 @@ def test_two_runs_side_by_side(runs, tmp_path):
     assert rows["test accuracy"] == 2 * [f"{result['test_accuracy']:.4f}"]
     assert rows["largest |WᵀW − I|"] == 2 * [f"{max(result['orthonormality_error'].values()):.3g}"]
     assert rows["tensorflow"] == 2 * [result["versions"]["tensorflow"]] and rows[""] == ["method", "a <control> & more"]
+    shown = {name: cells for name, cells in rows.items() if name.isdecimal()}
+    by_class = result["test_accuracy_by_class"]
+    assert shown == {name: [f"{value:.4f}", "–" if name == "3" else f"{value:.4f}"] for name, value in by_class.items()}
+    assert [by_class[name] for name in shown] == sorted(by_class.values())
     hashes = [result["data_sha256"][:12], "0" * 12]
     assert page.marked == {"regularizer": ["orthonormal", "l2"], "data_sha256": hashes}
 
@@ -109,6 +115,7 @@ def test_a_stopped_run_is_shown_as_far_as_it_came(runs, tmp_path):
         ("result.json", {"test_accuracy": "0.9"}),
         ("result.json", {"orthonormality_error": {"conv": "0.1"}}),
         ("result.json", {"device": ["CPU"]}),
+        ("result.json", {"test_confusion_matrix": [[1, "2"], [0, 3]]}),
         ("signals.csv", "step,name,error_to_top\n0,conv,much\n"),
         ("signals.csv", "step,name,error_to_top\n0\n"),
         ("signals.csv", "mine\n"),
