@@ -78,7 +78,7 @@ def test_result_history_log_and_summaries(finished):
     assert not any("s a step" in line or "is slow here" in line for line in lines)
     with Image.open(workdir / "curves.png") as picture:
         colors = np.asarray(picture.convert("RGB")).reshape(-1, 3)
-        assert picture.size[0] > 1000 and len(np.unique(colors, axis=0)) > 50
+        assert picture.size[0] > 900 and len(np.unique(colors, axis=0)) > 50
     (log,) = (workdir / "tensorboard").glob("events.*")
     events = [tf.compat.v1.Event.FromString(record.numpy()) for record in tf.data.TFRecordDataset(str(log))]
     tags = {value.tag for event in events for value in event.summary.value}
@@ -133,7 +133,7 @@ def test_the_signal_is_measured_and_nothing_else_changes(tmp_path, finished):
     assert [result[name] for name in metrics] == [finished[1][name] for name in metrics]
     assert {row["step"] for row in read_signals(tmp_path / "run" / "signals.csv")} == {0, 25, 40}
     with Image.open(tmp_path / "run" / "signals.png") as picture:
-        assert picture.size[0] > 1000
+        assert picture.size[0] > 900
     assert sum("signals.csv and signals.png took" in line for line in lines) == 1
 
 
