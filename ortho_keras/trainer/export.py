@@ -25,7 +25,8 @@ def fold_batchnorm(model, dtype=None):
     `gamma * (W x + b - mean) / sqrt(variance + epsilon) + beta` is again a convolution (or dense layer) with a bias. A
     BatchNormalization is folded if it normalizes the channels of a convolution or `Dense` without an activation, no other layer
     takes that layer's output, each of the two is called once, and neither overrides `call`. Regularizers and `ErrorModulation`
-    are dropped, nested models are unfolded. The outputs are the model's up to rounding; no weights are shared.
+    are dropped, nested models are unfolded. The outputs are the model's up to rounding; no weights are shared. A layer without
+    weights that cannot be copied is shared.
 
     Args:
         model: A built Functional or Sequential model.
@@ -36,7 +37,7 @@ def fold_batchnorm(model, dtype=None):
         A Functional model, not compiled, of the model's name. Layers keep their names.
 
     Raises:
-        ValueError: If the model is of another kind or not built.
+        ValueError: If the model is of another kind or not built, or a layer with weights cannot be copied.
 
     Example:
 
@@ -57,13 +58,22 @@ def fold_batchnorm(model, dtype=None):
         if id(layer) in copies:
             return copies[id(layer)](*args, **kwargs)
         normalization = folded.get(id(layer))
-        config = {name: None if name.endswith("_regularizer") else value for name, value in layer.get_config().items()}
-        config |= {"use_bias": True} if normalization else {}
-        config |= {"dtype": dtype} if dtype is not None else {}
-        copies[id(layer)] = copy = type(layer).from_config(config)
-        outputs = copy(*args, **kwargs)
-        copy.set_weights(_folded_weights(layer, normalization) if normalization else layer.get_weights())
-        copy_rest(layer, copy)
+        try:
+            config = {name: None if name.endswith("_regularizer") else value for name, value in layer.get_config().items()}
+            config |= {"use_bias": True} if normalization else {}
+            config |= {"dtype": dtype} if dtype is not None else {}
+            copy = type(layer).from_config(config)
+            outputs = copy(*args, **kwargs)
+            copy.set_weights(_folded_weights(layer, normalization) if normalization else layer.get_weights())
+            copy_rest(layer, copy)
+        except Exception as error:  # a custom class may raise anything
+            if layer.variables or dtype not in (None, layer.dtype_policy.name):
+                received = f"{layer.name!r}, a {type(layer).__name__} ({first_line(error)})"
+                raise ValueError(
+                    f"`model` must have layers that `from_config(get_config())` copies. Received: {received}"
+                ) from error
+            copy, outputs = layer, layer(*args, **kwargs)
+        copies[id(layer)] = copy
         return outputs
 
     with model.distribute_strategy.scope():

@@ -69,6 +69,14 @@ def test_averages_where_shapes_are_unknown_and_a_gpu_returns_nan(shape, gpu, mon
     np.testing.assert_allclose([layer.moving_mean, layer.moving_variance], expected, rtol=1e-5)
 
 
+def test_an_empty_batch_changes_nothing():
+    layer = built()
+    before = layer.get_weights()
+    _, _, by_gamma, by_beta, *after = outcome(layer, tf.zeros((0, *SHAPE[1:])), np.zeros((0, *SHAPE[1:])))
+    np.testing.assert_array_equal([by_gamma, by_beta], np.zeros((2, 3)))
+    np.testing.assert_array_equal(after, before[2:])
+
+
 def fused_operations(layer, x, **arguments):
     """How many fused operations one training call of a layer is made of."""
     traced = tf.function(lambda: layer(x, training=True, **arguments)).get_concrete_function()

@@ -144,6 +144,40 @@ def test_nested_models_several_inputs_and_outputs():
     check(model, {"a": noise(6, 6, 3), "b": noise(4, 4, 4)})
 
 
+class Scale(L.Layer):
+    """A layer that its configuration does not rebuild: `name` and `dtype` are not arguments."""
+
+    def __init__(self):
+        super().__init__()
+
+    def build(self, shape):
+        self.scale = 2.0
+
+    def call(self, x):
+        return self.scale * x
+
+    def get_config(self):
+        return {**super().get_config(), "by": 2.0}
+
+
+class Weighted(Scale):
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
+
+
+def test_a_layer_that_cannot_be_copied():
+    model, weighted = (
+        keras.Sequential([keras.Input((8, 8, 1)), one, L.Conv2D(4, 3), L.BatchNormalization()]) for one in (Scale(), Weighted())
+    )
+    check(model, noise(8, 8, 1))
+    fold_batchnorm(model, dtype="float32")
+    message = "`model` must have layers that .* copies. Received: '{}', a {} .*deserializing"
+    with pytest.raises(ValueError, match=message.format("weighted", "Weighted")):
+        fold_batchnorm(weighted)
+    with pytest.raises(ValueError, match=message.format("scale", "Scale")):
+        fold_batchnorm(model, dtype="bfloat16")
+
+
 def test_what_is_refused():
     class Subclassed(keras.Model):
         def call(self, x):
