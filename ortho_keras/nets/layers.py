@@ -12,6 +12,7 @@ from ortho_keras.nets.shifted_relu import ShiftedReLU, shift_for_depth
 # He et al. 2016 trained with these in Torch; Keras's own defaults are 0.99 and 1e-3.
 MOMENTUM = 0.9
 EPSILON = 1e-5
+CHANNELS = "channels_last"  # as the images are, whatever Keras's configuration says
 
 NAMED_INITIALIZERS = {
     "orthonormal": OrthonormalInitializer,
@@ -60,6 +61,7 @@ class LayerBuilder:
             size,
             strides=strides,
             padding="same",
+            data_format=CHANNELS,
             use_bias=False,  # BatchNormalization's beta takes its place
             kernel_initializer=self.next_initializer(initializer or self.initializer),
             kernel_regularizer=self.regularizer,
@@ -73,7 +75,7 @@ class LayerBuilder:
 
     def classifier(self, x, num_classes):
         """Global average pooling and the Dense layer."""
-        x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
+        x = keras.layers.GlobalAveragePooling2D(CHANNELS, name="pool")(x)
         return keras.layers.Dense(
             num_classes,
             kernel_initializer=self.next_initializer(self.initializer),

@@ -4,7 +4,7 @@ import keras
 
 from ortho_keras.method.checks import check_number
 from ortho_keras.method.graphs import allow_deep_graphs
-from ortho_keras.nets.layers import LayerBuilder
+from ortho_keras.nets.layers import CHANNELS, LayerBuilder
 
 # Blocks of each stage of an ImageNet network: He et al. 2016, Table 1.
 BLOCKS = {34: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -207,7 +207,7 @@ def _build(family, residual, depth, input_shape, num_classes, width, settings, p
     x = inputs if preprocessing is None else preprocessing(inputs)
     x = layers.stem(x, width, size=7 if imagenet else 3, strides=2 if imagenet else 1)
     if imagenet:
-        x = keras.layers.MaxPooling2D(3, 2, padding="same", name="stem_pool")(x)
+        x = keras.layers.MaxPooling2D(3, 2, "same", CHANNELS, name="stem_pool")(x)
     for stage, blocks in enumerate(stages, 1):
         for block in range(1, blocks + 1):
             names, addition = [f"stage{stage}_conv{2 * block + at:02d}" for at in (-1, 0)], f"stage{stage}_add{block:02d}"
@@ -253,5 +253,5 @@ def _shortcut(layers, x, filters, strides, projection):
         return x
     if projection:
         return layers.convolution(x, filters, 1, strides, projection)
-    x = keras.layers.AveragePooling2D(1, strides, padding="same")(x)  # every second pixel
+    x = keras.layers.AveragePooling2D(1, strides, "same", CHANNELS)(x)  # every second pixel
     return keras.ops.pad(x, [[0, 0], [0, 0], [0, 0], [0, filters - x.shape[-1]]])

@@ -202,6 +202,17 @@ def test_kernels_are_determined_by_the_seed_and_differ_between_layers(make, own_
         assert all(one.size != two.size or np.abs(one.ravel() - two.ravel()).max() > 1e-3 for one, two in pairs)
 
 
+@pytest.mark.parametrize(("build", "depth"), [(residual_cnn, 8), (plain_imagenet, 34)])
+def test_channels_are_last_whatever_the_configuration_of_keras_says(build, depth):
+    keras.config.set_image_data_format("channels_first")
+    try:
+        model = build(depth, (32, 48, 3), width=2)
+    finally:
+        keras.config.set_image_data_format("channels_last")
+    assert model.get_layer("stem_conv").kernel.shape[2] == 3
+    assert {layer.data_format for layer in model.layers if hasattr(layer, "data_format")} == {"channels_last"}
+
+
 @pytest.mark.parametrize("build", BUILDERS)
 def test_arguments_out_of_range(build):
     cifar = build in CIFAR
