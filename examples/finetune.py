@@ -1,10 +1,11 @@
-"""Fine-tuning a model of keras.applications with the orthonormal penalty, beside the same fine-tuning without it.
+"""Fine-tuning a model of keras.applications with and without the orthonormal penalty.
 
-python -m examples.finetune                        from a clone; half a minute on two cores, no download
-python -m examples.finetune --weights=imagenet     from the weights that Keras downloads
+python -m examples.finetune                        from a clone; about a minute on two cores, no download
+python -m examples.finetune --weights=imagenet     starts from the weights that Keras downloads
 
-MobileNet on scikit-learn's digits, enlarged to 32x32. A short training first; its weights are then fine-tuned twice, with the
-same data, steps, rate and seed: as they are, and after `orthonormalize`. One seed: a few images more or fewer are chance.
+MobileNet is first trained on scikit-learn's digits, enlarged to 32x32. It is then fine-tuned three times without and three
+times with the penalty, from the same weights; a seed sets the order of the images. The example shows that the penalty makes
+the kernels orthonormal, not that it raises accuracy: 94.8 +- 2.8 % without and 93.7 +- 1.8 % with it when measured.
 """
 
 import os
@@ -19,26 +20,16 @@ from sklearn.datasets import load_digits
 import ortho_keras
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("weights", None, ["imagenet"], "The weights to begin with; by default random ones, without a download.")
+flags.DEFINE_enum("weights", None, ["imagenet"], "Initial weights; by default random ones, without a download.")
 flags.DEFINE_float("factor", 0.1, "The penalty's factor.", lower_bound=0)
 flags.DEFINE_integer("epochs", 10, "Epochs of each fine-tuning.", lower_bound=1)
 
-FIRST_EPOCHS, RATE, BATCH, TRAINING = 4, 0.01, 48, 1437
+FIRST_EPOCHS, RATE, BATCH, TRAINING, SEEDS = 4, 0.01, 48, 1437, (0, 1, 2)
 
 
 def build(weights=None):
     body = keras.applications.MobileNet((32, 32, 3), alpha=0.25, include_top=False, weights=weights, pooling="avg")
     return keras.Sequential([body, keras.layers.Dense(10, activation="softmax")])
-
-
-def train(model, estimator, optimizer, epochs, x, y):
-    """Returns how many test images are right."""
-    keras.utils.set_random_seed(1)  # the same order of images each time
-    model.compile(optimizer, "sparse_categorical_crossentropy")
-    model.fit(x[:TRAINING], y[:TRAINING], batch_size=BATCH, epochs=epochs, verbose=0)
-    # So few steps leave BatchNormalization's averages far behind the weights.
-    estimator(x[at : at + BATCH] for at in range(0, TRAINING, BATCH))
-    return int(np.sum(np.argmax(model(x[TRAINING:]), -1) == y[TRAINING:]))
 
 
 def median_error(model, report):
@@ -59,25 +50,38 @@ def main(_):
         model = build(FLAGS.weights)
     except Exception as error:  # Keras's downloader and its file readers raise many
         raise SystemExit(f"finetune: --weights={FLAGS.weights} cannot be had: {error}") from error
-    estimator = ortho_keras.BatchNormalizationEstimator(model)
-    right = train(model, estimator, keras.optimizers.Adam(0.002), FIRST_EPOCHS, x, y)
-    print(f"{FIRST_EPOCHS} epochs on {TRAINING} digits first: {right} of {len(y) - TRAINING} test images are right.")
+    loss = "sparse_categorical_crossentropy"
+    model.compile(keras.optimizers.Adam(0.002), loss, jit_compile=False)  # XLA's compilation takes longer than so few steps
+    model.fit(x[:TRAINING], y[:TRAINING], batch_size=BATCH, epochs=FIRST_EPOCHS, verbose=0)
 
-    start, ends = model.get_weights(), []
-    for name, factor in (("without", 0.0), ("with", FLAGS.factor)):  # a factor of 0 is no penalty
-        model.set_weights(start)
-        report = ortho_keras.orthonormalize(model, factor, verbose=False)
-        before = median_error(model, report)
-        right = train(model, estimator, keras.optimizers.SGD(RATE, momentum=0.9), FLAGS.epochs, x, y)
-        ends.append((right, median_error(model, report)))
+    report = ortho_keras.orthonormalize(model, FLAGS.factor, verbose=False)
+    estimator = ortho_keras.BatchNormalizationEstimator(model)
+    optimizer = keras.optimizers.SGD(RATE, momentum=0.9)
+    model.compile(optimizer, loss, jit_compile=False)
+    optimizer.build(model.trainable_variables)
+    start, momenta = model.get_weights(), [variable.numpy() for variable in optimizer.variables]
+    print(f"{len(report.covered)} kernels; the largest |W'W - I| is {median_error(model, report):.3f} (median) at the start.")
+    results = {"without": [], "with": []}
+    for seed in SEEDS:
+        for name, ends in results.items():
+            for regularizer in report.regularizers:
+                regularizer.factor = FLAGS.factor if name == "with" else 0  # takes effect without a new trace
+            model.set_weights(start)
+            for variable, value in zip(optimizer.variables, momenta):
+                variable.assign(value)
+            keras.utils.set_random_seed(seed)
+            model.fit(x[:TRAINING], y[:TRAINING], batch_size=BATCH, epochs=FLAGS.epochs, verbose=0)
+            # After so few steps, BatchNormalization's moving averages lag far behind the weights.
+            estimator(x[at : at + BATCH] for at in range(0, TRAINING, BATCH))
+            accuracy = 100 * np.mean(np.argmax(model(x[TRAINING:]), -1) == y[TRAINING:])
+            ends.append((accuracy, median_error(model, report)))
+            print(f"seed {seed}, {name} the penalty: test accuracy {accuracy:.1f} %, |W'W - I| {ends[-1][1]:.3f}", flush=True)
+    for name, ends in results.items():
+        accuracies, errors = zip(*ends)
         print(
-            f"{FLAGS.epochs} epochs {name} the penalty: {right} are right; the largest |W'W - I|, median of "
-            f"{len(report.covered)} kernels, from {before:.3f} to {ends[-1][1]:.3f}."
+            f"{name.capitalize()} the penalty: test accuracy {np.mean(accuracies):.1f} +- {np.std(accuracies, ddof=1):.1f} % "
+            f"over {len(SEEDS)} seeds, |W'W - I| {np.mean(errors):.3f}"
         )
-    (right_without, without), (right_with, within) = ends
-    gain = right_with - right_without
-    told = f"{abs(gain)} images {'more' if gain > 0 else 'fewer'}" if gain else "as many images"
-    print(f"With the penalty kernels end {without / within:.1f} times nearer to orthonormal, and {told} are right.")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import re
 
 import keras
+import numpy as np
 import pytest
 from absl import flags
 from command_lines import script
@@ -34,12 +35,17 @@ def small_mobilenet(weights=None):
 def test_finetune_brings_kernels_nearer_to_orthonormal_than_its_baseline(monkeypatch, capsys):
     given = ["--epochs=2", "--factor=0.5"]
     lines = lines_of(monkeypatch, capsys, "finetune", *given, FIRST_EPOCHS=1, build=small_mobilenet)
-    first, without, penalized, last = lines
-    assert first.startswith("1 epochs on 1437 digits first: ")
-    moved = [tuple(map(float, re.search(r"from ([\d.]+) to ([\d.]+)\.$", line).groups())) for line in (without, penalized)]
-    assert moved[0][0] == moved[1][0]  # both from the same weights
-    assert moved[1][1] < 0.8 * moved[1][0] < moved[0][1]
-    assert last.startswith("With the penalty kernels end ")
+    first, *runs, without, penalized = lines
+    start = float(re.search(r" is ([\d.]+) \(median\)", first)[1])
+    found = [re.search(r"^seed (\d), (\w+) .* accuracy ([\d.]+) %, .* ([\d.]+)$", line).groups() for line in runs]
+    assert [(seed, name) for seed, name, *_ in found] == [(s, n) for s in "012" for n in ("without", "with")]
+    for line, name in ((without, "without"), (penalized, "with")):
+        accuracies, errors = np.array([(a, e) for _, n, a, e in found if n == name], float).T
+        mean, deviation, error = map(float, re.search(r"([\d.]+) \+- ([\d.]+) % over 3 seeds, .* ([\d.]+)$", line).groups())
+        assert line.startswith(f"{name.capitalize()} the penalty")
+        assert (mean, deviation) == pytest.approx((np.mean(accuracies), np.std(accuracies, ddof=1)), abs=0.15)
+        assert error == pytest.approx(np.mean(errors), abs=0.002)
+        assert all(errors < 0.8 * start) if name == "with" else all(errors > 0.9 * start)
 
 
 def test_custom_loop_keeps_the_gradients_of_all_layers_alike(monkeypatch, capsys):
@@ -53,13 +59,21 @@ def test_custom_loop_keeps_the_gradients_of_all_layers_alike(monkeypatch, capsys
     assert ("not lower" in last) == (losses[0] >= min(losses[1:]))
 
 
-def test_search_prints_the_best_trial(monkeypatch, capsys):
-    lines = lines_of(monkeypatch, capsys, "search", "--max_trials=2", "--epochs=1", LAYERS=8, WIDTH=4)
-    *trials, best = [line for line in lines if " modulation: " not in line]
-    found = [re.search(r"^trial \d of 2: ([\d.]+) with (.*)$", line).groups() for line in trials]
+def test_search_prints_the_best_trial_and_tries_both_rules_again(monkeypatch, capsys):
+    lines = lines_of(monkeypatch, capsys, "search", "--max_trials=2", "--epochs=1", LAYERS=8, WIDTH=4, SEEDS=(1, 2))
+    first, second, best, *again = lines
+    found = [re.search(r"^trial \d of 2: ([\d.]+) with (.*)$", line).groups() for line in (first, second)]
     highest = max(accuracy for accuracy, _ in found)
-    assert len(found) == 2 and best.startswith(f"The best of 2 trials: {highest} of ")
+    assert best.startswith(f"Best of 2 trials: validation accuracy {highest} with ")
     assert any(best.endswith(f" with {values}.") for accuracy, values in found if accuracy == highest)
+    assert len(again) == 2
+    for line, rule in zip(again, ("off", "anchor")):
+        own = [(accuracy, values) for accuracy, values in found if f"modulation={rule}" in values]
+        if not own:
+            assert line == f"Modulation {rule}: no trial."
+            continue
+        assert re.match(rf"Modulation {rule}, its best trial with 2 other seeds: [\d.]+ \+- [\d.]+ with ", line)
+        assert line.endswith(max(own)[1])
 
 
 @pytest.mark.parametrize(
