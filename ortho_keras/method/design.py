@@ -63,7 +63,8 @@ def check_design(model):
 
     Returns:
         A `DesignReport`: `layers`, a list of one `LayerDesign` for each kernel; `notes`, strings about trainable kernels with
-        another penalty than most, or with none, in addition to a `KernelRegularizer`; `fits`, whether all kernels fit.
+        another penalty than most, or with none, in addition to a `KernelRegularizer`, and about convolutions that
+        `ConvOrthogonalRegularizer` cannot make orthogonal; `fits`, whether all kernels fit.
 
     Raises:
         ValueError: If `model` is not a built Keras model, or has no convolution, dense or einsum kernel.
@@ -118,14 +119,17 @@ def _would_fit(kernel, f_in, f_out):
 
 
 def _notes(kernels):
-    """Notes trainable kernels whose regularizer is not the `KernelRegularizer` that most of them have."""
+    """Notes kernels whose regularizer cannot reach 0, and trainable ones without the `KernelRegularizer` that most have."""
     by_kind = {}
     for kernel in kernels:
         if kernel.variable.trainable:
             by_kind.setdefault(type(kernel.variable.regularizer), []).append(kernel.path)
     ours = [kind for kind in by_kind if issubclass(kind, KernelRegularizer)]
-    main = max(ours, key=lambda kind: len(by_kind[kind]), default=None)
     notes = []
+    for kernel in kernels:
+        obstacle = getattr(kernel.variable.regularizer, "obstacle", lambda shape: "")(kernel.variable.shape)
+        notes += [f"{kernel.path}: a convolution with {obstacle}"] if obstacle else []
+    main = max(ours, key=lambda kind: len(by_kind[kind]), default=None)
     for kind, paths in by_kind.items():
         if main not in (None, kind):
             bare = kind is type(None)

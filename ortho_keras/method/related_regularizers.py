@@ -1,6 +1,7 @@
 """Orthogonality penalties from related work, not from Xie et al. 2017. `factor` multiplies each paper's own formula."""
 
 import math
+import warnings
 
 import numpy as np
 import tensorflow as tf
@@ -96,7 +97,9 @@ class ConvOrthogonalRegularizer(KernelRegularizer, name="conv_orthogonal"):
 
     `K * K` is every filter convolved with every filter at each shift that the stride allows, and I is 1 where a filter meets
     itself unshifted. At 0 the convolution of a large image is an orthogonal map. Where `cout > cin * prod(strides)`, the rows
-    should be orthonormal instead of the columns; the formula is the same up to a constant, which is subtracted.
+    should be orthonormal instead of the columns; the formula is the same up to a constant, which is subtracted. Where a stride
+    exceeds the kernel's size, with more filters than `cin * prod(min(size, stride))`, no orthogonal convolution exists: the
+    penalty cannot reach 0, and a warning says so.
 
     Args:
         factor: See `OrthonormalRegularizer`.
@@ -107,8 +110,9 @@ class ConvOrthogonalRegularizer(KernelRegularizer, name="conv_orthogonal"):
         ValueError: If an argument is none of the above, or the kernel is not of rank 2 to 5 or does not fit the strides.
 
     Reference:
-        Wang, Chen, Chakraborty, Yu 2020 ([arXiv:1911.12207](https://arxiv.org/abs/1911.12207)); the constant:
-        Achour, Malgouyres, Mamalet 2022 ([arXiv:2108.05623](https://arxiv.org/abs/2108.05623)).
+        Wang, Chen, Chakraborty, Yu 2020 ([arXiv:1911.12207](https://arxiv.org/abs/1911.12207)); the constant, and
+        where an orthogonal convolution exists: Achour, Malgouyres, Mamalet 2022
+        ([arXiv:2108.05623](https://arxiv.org/abs/2108.05623)), for equal sizes and strides.
     """
 
     def __init__(self, factor=1e-4, strides=1, groups=1):
@@ -123,16 +127,33 @@ class ConvOrthogonalRegularizer(KernelRegularizer, name="conv_orthogonal"):
         pointwise = kernel.regularizer_attribute == "pointwise_regularizer"  # the strides are those of the depthwise part
         return cls(factor, 1 if pointwise else getattr(kernel.layer, "strides", 1), kernel.groups)
 
-    def penalty(self, kernel):
-        kernel, strides = at_least_float32(kernel), self.strides
-        if kernel.shape.rank == 2 and len(strides) == 1:
-            kernel, strides = kernel[tf.newaxis], (1,)  # a dense layer is a convolution of one pixel
-        window = kernel.shape[:-2]
+    def _window(self, shape):
+        """Returns the kernel's sizes along the axes of the image, and the strides."""
+        dense = len(shape) == 2 and len(self.strides) == 1  # a convolution of one pixel
+        window, strides = ((1,), (1,)) if dense else (tuple(shape[:-2]), self.strides)
         strides = strides * len(window) if len(strides) == 1 else strides
         if not 1 <= len(window) <= 3 or len(strides) != len(window):
-            received = f"a kernel of shape {tuple(kernel.shape)}, strides={self.strides!r}"
+            received = f"a kernel of shape {tuple(shape)}, strides={self.strides!r}"
             raise ValueError(f"`strides` must fit a kernel of rank 2 to 5, one number for each axis. Received: {received}")
-        matrix_shape(kernel.shape, "standard", self.groups)
+        matrix_shape(shape, "standard", self.groups)
+        return window, strides
+
+    def obstacle(self, shape):
+        """Returns why no convolution with a kernel of this shape is orthogonal, or an empty string where one is."""
+        window, strides = self._window(shape)
+        most = self.groups * shape[-2] * math.prod(map(min, window, strides))
+        if shape[-1] <= most or all(stride <= size for size, stride in zip(window, strides)):
+            return ""
+        kernel = f"a kernel of shape {tuple(shape)} and strides {strides}"
+        return f"{kernel} cannot be orthogonal: at most {most} filters, or strides of at most the kernel's size, would fit"
+
+    def penalty(self, kernel):
+        kernel = at_least_float32(kernel)
+        obstacle = self.obstacle(kernel.shape)
+        if obstacle:
+            warnings.warn(f"ConvOrthogonalRegularizer: a convolution with {obstacle}", stacklevel=2)
+        window, strides = self._window(kernel.shape)
+        kernel = tf.reshape(kernel, (*window, *kernel.shape[-2:]))
         cin, own = kernel.shape[-2], kernel.shape[-1] // self.groups
         unshifted = [(size - 1) // stride for size, stride in zip(window, strides)]
         padding = [(0, 0), *((index * stride, index * stride) for index, stride in zip(unshifted, strides)), (0, 0)]

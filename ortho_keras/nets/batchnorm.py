@@ -14,12 +14,12 @@ from ortho_keras.method.kernels import walk_layers
 class FusedBatchNormalization(keras.layers.BatchNormalization):
     """`keras.layers.BatchNormalization`, computed by TensorFlow's one fused operation instead of a chain of small ones.
 
-    It has the same arguments, variables and values up to rounding. With AVX-512, a training step of a plain net takes 0.6 to 0.7
-    of the time (`benchmarks/step_time.py`), with AVX2 alone about the same: Keras 3 (3.15) casts half-precision activations to
-    float32 and writes several tensors of their size. Statistics are float32 here too. An empty batch, as a replica may get at
-    the end of an epoch, leaves the moving averages as they are; Keras's become NaN. Keras's computation is used where the fused operation does not apply: with `synchronized=True`, `renorm=True`, a mask,
-    an `axis` other than the last, inputs that are not of rank 4 or not of the layer's compute dtype, and variables that are
-    not float32.
+    It has the same arguments, variables and values up to rounding. With AVX-512, a training step of a plain net takes 0.6
+    to 0.7 of the time (`benchmarks/step_time.py`), with AVX2 alone about the same: Keras 3 (3.15) casts half-precision
+    activations to float32 and writes several tensors of their size. Statistics are float32 here too. An empty batch, as a
+    replica may get at the end of an epoch, leaves the moving averages as they are; Keras's become NaN. Keras's computation
+    is used where the fused operation does not apply: with `synchronized=True`, `renorm=True`, a mask, an `axis` other than
+    the last, inputs that are not of rank 4 or not of the layer's compute dtype, and variables that are not float32.
     """
 
     def call(self, inputs, training=None, mask=None):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from ortho_keras import OrthonormalRegularizer, check_design, plain_cnn
+from ortho_keras import OrthonormalRegularizer, check_design, orthonormalize, plain_cnn
 
 
 def model_of(*stack, shape=(8, 8, 3)):
@@ -105,6 +105,17 @@ def test_other_penalties_in_addition_to_orthonormal_ones_are_noted():
     assert bare.startswith("no regularizer on 1 kernel (") and "bare/kernel" in bare
     assert check_design(model_of(dense("a", ours), dense("b", ours), shape=(4,))).notes == []
     assert check_design(model_of(dense("a", None), dense("b", keras.regularizers.L2(0.1)), shape=(4,))).notes == []
+
+
+def test_convolutions_that_cannot_be_orthogonal_are_noted():
+    stack = [layers.Conv2D(4, 1, strides, padding="same", name=f"strides{strides}") for strides in (1, 2)]
+    model = model_of(*stack)
+    orthonormalize(model, verbose=False, regularizer="conv_orthogonal")
+    assert check_design(model).notes == []  # 4 inputs are enough for 4 filters
+    model = model_of(*reversed([layers.Conv2D.from_config(layer.get_config()) for layer in stack]))
+    orthonormalize(model, verbose=False, regularizer="conv_orthogonal")
+    (note,) = check_design(model).notes
+    assert re.search(r"strides2/kernel: .* shape \(1, 1, 3, 4\) and strides \(2, 2\) cannot be orthogonal: at most 3", note)
 
 
 def test_wrong_models():

@@ -123,6 +123,32 @@ def test_what_is_orthogonal_costs_nothing():
         assert float(variant(1.0)(2 * tf.eye(5))) == pytest.approx(by_hand, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("shape", "strides", "groups", "most"),
+    [  # Achour et al.: where M <= C S^2, C k^2 filters at most; where M >= C S^2, S <= k
+        ((3, 3, 8, 129), 4, 1, 72),
+        ((3, 3, 8, 128), 4, 1, 72),
+        ((3, 3, 8, 73), 4, 1, 72),
+        ((3, 3, 8, 72), 4, 1, None),
+        ((3, 3, 8, 129), 3, 1, None),
+        ((1, 1, 1, 2), 2, 1, 1),
+        ((2, 1, 4), 3, 2, None),
+        ((2, 1, 6), 3, 2, 4),
+        ((3, 1, 2, 3), (1, 4), 1, 2),  # along the second axis, pixels are left out; the first has no more than 2 x 1 dimensions
+        ((1, 4), 1, 1, None),
+    ],
+)
+def test_where_no_orthogonal_convolution_exists(shape, strides, groups, most):
+    regularizer = ConvOrthogonalRegularizer(1.0, strides, groups)
+    kernel = tf.cast(OrthonormalInitializer(seed=1, groups=groups)(shape), tf.float64)
+    if most is None:
+        assert regularizer.obstacle(shape) == ""
+        return
+    with pytest.warns(UserWarning, match=f"cannot be orthogonal: at most {most} filters, or strides of at most the kernel's"):
+        assert float(regularizer(kernel)) > 0.9
+    assert regularizer.obstacle((*shape[:-1], most)) == ""
+
+
 @pytest.mark.parametrize("shape", [(7, 3), (3, 7)])
 def test_a_dense_kernel_is_a_convolution_of_one_pixel(shape):
     w = random_kernel(shape)
