@@ -1,11 +1,12 @@
-"""A training loop of one's own, with and without modulation of the error: GradientTape, tf.function, no `fit`.
+"""A custom training loop with and without modulation of the backpropagated gradient: GradientTape and tf.function, no `fit`.
 
 python -m examples.custom_loop                 from a clone; half a minute on two cores
 python -m examples.custom_loop --depth=110
 
-A plain net of 56 layers on scikit-learn's digits. Without modulation it runs twice: at the rate which is the modulated net's
-best, and at the one which is its own (of 0.0001, 0.0003, ... 0.1, after 90 steps at 56 layers). All start from the same
-weights and see the same batches. Modulation is switched off after the first third of the steps, without a new trace.
+A plain net of 56 layers is trained on scikit-learn's digits: once with modulation, at its best learning rate, and twice
+without, at the same rate and at the best rate for the net without modulation. Both are the best of 0.0001, 0.0003, ... 0.1
+after 90 steps at 56 layers. All runs start from the same weights and see the same batches, with one seed. Modulation is
+switched off after the first third of the steps, without retracing.
 """
 
 import os
@@ -34,7 +35,7 @@ def build(modulated):
     model = ortho_keras.plain_cnn(FLAGS.depth, (8, 8, 1), seed=0)  # with the orthonormal penalty on every kernel
     if not modulated:
         return model
-    # Without the classifier, whose error is larger by the pooling's arithmetic alone: see `modulate`.
+    # Without the classifier: the pooling before it changes the gradient's magnitude, see `modulate`.
     convolutions = [layer.name for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
     return ortho_keras.modulate(model, layers=convolutions)
 
@@ -47,11 +48,11 @@ def train(model, learning_rate, x, y, modulated):
 
     @tf.function
     def step(images, labels):
-        traces.append("one more")  # Python runs while TensorFlow traces, and not again
+        traces.append("one more")  # runs only while TensorFlow traces
         with tf.GradientTape() as tape:
             loss = LOSS(labels, model(images, training=True))
-            total = loss + sum(model.losses)  # `fit` would add the penalties; a loop of one's own must
-        gradients = tape.gradient(total, model.trainable_variables)  # modulation acts in here
+            total = loss + sum(model.losses)  # `fit` adds the penalties; a custom loop must do it
+        gradients = tape.gradient(total, model.trainable_variables)  # modulation acts here
         optimizer.apply_gradients(zip(gradients, model.trainable_variables))
         return loss
 
@@ -73,19 +74,19 @@ def train(model, learning_rate, x, y, modulated):
 def main(_):
     x, y = load_digits(return_X_y=True)
     x = (x.reshape(-1, 8, 8, 1) / 16).astype("float32")
-    print(f"{len(x)} digits, a plain net of {FLAGS.depth} layers; a kernel's gradient over its norm, before the first step:")
+    print(f"{len(x)} digits, a plain net of {FLAGS.depth} layers; a kernel's gradient over its norm, before training:")
     for modulated in (False, True):
         report = ortho_keras.signal_report(build(modulated), x[:BATCH], y[:BATCH], LOSS, singular_values=False)
         convolutions = [layer for layer in report.layers if layer.positions]
-        bottom, top = convolutions[1], convolutions[-1]  # the first reads the images, whose scale is arbitrary
+        bottom, top = convolutions[1], convolutions[-1]  # the first convolution reads the images, whose scale is arbitrary
         print(
             f"{'modulated' if modulated else 'plain'}: {bottom.gradient_ratio:.3g} at {bottom.name}, "
             f"{top.gradient_ratio:.3g} at {top.name}, {bottom.gradient_ratio / top.gradient_ratio:.3g} times as much"
         )
     runs = [(True, RATE), (False, RATE), (False, OWN_RATE)]
-    tamed, *plain = [train(build(modulated), rate, x, y, modulated) for modulated, rate in runs]
-    won = "lower" if tamed < min(plain) else "not lower"
-    print(f"With modulation the loss is {won}: {tamed:.3f}, and {min(plain):.3f} without, at the better of the two rates.")
+    modulated_loss, *plain = [train(build(modulated), rate, x, y, modulated) for modulated, rate in runs]
+    won = "lower" if modulated_loss < min(plain) else "not lower"
+    print(f"With modulation the loss is {won}: {modulated_loss:.3f}, against {min(plain):.3f} without, at the better rate.")
 
 
 if __name__ == "__main__":
