@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 
 import keras
@@ -198,6 +199,9 @@ def _check_workdir(workdir, recipe, fingerprint=None):
     """Raises `InputError` unless the workdir is empty or holds this run; returns the run's result if it is finished."""
     shown = str(workdir)
     check_folder("--workdir", workdir)
+    images = os.path.expanduser(recipe.dataset.removeprefix("folder:"))
+    if images != recipe.dataset and os.path.isdir(images) and workdir.resolve().is_relative_to(os.path.realpath(images)):
+        raise InputError(f"--workdir must be outside of the images' folder, where it would be a class. Received: {shown!r}")
     if not entries(workdir):
         return None
     if not (workdir / "run.json").exists():

@@ -1,4 +1,6 @@
-"""Crops of photographs, resized: a random part of the image for training, the central one for evaluation."""
+"""Image files, decoded and turned upright, and their crops: a random part for training, the central one for evaluation."""
+
+import pathlib
 
 import tensorflow as tf
 
@@ -10,6 +12,28 @@ MIRROR = (0, 1 << 62)  # added to the seed of the window, so that mirroring is i
 DECODED_AT = (1, 2, 4, 8)  # libjpeg decodes at the full resolution divided by these
 EXACT = "INTEGER_ACCURATE"  # as other readers of JPEG; TensorFlow's default deviates by several levels
 END_OF_JPEG = b"\xff\xd9"
+# The EXIF orientation, 1 to 8, of a JPEG or PNG file: the entry with tag 0x0112 in the first directory, whose entries, of 12
+# bytes, are sorted by tag; in either byte order.
+HEAD = 1 << 14  # bytes at a file's beginning that are searched for it
+ORIENTATION = (
+    r"^\C*?(?:Exif\x00\x00|eXIf)"
+    r"(?:II\*\x00\x08\x00\x00\x00\C\C(?:\C[\x00\x01]\C{10})*?\x12\x01\x03\x00\x01\x00\x00\x00"
+    r"|MM\x00\*\x00\x00\x00\x08\C\C(?:[\x00\x01]\C{11})*?\x01\x12\x00\x03\x00\x00\x00\x01\x00)([\x01-\x08])\C*$"
+)
+
+
+def read_image(file):
+    """Returns an image file, given by its path or as bytes, as a uint8 array `(height, width, 3)`, upright as viewers show it.
+
+    Raises `OSError` if it cannot be read, and `tf.errors.InvalidArgumentError` if it is not an image.
+    """
+    with tf.device("CPU:0"):
+        return decoded_image(file if isinstance(file, bytes) else pathlib.Path(file).read_bytes()).numpy()
+
+
+def decoded_image(encoded, channels=3):
+    """Returns a whole file as a uint8 tensor, upright; of an animation, the first image."""
+    return _upright(tf.io.decode_image(encoded, channels, expand_animations=False), _orientation(encoded))
 
 
 def resized_crop(image, key, size):
@@ -33,7 +57,7 @@ def decoded_crop(encoded, key, size):
         # A JPEG file that was cut off would decode as far as the crop goes; one with more bytes after its end is whole.
         complete = tf.size(tf.strings.split(encoded, END_OF_JPEG)) > 1
         with tf.control_dependencies([tf.debugging.Assert(complete | ~jpeg, ["a JPEG file without its end"])]):
-            return resized_crop(tf.io.decode_image(encoded, 3, expand_animations=False), key, size)
+            return resized_crop(decoded_image(encoded), key, size)
 
     image = tf.cond(jpeg & ends, lambda: _mirrored(_jpeg_crop(encoded, key, size), key), decoded_whole)
     return tf.ensure_shape(image, (*size, 3))
@@ -41,17 +65,21 @@ def decoded_crop(encoded, key, size):
 
 def _jpeg_crop(encoded, key, size):
     """Decodes a crop at the lowest resolution that has `size` pixels of it; the rest, a factor below 2, is bilinear."""
-    shape = tf.io.extract_jpeg_shape(encoded)
-    window = _window(shape, key)
-    begin, extent = window[:2], window[2:]
-    enough = tf.reduce_min(extent) >= [max(size) * ratio for ratio in DECODED_AT[1:]]
+    orientation, shape = _orientation(encoded), tf.io.extract_jpeg_shape(encoded)
+    sideways, mirrored = orientation > 4, _mirrors(orientation)
+    turned = tf.where(sideways, tf.gather(shape, [1, 0, 2]), shape)
+    begin, extent = tf.split(_window(turned, key), 2)  # of the upright image
+    begin = tf.where(mirrored, turned[:2] - begin - extent, begin)
+    begin, extent = (tf.where(sideways, part[::-1], part) for part in (begin, extent))  # of the image in the file
+    window, size = tf.concat([begin, extent], 0), tf.where(sideways, size[::-1], size)
+    enough = tf.reduce_min(extent) >= [tf.reduce_max(size) * ratio for ratio in DECODED_AT[1:]]
 
     def reduced(ratio):
         """The window's edges lie between the pixels of the reduced resolution: its values are interpolated at their places."""
         first = begin // ratio
         count = tf.minimum(-(-(begin + extent) // ratio), -(-shape[:2] // ratio)) - first
         image = tf.io.decode_and_crop_jpeg(encoded, tf.concat([first, count], 0), 3, ratio, dct_method=EXACT)
-        pixels = tf.constant(size, tf.float32)
+        pixels = tf.cast(size, tf.float32)
         spacing = tf.cast(extent, tf.float32) / (pixels * ratio)
         start = tf.cast(begin, tf.float32) / ratio - tf.cast(first, tf.float32) + (spacing - 1) / 2
         box = tf.stack([start, start + (pixels - 1) * spacing]) / tf.cast(tf.maximum(count - 1, 1), tf.float32)
@@ -61,7 +89,23 @@ def _jpeg_crop(encoded, key, size):
         return tf.image.resize(tf.io.decode_and_crop_jpeg(encoded, window, 3, dct_method=EXACT), size)
 
     branches = [full, *(lambda ratio=ratio: reduced(ratio) for ratio in DECODED_AT[1:])]
-    return tf.switch_case(tf.math.count_nonzero(enough, dtype=tf.int32), branches)
+    return _upright(tf.switch_case(tf.math.count_nonzero(enough, dtype=tf.int32), branches), orientation)
+
+
+def _orientation(encoded):
+    """Returns the EXIF orientation of a file, 1 to 8, or 0 where it has none; a regular expression needs no Python thread."""
+    found = tf.strings.regex_replace(tf.strings.substr(encoded, 0, HEAD), ORIENTATION, r"\1", replace_global=False)
+    return tf.argmax(tf.cast(found == [bytes([value]) for value in range(9)], tf.int32), output_type=tf.int32)
+
+
+def _mirrors(orientation):
+    """Whether the rows and the columns are reversed, after rows and columns were exchanged where the orientation is above 4."""
+    return tf.stack([tf.reduce_any(orientation == values) for values in ([3, 4, 7, 8], [2, 3, 6, 7])])
+
+
+def _upright(image, orientation):
+    image = tf.cond(orientation > 4, lambda: tf.transpose(image, [1, 0, 2]), lambda: image)
+    return tf.reverse(image, tf.where(_mirrors(orientation))[:, 0])
 
 
 def _window(shape, key):

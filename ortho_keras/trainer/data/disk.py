@@ -1,5 +1,6 @@
 """Images of one split that stay on the disk: read, cropped and decoded when a step needs them."""
 
+import hashlib
 import itertools
 import os
 
@@ -11,6 +12,11 @@ from ortho_keras.trainer.data.crops import decoded_crop
 from ortho_keras.trainer.runtime import cpu_cores
 
 SAMPLE = 512  # images from which the pixels' mean and variance are estimated
+
+
+def shown(path):
+    """Returns a path, or a part of it, as text; bytes that are not UTF-8 as `\\xff`."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 class DiskSplit:
@@ -35,8 +41,17 @@ class DiskSplit:
     def __len__(self):
         return len(self.numbers)
 
+    @property
+    def known_labels(self):
+        """The labels that are known before an image is read."""
+        return self.source.known_labels
+
     def take(self, indices):
         return DiskSplit(self.source, self.image_shape[0], self.numbers[indices])
+
+    def digests(self):
+        """Yields a SHA-256 for each image, by which changed data is recognized without decoding it."""
+        return (hashlib.sha256(repr(self.source.identity(number)).encode()).digest() for number in self.numbers.tolist())
 
     def sample(self, count=SAMPLE):
         """Returns the central parts of `count` images that decode (uint8), and their labels: always the same ones.
@@ -97,9 +112,9 @@ class ImageFiles:
     """Image files with their labels, two lists; `flag` names the data in messages, and `root` is left out of the names."""
 
     def __init__(self, flag, root, paths, labels):
-        self.flag, self.root, self.paths = flag, root, [str(path) for path in paths]
+        self.flag, self.root, self.paths, self.known_labels = flag, root, [*map(os.fsencode, paths)], np.array(labels)
         with tf.device("CPU:0"):
-            self._paths, self._labels = tf.constant(self.paths, tf.string), tf.constant(labels, tf.int64)
+            self._paths, self._labels = tf.constant(self.paths, tf.string), tf.constant(self.known_labels, tf.int64)
 
     def __len__(self):
         return len(self.paths)
@@ -111,7 +126,11 @@ class ImageFiles:
         return tf.io.read_file(handle), tf.gather(self._labels, number)
 
     def name(self, number):
-        return os.path.relpath(self.paths[number], self.root)
+        return shown(os.path.relpath(self.paths[number], os.fsencode(self.root)))
+
+    def identity(self, number):
+        path = self.paths[number]
+        return self.name(number), os.path.exists(path) and os.path.getsize(path), int(self.known_labels[number])
 
 
 class ImageRecords:
@@ -120,7 +139,9 @@ class ImageRecords:
     def __init__(self, flag, files, features):
         self.flag, self.files, self.features = flag, [str(path) for path in files], features
         places = itertools.chain.from_iterable(map(self._record_places, range(len(self.files))))
-        self.places = np.fromiter(places, np.dtype((np.int64, 3)))  # file, offset, length
+        self.places = np.fromiter(places, np.dtype((np.int64, 4)))  # file, offset, length, checksum of the data
+        first = self.handles(np.arange(min(1, len(self)), dtype=np.int64))  # others are read when they are needed
+        self.known_labels = np.array([self._example(handle)["label"] for handle in first])
 
     def __len__(self):
         return len(self.places)
@@ -129,18 +150,25 @@ class ImageRecords:
         return tf.ensure_shape(tf.numpy_function(self._read, [numbers], tf.string), (None,))
 
     def open(self, handle, number):
-        import tensorflow_datasets as tfds
-
-        example = self.features.deserialize_example(handle, decoders={"image": tfds.decode.SkipDecoding()})
-        return example["image"], tf.cast(example["label"], tf.int64)
+        example = self._example(handle)
+        with tf.control_dependencies([tf.debugging.assert_non_negative(example["label"])]):  # -1: an image without a label
+            return tf.identity(example["image"]), example["label"]
 
     def name(self, number):
-        file, offset, _ = self.places[number]
+        file, offset, *_ = self.places[number]
         return f"{os.path.basename(self.files[file])}, record at byte {offset}"
+
+    def identity(self, number):
+        return self.places[number, 2:].tolist()
+
+    def _example(self, handle):
+        import tensorflow_datasets as tfds
+
+        return self.features.deserialize_example(handle, decoders={"image": tfds.decode.SkipDecoding()})
 
     def _read(self, numbers):
         records = []
-        for file, offset, length in self.places[numbers]:
+        for file, offset, length, _ in self.places[numbers]:
             with open(self.files[file], "rb", buffering=0) as opened:
                 opened.seek(offset)
                 records.append(opened.read(length))
@@ -151,10 +179,13 @@ class ImageRecords:
         path, at = self.files[number], 0
         size = os.path.getsize(path)
         with open(path, "rb", buffering=0) as opened:
-            while at + 12 <= size:
+            while at < size:
                 opened.seek(at)
                 length = int.from_bytes(opened.read(8), "little")
-                yield number, at + 12, length
-                at += length + 16
-        if at != size:
-            raise InputError(f"{self.flag} must be complete. Received: {path}, of {size} bytes where its records end at {at}")
+                end = at + length + 16
+                if end > size:
+                    received = f"{path}, of {size} bytes, whose last record ends at {end}"
+                    raise InputError(f"{self.flag} must be complete. Received: {received}")
+                opened.seek(end - 4)
+                yield number, at + 12, length, int.from_bytes(opened.read(4), "little")
+                at = end

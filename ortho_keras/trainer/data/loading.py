@@ -25,7 +25,7 @@ class MemorySplit:
 
     images: np.ndarray
     labels: np.ndarray
-    skipped = ()  # all images in memory were decoded
+    skipped: tuple = ()  # names of images that could not be read or decoded; `images` lacks them
     parallel_batches = tf.data.AUTOTUNE
 
     def __len__(self):
@@ -39,8 +39,17 @@ class MemorySplit:
         """Returns the first `count` images and their labels; all of them by default."""
         return self.images[:count], self.labels[:count]
 
+    @property
+    def known_labels(self):
+        return self.labels
+
     def take(self, indices):
-        return MemorySplit(self.images[indices], self.labels[indices])
+        return MemorySplit(self.images[indices], self.labels[indices], self.skipped)
+
+    def digests(self):
+        """Yields a SHA-256 for each image and its label."""
+        pairs = zip(self.images, self.labels)
+        return (hashlib.sha256(label.astype("<i8").tobytes() + image.tobytes()).digest() for image, label in pairs)
 
     def read(self, indices, keys=None, replace=False):
         """Returns float32 images, labels, and that each was decoded; the arguments are those of `DiskSplit.read`."""
@@ -76,7 +85,8 @@ class ImageData:
     @property
     def skipped(self):
         """Names of the images that could not be decoded so far."""
-        return [name for split in (self.train, self.validation, self.test) if split for name in list(split.skipped)]
+        names = [name for split in (self.train, self.validation, self.test) if split for name in list(split.skipped)]
+        return list(dict.fromkeys(names))
 
     @functools.cached_property
     def channel_statistics(self):
@@ -89,17 +99,14 @@ class ImageData:
 
     @functools.cached_property
     def fingerprint(self):
-        """SHA-256, hexadecimal, of the images and labels in memory, whatever their order; `None` for images on the disk.
+        """SHA-256, hexadecimal, of the images and labels, whatever their order.
 
-        Two runs with the same fingerprint had the same pixels for training (and validation) and the same for the test.
+        Two runs with the same fingerprint had the same pixels for training (and validation) and the same for the test. Images
+        on the disk are not read: files count by relative name, size and label, records of TFDS by length and checksum.
         """
-        if isinstance(self.train, DiskSplit):
-            return None
         whole = hashlib.sha256(str(self.image_shape).encode())
         for splits in ((self.train, self.validation), (self.test,)):
-            pairs = [pair for split in splits if split for pair in zip(split.images, split.labels)]
-            digests = (hashlib.sha256(label.astype("<i8").tobytes() + image.tobytes()).digest() for image, label in pairs)
-            whole.update(b"".join(sorted(digests)))
+            whole.update(b"".join(sorted(digest for split in splits if split for digest in split.digests())))
         return whole.hexdigest()
 
 
@@ -153,22 +160,32 @@ def load_data(name, data_dir=None, image_size=0, hold_out=True, storage="memory"
             splits = {key: DiskSplit(images, image_size) for key, images in source.on_disk().items()}
         else:
             splits = read_into_memory(source.examples(), image_size, source.flag)
+            for key, names in source.skipped.items():
+                splits[key] = dataclasses.replace(splits[key], skipped=tuple(names.values()))
     except (OSError, tf.errors.OpError) as error:
         raise InputError(f"--dataset {name} must be complete and readable. Received: {first_line(error)}") from error
+    notes = list(source.notes)
+    if "validation" in splits and np.all(splits["test"].known_labels < 0):
+        splits["test"] = splits.pop("validation")  # as ImageNet's, whose test labels are not public
+        notes.append("the test split has no labels; the validation split takes its place")
+    for key, split in splits.items():
+        if np.any(split.known_labels < 0):
+            raise InputError(f"{source.flag} must have a label for each image. Received: label -1 in the {key} split")
     missing = [key for key in ("test", "validation") if key not in splits and (hold_out or key == "test")]
     train, needed = splits["train"], 1 + len(missing)
     if len(train) < needed:
         expected = f"at least {needed} training images, to hold out {' and '.join(missing)}"
         raise InputError(f"{source.flag} must have {expected}. Received: {len(train)}")
-    labels = source.train_labels
+    labels, skipped = source.train_labels, [*source.skipped.get("train", ())]
+    left = np.arange(len(train) + len(skipped))  # also images that do not decode: both kinds of storage have one split
+    numbers, whole = np.delete(left, skipped), train  # of the images in `whole`
     for still_missing, key in zip(range(len(missing), 0, -1), missing):
-        held = _held_out(len(train), labels, still_missing)
-        kept = np.setdiff1d(np.arange(len(train)), held)
-        splits[key], train = train.take(held), train.take(kept)
-        labels = None if labels is None else labels[kept]
-    notes = list(source.notes)
+        held = left[_held_out(len(left), None if labels is None else labels[left], still_missing)]
+        left = np.setdiff1d(left, held)
+        splits[key] = whole.take(np.flatnonzero(np.isin(numbers, held)))
+    train = whole.take(np.flatnonzero(np.isin(numbers, left))) if missing else train
     if labels is not None:
-        absent = [name for label, name in enumerate(source.class_names) if label not in labels]
+        absent = [name for label, name in enumerate(source.class_names) if label not in labels[left]]
         notes += [f"no training image is of class {', '.join(absent)}"] if absent else []
     return ImageData(train, splits.get("validation"), splits["test"], tuple(source.class_names), tuple(notes))
 

@@ -1,6 +1,6 @@
 """Where images come from: scikit-learn's digits, a folder, TFDS. A source is one subclass of `Source`."""
 
-import operator
+import os
 import pathlib
 import random
 
@@ -9,7 +9,8 @@ import tensorflow as tf
 
 from ortho_keras.method.checks import require
 from ortho_keras.method.errors import InputError, first_line
-from ortho_keras.trainer.data.disk import ImageFiles, ImageRecords
+from ortho_keras.trainer.data.crops import decoded_image, read_image
+from ortho_keras.trainer.data.disk import ImageFiles, ImageRecords, shown
 
 SOURCES = {}  # by the data set's name, or by the part of it up to its colon
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -30,10 +31,14 @@ class Source:
     def __init__(self, name, data_dir=None):
         self.flag = f"--dataset {name}"  # for error messages
         self.notes = []  # lines for the log
+        self.skipped = {}
         self.train_labels = None  # of the training images, in their order, where they are known before an image is read
 
     def examples(self):
-        """Returns `{split: iterable of pairs of a uint8 image (height, width, channels) and a label}`."""
+        """Returns `{split: iterable of pairs of a uint8 image (height, width, channels) and a label}`.
+
+        An image that cannot be read or decoded is left out, and `skipped[split]` has its name by its place in the split.
+        """
         raise NotImplementedError
 
     def on_disk(self):
@@ -62,7 +67,7 @@ class ImageFolder(Source, name="folder:"):
     def __init__(self, name, data_dir=None):
         super().__init__(name)
         path = name.removeprefix("folder:")
-        self.path = pathlib.Path(path).expanduser()
+        self.path = pathlib.Path(os.path.expanduser(path))
         if not path or not self.path.is_dir():
             raise InputError(f"{self.flag} must be a folder that exists. Received: {path!r}")
         names = _splits([folder.name for folder in _folders(self.path)])
@@ -71,12 +76,13 @@ class ImageFolder(Source, name="folder:"):
             names = {"train": ""}
         classes = {split: _folders(self.path / name) for split, name in names.items()}
         files = {split: self._images(folders) for split, folders in classes.items()}
-        self.class_names = sorted({path.parent.name for paths in files.values() for path in paths})
-        labels = {name: label for label, name in enumerate(self.class_names)}
+        found = sorted({path.parent.name for paths in files.values() for path in paths})
+        labels, self.class_names = {name: label for label, name in enumerate(found)}, [*map(shown, found)]
         self.files = {split: [(path, labels[path.parent.name]) for path in paths] for split, paths in files.items() if paths}
-        empty = sorted({folder.name for folders in classes.values() for folder in folders} - set(labels))
+        empty = sorted({shown(folder.name) for folders in classes.values() for folder in folders} - set(self.class_names))
         if empty:
             self.notes.append(f"folders without images are no classes: {', '.join(empty)}")
+        self.notes += [f"no image is in {name}/" for split, name in names.items() if not files[split]]
         if "train" in self.files:
             self.train_labels = np.array([label for _, label in self.files["train"]])
         else:
@@ -91,24 +97,25 @@ class ImageFolder(Source, name="folder:"):
 
     def _images(self, folders):
         """The image files in class folders, in an order that mixes the classes and is the same on every machine."""
-        files = [path for folder in folders for path in sorted(folder.iterdir()) if not path.is_dir()]
-        files = [path for path in files if path.name[0] != "."]
-        images = [path for path in files if path.suffix.lower() in SUFFIXES]
-        others = [str(path.relative_to(self.path)) for path in files if path.suffix.lower() not in SUFFIXES]
+        images, others = [], []
+        for path in (path for folder in folders for path in sorted(folder.iterdir())):
+            named = path.suffix.lower() in SUFFIXES and path.name[0] != "."
+            # A pipe would wait for its writer. A link to nothing counts as an image, which is skipped when it is read.
+            is_image = named and (path.is_file() or not path.exists())
+            images.append(path) if is_image else others.append(shown(path.relative_to(self.path)))
         if others:
-            shown = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
-            self.notes.append(f"{len(others)} files are not JPEG or PNG and were left out: {shown}")
+            listed = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+            self.notes.append(f"{len(others)} entries of class folders are not JPEG or PNG files and were left out: {listed}")
         random.Random(len(images)).shuffle(images)
         return images
 
     def _decoded(self, split):
-        """Decodes a split's files to RGB."""
-        for path, label in self.files[split]:
+        skipped = self.skipped[split] = {}
+        for number, (path, label) in enumerate(self.files[split]):
             try:
-                yield tf.io.decode_image(path.read_bytes(), channels=3, expand_animations=False).numpy(), label
-            except tf.errors.InvalidArgumentError as error:
-                received = f"{path.relative_to(self.path)}, which does not ({first_line(error)})"
-                raise InputError(f"{self.flag} must contain images that decode. Received: {received}") from error
+                yield read_image(path), label
+            except (OSError, tf.errors.InvalidArgumentError):
+                skipped[number] = shown(path.relative_to(self.path))
 
 
 def _folders(path):
@@ -136,7 +143,7 @@ class TfdsDataset(Source):
             expected = "digits, folder:PATH or the name of a TFDS data set"
             raise InputError(f"--dataset must be {expected}. Received: {name!r} ({first_line(error)})") from error
         features = self.builder.info.features
-        if "image" not in features or "label" not in features or not hasattr(features["label"], "names"):
+        if not {"image", "label"} <= set(features) or not isinstance(features["label"], tfds.features.ClassLabel):
             raise InputError(f"{self.flag} must have an image and a class label in each example. Received: {list(features)}")
         self.class_names = features["label"].names
         if not self.builder.is_prepared():
@@ -168,8 +175,17 @@ class TfdsDataset(Source):
         dtype = np.dtype(self.builder.info.features["image"].np_dtype)
         if dtype != np.uint8:
             raise InputError(f"{self.flag} must have images of 8 bits. Received: {dtype.name}")
-        sets = {key: self.builder.as_dataset(split=split) for key, split in self.splits.items()}
-        return {key: map(operator.itemgetter("image", "label"), one.as_numpy_iterator()) for key, one in sets.items()}
+        channels = self.builder.info.features["image"].shape[-1]
+        return {key: self._decoded(split, channels).as_numpy_iterator() for key, split in self.splits.items()}
+
+    def _decoded(self, split, channels):
+        import tensorflow_datasets as tfds
+
+        def decode(example):
+            return decoded_image(example["image"], channels), example["label"]
+
+        encoded = self.builder.as_dataset(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+        return encoded.map(decode, num_parallel_calls=tf.data.AUTOTUNE)
 
     def on_disk(self):
         info = self.builder.info
@@ -177,8 +193,9 @@ class TfdsDataset(Source):
         if kind != "tfrecord":
             raise InputError(f"{self.flag} must be prepared as TFRecord files for --storage disk. Received: {kind}")
         splits = {key: ImageRecords(self.flag, info.splits[name].filepaths, info.features) for key, name in self.splits.items()}
-        if "validation" in splits and len(splits["test"]):
-            first = splits["test"].handles(np.zeros(1, np.int64))[0]
-            if splits["test"].open(first, 0)[1] < 0:
-                splits["test"] = splits.pop("validation")  # as ImageNet's, whose test labels are not public
+        for key, name in self.splits.items():
+            counts = len(splits[key]), info.splits[name].num_examples
+            if counts[0] != counts[1]:
+                received = f"{counts[0]} of the {counts[1]} examples of the split {name!r} in {self.builder.data_path}"
+                raise InputError(f"{self.flag} must be complete. Received: {received}")
         return splits
