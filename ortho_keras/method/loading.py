@@ -23,22 +23,20 @@ def load_model(path, compile=True):
         The model.
 
     Raises:
-        ValueError: If the file does not exist, is not a `.keras` archive, does not load, or holds a `Lambda` layer or anything
-            but a model's parts (an outside path, a link). The message gives the file and the reason.
+        ValueError: If the file does not exist, is not a `.keras` archive, does not load, is encrypted, unpacks to more than
+            100 times its size (and 100 MB), or holds a `Lambda` layer or anything but a model's parts (an outside path, a
+            link). The message gives the file and the reason.
     """
     path = pathlib.Path(path)
-    if not zipfile.is_zipfile(path):
+    if not path.is_file() or not zipfile.is_zipfile(path):
         raise _refusal(path, "it is not a zip archive" if path.is_file() else "there is no such file")
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            parts = pathlib.PurePosixPath(entry.filename.replace("\\", "/")).parts
-            known = entry.filename in CONTENT or parts[:1] == ("assets",)
-            if not known or ".." in parts or stat.S_ISLNK(entry.external_attr >> 16):
-                raise _refusal(path, f"it holds {entry.filename!r}")
-        layers = archive.read("config.json").count(b'"build_config"') if "config.json" in archive.namelist() else 0
-    allow_deep_graphs(layers)
     try:
-        return keras.saving.load_model(path, compile=compile, safe_mode=True)
+        with zipfile.ZipFile(path) as archive:
+            reason = _danger(archive.infolist(), path.stat().st_size)
+            layers = 0 if reason else archive.read("config.json").count(b'"build_config"')
+        if not reason:
+            allow_deep_graphs(layers)
+            return keras.saving.load_model(path, compile=compile, safe_mode=True)
     except Exception as error:  # a damaged file makes Keras raise almost anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         unknown = re.search(r"Could not locate (class|function) '([^']+)'", str(error))
@@ -48,6 +46,20 @@ def load_model(path, compile=True):
         elif "ambda" in str(error):
             reason = f"it holds a Lambda layer, whose code would run: {reason}"
         raise _refusal(path, reason) from error
+    raise _refusal(path, reason)
+
+
+def _danger(entries, size):
+    """Returns why the entries of an archive of this size must not be read, or an empty string."""
+    for entry in entries:
+        parts = pathlib.PurePosixPath(entry.filename.replace("\\", "/")).parts
+        known = entry.filename in CONTENT or parts[:1] == ("assets",)
+        if not known or ".." in parts or stat.S_ISLNK(entry.external_attr >> 16):
+            return f"it holds {entry.filename!r}"
+        if entry.flag_bits & 1:
+            return "it is encrypted"
+    unpacked = sum(entry.file_size for entry in entries)  # which zipfile reads at most; Keras does not compress
+    return f"its {size} bytes unpack to {unpacked}" if unpacked > max(1e8, 100 * size) else ""
 
 
 def _refusal(path, reason):

@@ -1,4 +1,5 @@
 import os
+import shutil
 import zipfile
 
 import keras
@@ -39,6 +40,24 @@ def test_an_archive_with_a_path_outside_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match="refused because it holds"):
         load_model(path)
     assert not list(tmp_path.rglob("outside.txt"))
+
+
+def test_archives_that_are_not_unpacked(tmp_path):
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(tmp_path / "model.keras")
+    for name in ("zeros", "encrypted", "damaged"):
+        shutil.copy(tmp_path / "model.keras", tmp_path / f"{name}.keras")
+    with zipfile.ZipFile(tmp_path / "zeros.keras", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("assets/zeros", bytes(101 * 10**6))
+    with zipfile.ZipFile(tmp_path / "encrypted.keras", "a") as archive:
+        archive.writestr("assets/word", "")
+        archive.infolist()[-1].flag_bits |= 1
+    content = (tmp_path / "model.keras").read_bytes()
+    (tmp_path / "damaged.keras").write_bytes(content.replace(b'"build_config"', b'"build-config"'))
+    reasons = {"zeros": r"its \d+ bytes unpack to 101\d+", "encrypted": "it is encrypted", "damaged": "Bad CRC-32 for file"}
+    for name, reason in reasons.items():
+        with pytest.raises(ValueError, match=f"{name}.keras', refused because {reason}") as caught:
+            load_model(tmp_path / f"{name}.keras")
+        assert "\n" not in str(caught.value)
 
 
 def test_what_is_no_model(tmp_path):
