@@ -165,7 +165,7 @@ def load_data(name, data_dir=None, image_size=0, hold_out=True, storage="memory"
     except (OSError, tf.errors.OpError) as error:
         raise InputError(f"--dataset {name} must be complete and readable. Received: {first_line(error)}") from error
     notes = list(source.notes)
-    if "validation" in splits and np.all(splits["test"].known_labels < 0):
+    if {"test", "validation"} <= splits.keys() and np.all(splits["test"].known_labels < 0):
         splits["test"] = splits.pop("validation")  # as ImageNet's, whose test labels are not public
         notes.append("the test split has no labels; the validation split takes its place")
     for key, split in splits.items():
