@@ -13,11 +13,28 @@ def ramp(width=60, height=40):
     return np.round(np.stack([red, green, np.full_like(red, 120)], -1)).astype(np.uint8)
 
 
-def encoded(image, kind="JPEG", mode=None):
+# How an upright image is stored in a file of each EXIF orientation.
+STORED = {1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM"}
+STORED |= {5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
+
+
+def turned(image, orientation, kind="JPEG", endian="<"):
+    """The bytes of a file that viewers show as `image`, with this EXIF orientation among other entries, before and after it."""
+    picture = Image.fromarray(image)
+    exif = picture.getexif()
+    exif.endian = endian
+    exif.update({0x010F: "Maker", 0x0110: "Camera", 0x0112: orientation, 0x011A: 72.0, 0x0131: "Software 1.0"})
+    if STORED[orientation]:
+        picture = picture.transpose(Image.Transpose[STORED[orientation]])
+    return encoded(np.asarray(picture), kind, exif=exif)
+
+
+def encoded(image, kind="JPEG", mode=None, **extra):
     """The bytes of a file of an image `(height, width, channels)` or `(height, width)`."""
     picture = Image.fromarray(image)
     stream = io.BytesIO()
     options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    options |= extra
     (picture.convert(mode) if mode else picture).save(stream, kind, **options)
     return stream.getvalue()
 

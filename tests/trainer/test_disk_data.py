@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from image_files import corrupt, encoded, ramp, write_photographs
+from image_files import corrupt, encoded, ramp, turned, write_photographs
 from loaded import as_numpy, assert_equal_batches, prepare, refusal
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ortho_keras.method.errors import InputError
 from ortho_keras.trainer.data import BatchSettings, DiskSplit, MemorySplit, evaluation_batches, load_data, training_batches
+from ortho_keras.trainer.data.crops import read_image
 from ortho_keras.trainer.data.disk import ImageFiles
 
 SIZE = 16
@@ -142,6 +143,22 @@ def test_what_does_not_decode_does_not_count_in_an_evaluation(tmp_path):
     assert sorted(split.sample()[1]) == [0, 2, 4, 5]
 
 
+@pytest.mark.parametrize(("kind", "endian"), [("JPEG", "<"), ("PNG", ">")])
+def test_images_are_turned_as_viewers_show_them(tmp_path, kind, endian):
+    """All orientations, whole, in evaluation and in training; of a large JPEG file only the part is decoded."""
+    image = ramp(500, 375)
+    files = [turned(image, orientation, kind, endian) for orientation in range(1, 9)]
+    for content in files:
+        shown = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))), np.int64)
+        assert np.abs(read_image(content) - shown).max() <= (4 if kind == "JPEG" else 0) and shown.shape == image.shape
+    split, keys = split_of(tmp_path, files, size=64), tf.constant([[3, 5]] * 8, tf.int64)
+    for seeds in (None, keys, keys + 1):
+        images, _, decoded = tf.function(split.read)(tf.range(8, dtype=tf.int64), seeds)
+        np.testing.assert_allclose(images, images[:1].numpy().repeat(8, 0), atol=4)
+        assert np.all(decoded)
+    assert np.array_equal(read_image(tmp_path / "005.jpg"), read_image(files[5]))
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA"])
 def test_other_kinds_of_colour(tmp_path, mode):
     image = np.full((30, 40, 3), (200, 120, 40), np.uint8)
@@ -157,7 +174,7 @@ def test_folder(tmp_path):
     names = write_photographs(tmp_path, {"train": 12, "val": 2, "test": 2}, classes=3, broken=0.1)
     (tmp_path / "train" / ".hidden").mkdir()
     data = load_data(f"folder:{tmp_path}", image_size=SIZE, storage="disk")
-    assert (len(data.train), len(data.validation), len(data.test)) == (36, 6, 6) and data.fingerprint is None
+    assert (len(data.train), len(data.validation), len(data.test)) == (36, 6, 6)
     assert data.class_names == ("class00", "class01", "class02") and data.image_shape == (SIZE, SIZE, 3)
     batches = [as_numpy(evaluation_batches(split, 4)) for split in (data.train, data.validation, data.test)]
     images, labels, weights = map(np.concatenate, zip(*batches[0], *batches[1], *batches[2]))
@@ -176,6 +193,32 @@ def test_folder_without_a_test_split_is_cut(tmp_path):
     parts, same = ([part.numbers.tolist() for part in (one.train, one.validation, one.test)] for one in (first, again))
     assert [len(part) for part in parts] == [32, 4, 4] and sorted(np.concatenate(parts)) == list(range(40))
     assert parts == same
+
+
+def test_the_fingerprint_of_files_is_their_names_sizes_and_labels(tmp_path):
+    write_photographs(tmp_path / "data", {".": 5}, classes=3)
+    first, third = (tmp_path / "data" / name for name in ("class00", "class02"))
+    found = []
+
+    def fingerprint():
+        found.append(load_data(f"folder:{next(tmp_path.iterdir())}", image_size=SIZE, storage="disk").fingerprint)
+        return found[-1]
+
+    before = fingerprint()
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert fingerprint() == before
+    (tmp_path / "moved").rename(tmp_path / "data")
+    first.rename(tmp_path / "data" / "other")  # the labels of the two are exchanged
+    third.rename(first)
+    (tmp_path / "data" / "other").rename(third)
+    fingerprint()
+    (third / "0.jpg").write_bytes((third / "0.jpg").read_bytes() + b"more")
+    fingerprint()
+    (third / "0.jpg").rename(third / "9.jpg")
+    fingerprint()
+    first.rename(tmp_path / "data" / "class01b")  # a class that is between the others
+    fingerprint()
+    assert len(set(found)) == 5 and all(len(one) == 64 for one in found)
 
 
 def prepare_photos(data_dir, **splits):
@@ -199,6 +242,37 @@ def test_records_are_read_as_files_are(tmp_path):
     assert found == expected and len(found) == 8
     (name,) = data.skipped
     assert name.startswith("photos-train.tfrecord-00000-of-00001, record at byte ")
+    assert data.notes == ("the test split has no labels; the validation split takes its place",)
+
+
+def test_records_without_labels(tmp_path):
+    good = [(encoded(ramp()), number % 3) for number in range(4)]
+    unlabelled = [(content, -1) for content, _ in good]
+    for name, splits in {"test": (good, unlabelled), "train": (unlabelled, good)}.items():
+        prepare_photos(tmp_path / name, **dict(zip(("train", "test"), splits)))
+        for storage in ("memory", "disk"):
+            message = refusal("photos", tmp_path / name, SIZE, hold_out=False, storage=storage)
+            assert message.endswith(f"must have a label for each image. Received: label -1 in the {name} split")
+    prepare_photos(tmp_path / "some", train=[*good, unlabelled[0], *good], test=good)
+    assert "label -1 in the train split" in refusal("photos", tmp_path / "some", SIZE)
+    split = load_data("photos", tmp_path / "some", SIZE, hold_out=False, storage="disk").train
+    assert sorted(split.sample()[1]) == sorted(2 * [0, 1, 2, 0]) and len(split.skipped) == 1
+
+
+def test_images_of_tfds_are_upright_and_changes_of_a_label_are_noticed(tmp_path):
+    fingerprints = set()
+    for label in (1, 2):
+        data_dir = tmp_path / str(label)
+        prepare_photos(
+            data_dir, train=[(turned(ramp(40, 40), 6), 0)] * 4 + [(encoded(ramp()), label)], test=[(encoded(ramp()), 0)]
+        )
+        for storage in ("memory", "disk"):
+            data = load_data("photos", data_dir, 40, hold_out=False, storage=storage)
+            images, labels = data.train.sample()
+            fingerprints.add(data.fingerprint)
+            gaps = images[labels == 0].astype(float)[..., :2] - images[labels == 0][..., :2].astype(float)[:, ::-1]
+            assert np.all(gaps[:, 0, 20, 1] < -150) and len(gaps) == 4  # green grows downwards
+    assert len(fingerprints) == 4
 
 
 def test_what_cannot_stay_on_the_disk(tmp_path):
@@ -206,6 +280,12 @@ def test_what_cannot_stay_on_the_disk(tmp_path):
     assert "--storage memory" in refusal("digits", **options)
     prepare_photos(tmp_path, train=[(encoded(ramp()), 0)] * 4, test=[(encoded(ramp()), 1)] * 3)
     (record,) = tmp_path.glob("photos/1.0.0/photos-train.tfrecord*")
-    record.write_bytes(record.read_bytes()[:-40])
+    whole = record.read_bytes()
+    record.write_bytes(whole[:-40])
     message = refusal("photos", tmp_path, **options)
     assert "photos must be complete" in message and str(record) in message
+    record.write_bytes(whole[: len(whole) // 2])  # of four equal records
+    assert "2 of the 4 examples of the split 'train'" in refusal("photos", tmp_path, **options)
+    assert "photos must be complete" in refusal("photos", tmp_path, SIZE)
+    record.write_bytes(b"\xff" * 99)
+    assert "photos must be complete" in refusal("photos", tmp_path, **options)

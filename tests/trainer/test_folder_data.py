@@ -1,9 +1,12 @@
 """Folders of images in memory: what is read, and what is refused and how."""
 
+import os
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from loaded import refusal, values
+from PIL import Image
 
 from ortho_keras.trainer.data import load_data
 
@@ -86,13 +89,57 @@ def test_what_is_no_folder_or_no_image(tmp_path):
     write_classes(tmp_path, {"a": 5, "b": 5})
     for path in (tmp_path / "nowhere", "", tmp_path / "a" / "0.png"):
         assert f"Received: '{path}'" in refusal(f"folder:{path}")
-    bad = tmp_path / "b" / "bad.png"
-    bad.symlink_to(tmp_path / "gone.png")
-    assert "b/bad.png" in refusal(f"folder:{tmp_path}")
-    bad.unlink()
-    for content in (b"no image\n", (tmp_path / "a" / "0.png").read_bytes()[:-30]):
-        bad.write_bytes(content)
-        assert "b/bad.png" in refusal(f"folder:{tmp_path}")
+    for name in "ab":
+        for path in (tmp_path / name).iterdir():
+            path.write_bytes(b"no image\n")
+    assert "must have images in each split. Received: none in train" in refusal(f"folder:{tmp_path}")
+
+
+def test_what_cannot_be_read_is_skipped_by_name_whatever_the_storage(tmp_path):
+    """The other images are in the same splits, in memory and on the disk."""
+    write_classes(tmp_path, {"a": 20, "b": 20})
+    (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "b" / "cut.png").write_bytes((tmp_path / "a" / "0.png").read_bytes()[:-30])
+    (tmp_path / "b" / "text.jpg").write_bytes(b"no image\n")
+    first = Image.new("RGB", (6, 4), (200, 200, 200))
+    first.save(tmp_path / "a" / "moving.png", "GIF", save_all=True, append_images=[Image.new("RGB", (6, 4))])
+    memory, disk = (load_data(f"folder:{tmp_path}", image_size=4, storage=storage) for storage in ("memory", "disk"))
+    for split in ("train", "validation", "test"):
+        pairs = [zip(*getattr(data, split).sample(100)) for data in (memory, disk)]
+        found, expected = (sorted((int(image[0, 0, 0]), int(label)) for image, label in one) for one in pairs)
+        assert found == expected
+    assert sorted(memory.skipped) == sorted(disk.skipped) == ["a/gone.png", "b/cut.png", "b/text.jpg"]
+    assert sum(map(len, (memory.train, memory.validation, memory.test))) == 41
+
+
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+def test_what_is_left_out_is_listed(tmp_path, storage):
+    write_classes(tmp_path / "train", {"a": 4, "b": 4})
+    (tmp_path / "test").mkdir()
+    write_classes(tmp_path / "val", {"a": 1, "c": 1})
+    os.mkfifo(tmp_path / "train" / "a" / "pipe.png")
+    write_image(tmp_path / "train" / "a" / "more" / "0.png", 1)
+    (tmp_path / "train" / "b" / "._0.png").write_bytes(b"of macOS")
+    data = load_data(f"folder:{tmp_path}", image_size=4, storage=storage)
+    assert (len(data.train), len(data.validation), len(data.test)) == (6, 2, 2) and data.class_names == ("a", "b", "c")
+    listed = "train/a/more, train/a/pipe.png, train/b/._0.png"
+    assert data.notes == (
+        f"3 entries of class folders are not JPEG or PNG files and were left out: {listed}",
+        "no image is in test/",
+        "no training image is of class c",
+    )
+
+
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+def test_names_that_are_not_utf8(tmp_path, storage):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    write_classes(tmp_path, {"a": 5, folder.name: 5})
+    (folder / os.fsdecode(b"\xff.jpg")).write_bytes(b"no image")
+    (folder / "0.png").rename(folder / os.fsdecode(b"\xfe.png"))
+    data = load_data(f"folder:{tmp_path}", image_size=4, hold_out=False, storage=storage)
+    images, labels = map(np.concatenate, zip(data.train.sample(), data.test.sample()))
+    assert data.class_names == ("a", r"caf\xe9") and sorted(images[labels == 1][:, 0, 0, 0]) == [5, 6, 7, 8, 9]
+    assert data.skipped == [r"caf\xe9/\xff.jpg"] and len(data.fingerprint) == 64
 
 
 def test_the_smallest_folders(tmp_path):
@@ -130,5 +177,5 @@ def test_one_split_stratified_by_class_whatever_the_storage(tmp_path):
         assert pairs[0] == pairs[1] and not pairs[0] & seen
         seen |= pairs[0]
     assert len(seen) == 96
-    left_out = "1 files are not JPEG or PNG and were left out: dog/a.webp"
+    left_out = "1 entries of class folders are not JPEG or PNG files and were left out: dog/a.webp"
     assert memory.notes == disk.notes == (left_out, "folders without images are no classes: empty")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import keras
 import numpy as np
@@ -66,6 +67,20 @@ def test_a_run_on_photographs_reports_top_five_and_skipped_images(photographs, t
     order = np.argsort(model.predict(images.astype("float32"), verbose=0), -1)
     top = np.mean([label in five for label, five in zip(labels, order[:, -5:])])
     assert abs(whole["test_top5_accuracy"] - top) <= 1.01 / len(labels)
+
+    before = {path: path.read_bytes() for path in (tmp_path / "whole" / "checkpoints").rglob("*") if path.is_file()}
+    (tmp_path / "whole" / "result.json").unlink()  # as if it had been stopped
+    shutil.copytree(root / "train" / "class00", root / "train" / "new")
+    try:
+        with pytest.raises(InputError, match="--workdir must .* holds another: data_sha256="):
+            run(recipe, tmp_path / "whole", log=silent)
+    finally:
+        shutil.rmtree(root / "train" / "new")
+    assert before == {path: path.read_bytes() for path in before} and len(before) >= 2
+    for workdir in (root / "run", root / "train" / "class00", root):
+        with pytest.raises(InputError, match="--workdir must be outside of the images' folder"):
+            run(recipe, workdir, log=silent)
+    assert not (root / "run").exists()
 
 
 def test_the_recipe_for_a_small_folder_learns_and_keeps_its_kernels_orthonormal(tmp_path):
