@@ -20,12 +20,12 @@ if platform.machine().lower() in ("x86_64", "amd64"):  # halves the time of conv
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # several runs can share a GPU's memory
 
 try:
-    from ortho_keras.method.quiet_start import find_devices, tf
+    from ortho_keras.method.console import start_command, tf
 except AssertionError:  # TensorFlow's own, on the floatx in that file
     refuse("Keras's configuration file, ~/.keras/keras.json, must have floatx float32. Received: a type unknown to TensorFlow")
 
 from absl import logging
 
-find_devices()
+start_command()
 logging.set_verbosity(logging.WARNING)
 tf.get_logger().setLevel("WARNING")

@@ -19,7 +19,9 @@ import sys
 from absl import app, flags
 
 import start_up  # noqa: F401 - TensorFlow's settings, before anything imports it
+from ortho_keras.method.console import say
 from ortho_keras.method.errors import InputError, Interrupted, NonFiniteLossError, WorkerLostError
+from ortho_keras.method.files import expanded
 from ortho_keras.trainer import runtime
 from ortho_keras.trainer.export import check_export, deploy
 from ortho_keras.trainer.recipe import Recipe, read_recipe
@@ -126,9 +128,9 @@ def measured(name, preset):
 def train():
     """Runs the recipe that the flags describe, exports the model, and prints what it reached."""
     recipe, name, given = recipe_from_flags()
-    workdir = pathlib.Path(FLAGS.workdir or default_workdir(name, given)).expanduser()
+    workdir = expanded(FLAGS.workdir or default_workdir(name, given))
     if FLAGS.export is not None:
-        check_export(FLAGS.export)
+        check_export(FLAGS.export, workdir / "final.keras")
     for value, ruler in recipe.without_effect().items():
         if value in given:
             print(f"train.py: --{value} has no effect with {ruler}", file=sys.stderr)
@@ -147,9 +149,9 @@ def train():
     if result.get("skipped_images"):
         shown.append(f"{result['skipped_images']} images skipped, which do not decode")
     shown.append(f"{result['steps']} steps in {result['seconds']:.0f} s")
-    print(f"{', '.join(shown)}: {workdir}/result.json, curves.png, final.keras")
+    say(f"{', '.join(shown)}: {workdir}/result.json, curves.png, final.keras")
     if exported:
-        print(exported)
+        say(exported)
 
 
 def main(_):

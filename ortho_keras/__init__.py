@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # whatever Keras's configuration file says
 
-import ortho_keras.method.quiet_start  # noqa: F401 - before Keras imports TensorFlow
+import ortho_keras.method.console  # noqa: F401 - before Keras imports TensorFlow
 
 # isort: split
 import keras

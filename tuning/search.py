@@ -26,7 +26,7 @@ from absl import app, flags
 
 import train
 from ortho_keras.method.errors import InputError
-from ortho_keras.method.files import check_folder, entries, only_one, write_json
+from ortho_keras.method.files import check_folder, entries, expanded, only_one, write_json
 from ortho_keras.trainer import runtime
 from ortho_keras.trainer.run import load_recipe_data
 from tuning import workers
@@ -104,7 +104,7 @@ def search():
         raise InputError("--hold_out must be true: trials are judged by validation images. Received: False")
     space = search_space(recipe, given, FLAGS.narrow)
     default = pathlib.Path("runs", f"search-{train.default_workdir(name, given).name}")
-    directory = pathlib.Path(FLAGS.workdir or default).expanduser()
+    directory = expanded(FLAGS.workdir or default)
     deadline = workers.deadline() or (time.time() + 60 * FLAGS.budget_minutes if FLAGS.budget_minutes else None)
     settings = {"recipe_name": name, **{flag: FLAGS[flag].value for flag in ("tuner", "search_seed", "chance_steps")}}
     with contextlib.ExitStack() as stack:

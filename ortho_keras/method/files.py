@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, JSON files of a given form, and the lock of a folder."""
+"""Files that are written completely or not at all, JSON files of a given form, and which paths can be written."""
 
 import contextlib
 import json
@@ -7,11 +7,13 @@ import os
 import pathlib
 import re
 import reprlib
+import tempfile
 import uuid
 
 from ortho_keras.method.errors import InputError
 
 LOCK = ".lock"
+_TEMPORARY = re.compile(r"\.[0-9a-f]{12}-")  # begins a file's name while it is written
 _KINDS = {dict: "an object", list: "a list", str: "a string", float: "a finite number", int: "an integer"}
 _KINDS |= {bool: "true or false", type(None): "null"}
 
@@ -39,7 +41,7 @@ def whole_file(path):
         target = pathlib.Path(os.path.realpath(path))
         if target.exists() and not target.is_file():
             raise OSError("a folder or a device")
-        own = target.with_name(f".{uuid.uuid4().hex[:12]}-{target.name}")  # ends as `path` does: Keras goes by that
+        own = target.with_name(_temporary(target.name))
         own.touch()
     except (TypeError, OSError) as error:
         message = "`path` must be the path of a file in a folder that exists and can be written"
@@ -49,6 +51,10 @@ def whole_file(path):
         own.replace(target)
     finally:
         own.unlink(missing_ok=True)
+
+
+def _temporary(name):
+    return f".{uuid.uuid4().hex[:12]}-{name}"  # ends as `name` does: Keras goes by that
 
 
 def write_json(path, content):
@@ -110,14 +116,53 @@ def _check_form(value, form, place):
                 _check_form(value.get(name), own, f"{place}.{reprlib.repr(name)[1:-1]}")  # a name may be long
 
 
+def expanded(path):
+    """Returns a `pathlib.Path` in which `~` is the user's folder, as in a shell; that of an unknown user stays as it is."""
+    return pathlib.Path(os.path.expanduser(path))
+
+
 def check_folder(flag, path):
     """Raises `InputError` if `path`, the value of `flag`, is not a folder that can be written or created."""
-    nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"{flag} must be a folder that can be written. Received: {str(path)!r} ({nearest} cannot)")
+    try:
+        folders = [pathlib.Path(path).absolute(), *pathlib.Path(path).absolute().parents]
+        nearest = next(folder for folder in folders if os.path.lexists(folder))
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+        for folder in folders[: folders.index(nearest)]:
+            _look_up(nearest / folder.name)
+        _look_up(pathlib.Path(path, "n" * 60))  # files that are written there
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{flag} must be a folder that can be written. Received: {str(path)!r} ({reason})") from error
+
+
+def check_file(flag, path):
+    """Raises `InputError` if `path`, the value of `flag`, is not a file that can be written or replaced by `whole_file`."""
+    check_folder(flag, path.parent)
+    try:
+        _look_up(path.with_name(f"{'n' * len(_temporary(''))}{path.name}"))
+        if path.exists() and not path.is_file():
+            raise OSError("a folder or a device")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{flag} must be a file that can be written. Received: {str(path)!r} ({reason})") from error
+
+
+def _look_up(path):
+    """Raises `OSError` or `ValueError` if the path could not exist, as where its name is too long."""
+    os.fspath(path).encode()  # TensorFlow reads and writes no others
+    with contextlib.suppress(FileNotFoundError):
+        os.stat(path)
 
 
 def entries(folder):
     """Returns the names in a folder, if it exists, except the lock and what a killed `whole_file` left."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return [name for name in names if name != LOCK and not re.match(r"\.[0-9a-f]{12}-", name)]
+    return [name for name in names if name != LOCK and not _TEMPORARY.match(name)]
+
+
+def remove_temporary(folder):
+    """Removes what a killed `whole_file` left in a folder."""
+    for name in os.listdir(folder):
+        if _TEMPORARY.match(name):
+            pathlib.Path(folder, name).unlink(missing_ok=True)

@@ -34,6 +34,8 @@ def save_checkpoint(directory, model, step, history, keep=2):
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+    for left in directory.glob("step-*.partial"):  # by a kill
+        left.unlink()
     found = _found(directory)
     at = found.index(path)
     for old in [*found[:at], *found[at + keep :]]:  # later steps are of a run that could not resume from them

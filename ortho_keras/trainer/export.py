@@ -1,7 +1,7 @@
 """A trained model as it is deployed, as a model and as a file: BatchNormalization folded, modulation removed, float32."""
 
 import collections
-import pathlib
+import os
 
 import keras
 import numpy as np
@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from ortho_keras.method.checks import check_built
 from ortho_keras.method.errors import InputError, first_line
-from ortho_keras.method.files import check_folder, whole_file
+from ortho_keras.method.files import check_file, check_folder, expanded, whole_file
 from ortho_keras.method.graphs import Graph, has_own_call
 from ortho_keras.method.kernels import layer_kernels, walk_layers
 from ortho_keras.method.loading import load_model
@@ -135,14 +135,19 @@ def _folded_weights(layer, normalization):
     return [*(np.asarray(one.variable) for one in before), kernel, value(layer.bias, 0.0) * scale + shift]
 
 
-def check_export(output):
-    """Raises `InputError` if `output`, the value of `--export`, is no path that `deploy` can write."""
-    output = pathlib.Path(output).expanduser()
+def check_export(output, model=""):
+    """Raises `InputError` if `output`, the value of `--export`, is no path that `deploy` can write, or that of `model`."""
+    output = expanded(output)
     if output.suffix not in (".keras", ".tflite", ""):
         raise InputError(f"--export must end in .keras or .tflite, or have no suffix (a folder). Received: {str(output)!r}")
     if output.suffix == "" and output.exists():
         raise InputError(f"--export must be a folder that does not exist. Received: {str(output)!r}")
-    check_folder("--export", output.absolute().parent)
+    if output.suffix == "":
+        check_folder("--export", output)
+    else:
+        check_file("--export", output)
+    if os.path.realpath(output) == os.path.realpath(model):
+        raise InputError(f"--export must be another file than the trained model. Received: {str(output)!r}")
 
 
 def deploy(path, output):
@@ -158,8 +163,8 @@ def deploy(path, output):
     Raises:
         InputError: If `path` holds no model that can be read and folded, or `output` cannot be written.
     """
-    output = pathlib.Path(output).expanduser()
-    check_export(output)
+    output = expanded(output)
+    check_export(output, path)
     try:
         model = load_model(path)
         deployed = fold_batchnorm(model, dtype="float32")

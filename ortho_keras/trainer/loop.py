@@ -99,6 +99,7 @@ class Trainer:
                     self._write_history(history, last=False)
                 self._save(step, history, epoch)
                 if ended:
+                    self._log_epoch(history[-1])
                     callbacks.on_epoch_end(history[-1]["epoch"] - 1, history[-1])
                 if stopped and step < self.total_steps:
                     raise Interrupted(f"stopped after step {step} of {self.total_steps}", stop.signum or signal.SIGTERM)
@@ -146,6 +147,9 @@ class Trainer:
         restored = restore_checkpoint(self.checkpoints, self.model, self.log, HISTORY) if self.runtime.is_chief else None
         if restored:
             step, (history, begun) = restored
+            if step > self.end_step:
+                expected = f"--workdir must hold checkpoints of a run of {self.end_step} steps"
+                raise InputError(f"{expected}. Received: {str(self.checkpoints)!r}, with one of step {step}")
             epoch |= begun
             self.log(f"resuming after step {step} of {self.total_steps}")
         if self.runtime.workers > 1:
@@ -226,13 +230,16 @@ class Trainer:
             validation = self.evaluate(self.data.validation)
             metrics |= {f"validation_{name}": value for name, value in validation.items() if name != "penalty"}
         self._report_skipped()
-        shown = ["images/s", "loss", "penalty", "accuracy", "validation_accuracy", "validation_top5_accuracy"]
-        shown += ["learning_rate", "loss_scale"]
-        parts = [f"{name} {metrics[name]:.4g}" for name in shown if name in metrics]
-        self.log(" - ".join([f"epoch {number}/{self.epochs}", f"step {step}", f"{metrics['seconds']:.1f}s", *parts]))
         for name in metrics.keys() - {"epoch", "step"}:
             tf.summary.scalar(name.replace("validation_", "validation/"), metrics[name], step=step)
         return metrics
+
+    def _log_epoch(self, metrics):
+        shown = ["images/s", "loss", "penalty", "accuracy", "validation_accuracy", "validation_top5_accuracy"]
+        shown += ["learning_rate", "loss_scale"]
+        parts = [f"{name} {metrics[name]:.4g}" for name in shown if name in metrics]
+        begin = [f"epoch {metrics['epoch']}/{self.epochs}", f"step {metrics['step']}", f"{metrics['seconds']:.1f}s"]
+        self.log(" - ".join([*begin, *parts]))
 
     def _report_skipped(self):
         """Logs the names of the images that were newly found not to decode."""

@@ -23,10 +23,10 @@ from ortho_keras.diagnosis.features import compare_filters
 from ortho_keras.diagnosis.plots import errors_by_step, new_figure, plot_confusion, plot_heat_map, save
 from ortho_keras.diagnosis.signals import read_signals
 from ortho_keras.method.checks import require
+from ortho_keras.method.console import start_command
 from ortho_keras.method.errors import InputError, first_line
 from ortho_keras.method.files import check_folder, read_json, whole_file
 from ortho_keras.method.loading import load_model
-from ortho_keras.method.quiet_start import find_devices
 from ortho_keras.trainer.optimizers import LearningRate
 from ortho_keras.trainer.recipe import STORED, Recipe
 from ortho_keras.trainer.result import progress
@@ -254,7 +254,7 @@ def main(arguments=None):
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="the folder of a run of train.py")
     parser.add_argument("--output", default="report.html", help="the page's file (default: report.html)")
     given = parser.parse_args(arguments)
-    find_devices()
+    start_command()
     try:
         check_folder("--output", pathlib.Path(given.output).parent)
         write_report(given.workdirs, given.output)

@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import math
 import os
-import pathlib
 
 import keras
 import tensorflow as tf
@@ -12,8 +12,18 @@ import tensorflow as tf
 from ortho_keras.diagnosis.monitor import SignalMonitor
 from ortho_keras.method.chain import ModulationSwitch
 from ortho_keras.method.checks import require
+from ortho_keras.method.console import say
 from ortho_keras.method.errors import InputError, WorkerLostError, first_line
-from ortho_keras.method.files import check_folder, entries, only_one, read_json, whole_file, write_json
+from ortho_keras.method.files import (
+    check_folder,
+    entries,
+    expanded,
+    only_one,
+    read_json,
+    remove_temporary,
+    whole_file,
+    write_json,
+)
 from ortho_keras.method.kernels import layer_kernels
 from ortho_keras.nets.growth import grow
 from ortho_keras.nets.shifted_relu import shift_for_depth
@@ -27,10 +37,12 @@ from ortho_keras.trainer.steps import scores
 
 PROBE_IMAGES = 64
 GROWTH_IMAGES, GROWTH_PIXELS = 512, 512 * 64 * 64  # the most that the new layers' statistics are computed on
+LAYER_BYTES = 100_000  # at least, of a layer in Keras and in TensorFlow's graph
+FILES = ("run.json", "history.json", "curves.png", "final.keras", "result.json", "signals.csv", "signals.png")
 SLOW = 2.0  # a type that takes so many times as long as float32 is worth a warning
 
 
-def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), keep_checkpoints=2, signal_every=0, log=print):
+def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), keep_checkpoints=2, signal_every=0, log=say):
     """Trains and evaluates a recipe; resumes where an earlier call with the same arguments was stopped.
 
     Writes into `workdir`: `run.json` (the recipe, at the start), `checkpoints/`, `tensorboard/`, `history.json` and
@@ -62,9 +74,10 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
         raise InputError(f"Keras's floatx must be float32; use --precision instead. Received: {keras.config.floatx()!r}")
     require("a run", "filelock", "matplotlib", "tensorboard")
     runtime = runtime or Runtime()
-    workdir = pathlib.Path(workdir).expanduser()
+    workdir = expanded(workdir)
     log = log if runtime.is_chief else lambda line: None
-    with _device_errors(recipe, runtime), contextlib.ExitStack() as lock:
+    with _resource_errors(recipe, runtime, workdir), contextlib.ExitStack() as lock:
+        _check_memory(recipe)
         finished = _agreed(runtime, lambda: _check_workdir(workdir, recipe) if runtime.is_chief else None)
         if runtime.any(finished is not None):
             log(f"this run is finished already: {workdir / 'result.json'} (another --workdir or --seed starts a new one)")
@@ -132,14 +145,28 @@ def load_recipe_data(recipe, data_dir=None, replicas=1):
     return data
 
 
+def _check_memory(recipe):
+    """Raises `InputError` where even the kernels of the recipe's network, with gradients and momenta, exceed the memory."""
+    least = recipe.depth * (LAYER_BYTES + 12 * recipe.width**2)  # a layer has at least width^2 weights
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if least > memory:
+        expected = f"--depth and --width must be of a network that fits the memory, {memory / 2**30:.0f} GiB"
+        raise InputError(f"{expected}. Received: {recipe.depth} layers of width {recipe.width}, over {least / 2**30:.3g} GiB")
+
+
 @contextlib.contextmanager
-def _device_errors(recipe, runtime):
-    """Explains TensorFlow's errors of a device that lacks memory and of a worker that was lost."""
+def _resource_errors(recipe, runtime, workdir):
+    """Explains the errors of a device that lacks memory, of a full disk, and of a worker that was lost."""
     try:
         yield
-    except tf.errors.ResourceExhaustedError as error:
-        received = f"{recipe.batch_size} ({first_line(error)})"
-        raise InputError(f"--batch_size must fit the device's memory. Received: {received}") from error
+    except (OSError, tf.errors.ResourceExhaustedError) as error:
+        if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+            message = "the disk of --workdir must have space; then the same command resumes from the last checkpoint"
+            raise InputError(f"{message}. Received: {str(workdir)!r} ({first_line(error)})") from error
+        if isinstance(error, OSError):
+            raise
+        sizes = " ".join(f"--{name}={getattr(recipe, name)}" for name in ("batch_size", "image_size", "width", "depth"))
+        raise InputError(f"a step must fit the device's memory. Received: {sizes} ({first_line(error)})") from error
     except tf.errors.OpError as error:
         if runtime.workers == 1:
             raise
@@ -204,6 +231,12 @@ def _check_workdir(workdir, recipe, fingerprint=None):
         raise InputError(f"--workdir must be outside of the images' folder, where it would be a class. Received: {shown!r}")
     if not entries(workdir):
         return None
+    files = [*(workdir / name for name in FILES), *(workdir / "checkpoints").rglob("*.npz")]
+    wrong = [path for path in files if path.exists() and not path.is_file()]
+    wrong += [path for path in (workdir / "checkpoints", workdir / "tensorboard") if path.exists() and not path.is_dir()]
+    if wrong:
+        expected = "--workdir must hold files and folders of a run where it has their names"
+        raise InputError(f"{expected}. Received: {wrong[0]}, a {'folder' if wrong[0].is_dir() else 'file'}")
     if not (workdir / "run.json").exists():
         raise InputError(f"--workdir must be empty or hold this very run. Received: {shown!r}, with other files")
     held = read_json(workdir / "run.json", STORED, "--workdir must be empty or hold a run with an intact run.json")
@@ -225,5 +258,6 @@ def _check_workdir(workdir, recipe, fingerprint=None):
 def _begin(workdir, recipe, fingerprint, lock):
     workdir.mkdir(parents=True, exist_ok=True)
     lock.enter_context(only_one(workdir))
+    remove_temporary(workdir)
     _check_workdir(workdir, recipe, fingerprint)
     write_json(workdir / "run.json", {"recipe": recipe.to_json(), "data_sha256": fingerprint})

@@ -74,6 +74,15 @@ def test_the_name_of_a_run_is_one_that_a_file_system_takes():
         (["--keep_checkpoints=0"], ["flag --keep_checkpoints=0: 0 is not a positive integer"]),
         (["--strategy=multi_worker"], ["--strategy multi_worker needs the environment variable TF_CONFIG", "not set"]),
         (["--devices=GPU:7"], ["--devices must be a number of devices or names of one kind", "'GPU:7'"]),
+        (
+            ["--depth=99999998"],
+            ["--depth and --width must be of a network that fits the memory", "99999998 layers of width 16"],
+        ),
+        (
+            ["--width=10000000"],
+            ["--depth and --width must be of a network that fits the memory", "44 layers of width 10000000"],
+        ),
+        (["--export=run/final.keras"], ["--export must be another file than the trained model", "'run/final.keras'"]),
         (["--workdir=/dev/null/run"], ["--workdir must be a folder that can be written", "'/dev/null/run'"]),
     ],
 )

@@ -5,7 +5,17 @@ import os
 import pytest
 
 from ortho_keras.method.errors import InputError
-from ortho_keras.method.files import entries, only_one, read_json, whole_file, write_json
+from ortho_keras.method.files import (
+    check_file,
+    check_folder,
+    entries,
+    expanded,
+    only_one,
+    read_json,
+    remove_temporary,
+    whole_file,
+    write_json,
+)
 
 
 def test_a_file_takes_the_place_of_the_old_one_at_the_end_and_a_link_stays(tmp_path):
@@ -34,6 +44,42 @@ def test_paths_of_no_file(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="`path` must be the path of a file .* Received: path="), whole_file(path) as own:
             own.write_text("text")
     assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_which_folders_and_files_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("new/deep/folder", ".", "é" * 100, expanded("~no_such_user")):
+        check_folder("--workdir", tmp_path / path)
+        check_file("--export", tmp_path / path / "net.keras")
+    (tmp_path / "file").touch()
+    for path, reason in (
+        ("a\0b", "embedded null byte"),
+        ("a\ud800b", "surrogates not allowed"),
+        ("a\udcffb", "surrogates not allowed"),  # a name that is not UTF-8
+        ("n" * 300, "File name too long"),
+        (f"new/{'n' * 300}/x", "File name too long"),
+        ("y/" * 2100, "File name too long"),
+        ("/proc/x", ""),
+        ("file", "Not a directory"),
+        ("file/x", "Not a directory"),
+    ):
+        with pytest.raises(InputError, match=f"^--workdir must be a folder that can be written. Received: .*[(].*{reason}[)]$"):
+            check_folder("--workdir", path)
+        if path != "file":
+            with pytest.raises(InputError, match=f"^--export must be a f.* that can be written. Received: .*[(].*{reason}[)]$"):
+                check_file("--export", tmp_path / path)
+    with pytest.raises(InputError, match="^--export must be a file that can be written. Received: .* .a folder or a device.$"):
+        check_file("--export", tmp_path)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_kill_left_is_removed(tmp_path):
+    with whole_file(tmp_path / "history.json") as own:
+        left = tmp_path / own.name
+    left.write_text("half")
+    assert entries(tmp_path) == ["history.json"] and len(os.listdir(tmp_path)) == 2
+    remove_temporary(tmp_path)
+    assert os.listdir(tmp_path) == ["history.json"]
 
 
 def test_a_directory_is_held_by_one_at_a_time(tmp_path):

@@ -1,6 +1,7 @@
 """Runs in this process: their files, that the loop computes what a plain Keras loop does, and that a stop changes nothing."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -54,7 +55,13 @@ def silent(line):
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "digits"
     lines = []
-    return workdir, run(RECIPE, workdir, name="digits", log=lines.append), lines
+
+    def log(line):
+        lines.append(line)
+        for step in re.findall("^epoch .* step (\\d+) ", line):  # whose checkpoint is written first
+            assert (workdir / "checkpoints" / f"step-{int(step):09d}.npz").exists()
+
+    return workdir, run(RECIPE, workdir, name="digits", log=log), lines
 
 
 def test_result_history_log_and_summaries(finished):
@@ -309,6 +316,38 @@ def test_results_by_class_without_images_and_of_many_classes():
     few = by_class("abc", np.array([[2, 2, 0], [0, 0, 0], [0, 0, 1]]))
     assert few["test_accuracy_by_class"] == {"a": 0.5, "b": None, "c": 1.0} and few["test_confusion_matrix"][0] == [2, 2, 0]
     assert by_class([*map(str, range(101))], np.eye(101, dtype=int))["test_confusion_matrix"] is None
+
+
+def test_files_and_folders_in_each_others_place_and_a_checkpoint_beyond_the_end(tmp_path, finished):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    (workdir / "result.json").unlink()
+    shutil.copy(workdir / "checkpoints" / "step-000000040.npz", workdir / "checkpoints" / "step-000000041.npz")
+    with pytest.raises(InputError, match="^--workdir must hold checkpoints of a run of 40 steps. Received: .* one of step 41$"):
+        run(RECIPE, workdir, log=silent)
+    for name, kind in (("final.keras", "folder"), ("checkpoints/step-000000040.npz", "folder"), ("tensorboard", "file")):
+        path = workdir / name
+        (shutil.rmtree if path.is_dir() else os.remove)(path)
+        path.mkdir() if kind == "folder" else path.touch()
+        with pytest.raises(InputError, match=f"^--workdir must hold files and folders .* Received: {path}, a {kind}$"):
+            run(RECIPE, workdir, log=silent)
+        (shutil.rmtree if path.is_dir() else os.remove)(path)
+
+
+def test_what_ran_out_is_named(tmp_path):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for error, message in (
+        (tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor"), "--batch_size=128 .*--width=4 .*OOM"),
+        (
+            tf.errors.ResourceExhaustedError(None, None, f"x; {full.strerror}"),
+            "the disk of --workdir must have space; .* resumes",
+        ),
+        (full, "the disk of --workdir must have space; .* resumes"),
+    ):
+        with pytest.raises(InputError, match=message), experiment._resource_errors(RECIPE, runtime.Runtime(), tmp_path):
+            raise error
+    with pytest.raises(FileNotFoundError), experiment._resource_errors(RECIPE, runtime.Runtime(), tmp_path):
+        raise FileNotFoundError(errno.ENOENT, "no such file")
 
 
 def test_a_run_in_half_precision_is_asked_for_by_its_own_flag(tmp_path):

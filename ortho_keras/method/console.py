@@ -1,4 +1,4 @@
-"""Importing this module imports TensorFlow without the notes on its build and on missing GPUs that it writes first."""
+"""What is written to the terminal. Importing this module imports TensorFlow without the notes that it begins with."""
 
 import contextlib
 import os
@@ -34,10 +34,21 @@ def without_notes():
                     print(line, file=sys.stderr)
 
 
-def find_devices():
-    """Lets TensorFlow look for devices, which it says once; from then on CUDA_VISIBLE_DEVICES has no effect."""
+def start_command():
+    """Prepares a command's output: no notes on devices that TensorFlow looks for, and any text in terminals of any encoding."""
     with without_notes():
-        tf.config.list_physical_devices()
+        tf.config.list_physical_devices()  # from here on CUDA_VISIBLE_DEVICES has no effect
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def say(line):
+    """Prints a line. Where stdout is closed or on a full disk, this and what follows is lost, and the process continues."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if "tensorflow" in sys.modules:
