@@ -133,12 +133,12 @@ def train():
         check_export(FLAGS.export, workdir / "final.keras")
     for value, ruler in recipe.without_effect().items():
         if value in given:
-            print(f"train.py: --{value} has no effect with {ruler}", file=sys.stderr)
+            say(f"train.py: --{value} has no effect with {ruler}", sys.stderr)
     machine = runtime.start(FLAGS.strategy, FLAGS.devices, FLAGS.jit_compile, FLAGS.deterministic, FLAGS.tf32)
     result = run(recipe, workdir, FLAGS.data_dir, name, machine, (), FLAGS.keep_checkpoints, FLAGS.signal_every)
     if not machine.is_chief:
         return
-    exported = deploy(workdir / "final.keras", FLAGS.export) if FLAGS.export else ""
+    exported = deploy(workdir / "final.keras", FLAGS.export, result) if FLAGS.export else ""
     accuracies = {
         "test accuracy": result["test_accuracy"],
         "test top-5 accuracy": result.get("test_top5_accuracy"),
@@ -173,7 +173,7 @@ def main(_):
     except KeyboardInterrupt:
         status, message = 128 + signal.SIGINT, "stopped; the same command resumes from the last checkpoint"
     if message:
-        print(f"train.py: {message}", file=sys.stderr)
+        say(f"train.py: {message}", sys.stderr)
     return status
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import os
+import pathlib
 
 import keras
 import numpy as np
@@ -9,14 +10,14 @@ import tensorflow as tf
 
 from ortho_keras.method.checks import check_built
 from ortho_keras.method.errors import InputError, first_line
-from ortho_keras.method.files import check_file, check_folder, expanded, whole_file
+from ortho_keras.method.files import check_file, check_folder, expanded, whole_file, write_json
 from ortho_keras.method.graphs import Graph, has_own_call
 from ortho_keras.method.kernels import layer_kernels, walk_layers
 from ortho_keras.method.loading import load_model
 from ortho_keras.method.modulation import ErrorModulation
 from ortho_keras.method.state import copy_rest
 from ortho_keras.nets.batchnorm import FusedBatchNormalization
-from ortho_keras.trainer.result import EVALUATE_AGAIN
+from ortho_keras.trainer.result import DESCRIPTION, EVALUATE_AGAIN
 
 
 def fold_batchnorm(model, dtype=None):
@@ -135,8 +136,11 @@ def _folded_weights(layer, normalization):
     return [*(np.asarray(one.variable) for one in before), kernel, value(layer.bias, 0.0) * scale + shift]
 
 
-def check_export(output, model=""):
-    """Raises `InputError` if `output`, the value of `--export`, is no path that `deploy` can write, or that of `model`."""
+def check_export(output, model):
+    """Raises `InputError` if `output`, the value of `--export`, is no path that `deploy` can write, or one of the run's own.
+
+    `model` is the path of the run's `final.keras`, whether or not it exists.
+    """
     output = expanded(output)
     if output.suffix not in (".keras", ".tflite", ""):
         raise InputError(f"--export must end in .keras or .tflite, or have no suffix (a folder). Received: {str(output)!r}")
@@ -146,16 +150,21 @@ def check_export(output, model=""):
         check_folder("--export", output)
     else:
         check_file("--export", output)
-    if os.path.realpath(output) == os.path.realpath(model):
-        raise InputError(f"--export must be another file than the trained model. Received: {str(output)!r}")
+    output, model = (pathlib.Path(os.path.realpath(path)) for path in (output, model))
+    own = [model, *(model.with_name(name) for name in ("checkpoints", "tensorboard", "run.json", "history.json", "result.json"))]
+    written = output, output.with_suffix(".json")
+    if model.is_relative_to(output) or any(path.is_relative_to(one) for path in written for one in own):
+        raise InputError(f"--export must be another path than those of the run's own files. Received: {str(output)!r}")
 
 
-def deploy(path, output):
-    """Writes the folded float32 copy of the model in the file `path` to `output`, in the format that its suffix tells.
+def deploy(path, output, result=None):
+    """Writes the folded float32 copy of the model in the file `path` to `output`, in the format of its suffix.
 
     Args:
         path: Path of a `.keras` file.
         output: Path. `*.keras` and `*.tflite` are files; a name without a suffix is a new folder for a SavedModel.
+        result: The content of the run's `result.json`, or `None`. What `predict` needs of it is written to a JSON file next
+            to the output: `flowers.json` for `flowers.tflite`.
 
     Returns:
         A line of text: how many layers were folded, and the outputs' largest difference on noise, relative to the largest.
@@ -172,6 +181,21 @@ def deploy(path, output):
         expected = f"the model must be an intact Functional or Sequential one in a .keras file (of a run: {EVALUATE_AGAIN})"
         raise InputError(f"{expected}. Received: {str(path)!r} ({first_line(error)})") from error
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _write(deployed, output)
+    except (OSError, RuntimeError, tf.errors.OpError) as error:  # a full disk
+        expected = "--export must be on a disk with space for the model"
+        raise InputError(f"{expected}. Received: {str(output)!r} ({first_line(error)})") from error
+    if result and result.get("class_names"):  # a run of an earlier version has none
+        write_json(output.with_suffix(".json"), {key: result[key] for key in DESCRIPTION})
+    before, left = (
+        sum(isinstance(layer, keras.layers.BatchNormalization) for layer, _ in walk_layers(one)) for one in (model, deployed)
+    )
+    difference = f"outputs differ by {_difference(model, deployed):.1e} of the largest on noise"
+    return f"{output}: {before - left} of {before} BatchNormalization layers folded, {difference}"
+
+
+def _write(deployed, output):
     if output.suffix == "":
         deployed.export(output, format="tf_saved_model", verbose=False)
     else:
@@ -180,11 +204,6 @@ def deploy(path, output):
                 deployed.save(part)
             else:  # with the weights as constants
                 deployed.export(str(part), "litert", verbose=False, experimental_enable_resource_variables=False)
-    before, left = (
-        sum(isinstance(layer, keras.layers.BatchNormalization) for layer, _ in walk_layers(one)) for one in (model, deployed)
-    )
-    difference = f"outputs differ by {_difference(model, deployed):.1e} of the largest on noise"
-    return f"{output}: {before - left} of {before} BatchNormalization layers folded, {difference}"
 
 
 def _difference(model, deployed):

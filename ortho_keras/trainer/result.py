@@ -13,6 +13,8 @@ from ortho_keras.version import __version__
 # The form of the values of a `result.json` that are shown, and what to do where a file of a finished run is damaged.
 RESULT = dict.fromkeys(("validation_accuracy", "test_top5_accuracy", "test_mirrored_accuracy"), (float, type(None)))
 RESULT |= {"test_accuracy": float, "seconds": float, "steps": int, "skipped_images": (int, type(None))}
+# The form of what a trained model's images and classes are: `predict` reads it from here, or from a file next to an export.
+DESCRIPTION = {"class_names": [str], "image_shape": [int, int, int], "recipe": {"storage": str}}
 EVALUATE_AGAIN = "delete its result.json, and the same command evaluates the last checkpoint again, or give another --workdir"
 
 MOST_CLASSES = 100  # of a confusion matrix in a file: a thousand classes would be a million numbers
@@ -28,6 +30,7 @@ def result_of(name, recipe, data, model, history, test, runtime):
         "seed": recipe.seed,
         **progress(history, recipe.grow_epoch if recipe.start_depth else 0),
         **{f"test_{key}": test.get(key) for key in ("accuracy", "top5_accuracy", "mirrored_accuracy", "crossentropy")},
+        "image_shape": list(data.image_shape),
         **by_class(data.class_names, test["confusion_matrix"]),
         "penalty": test["penalty"],
         "skipped_images": len(data.skipped),

@@ -18,11 +18,12 @@ def test_any_text_on_a_terminal_of_ascii(monkeypatch):
 def test_a_closed_pipe_and_a_full_disk_do_not_stop_the_process(monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)
-    for stream in (open(writing, "w"), open("/dev/full", "w")):
-        with stream:
+    for opened in (writing, "/dev/full"):
+        with open(opened, "w") as stream:
             monkeypatch.setattr(sys, "stdout", stream)
             say("lost")
             say("lost, too")
+            say("lost as well", stream)
 
 
 def test_notes_are_left_out_and_nothing_else(capfd):

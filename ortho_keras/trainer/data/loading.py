@@ -128,9 +128,13 @@ def _stacks(pairs, image_size):
         while found := list(itertools.islice(group, max(1, RESIZED_AT_ONCE // math.prod(shape)))):
             images, labels = map(np.stack, zip(*found))
             if image_size and shape[:2] != (image_size, image_size):
-                resized = tf.image.resize(images, (image_size, image_size), antialias=True)
-                images = np.clip(np.round(resized), 0, 255).astype(np.uint8)
+                images = resized(images, (image_size, image_size))
             yield images, labels.astype(np.int64)
+
+
+def resized(images, size):
+    """Returns uint8 images `(..., height, width, channels)` at another `size`, `(height, width)`."""
+    return np.clip(np.round(tf.image.resize(images, size, antialias=True)), 0, 255).astype(np.uint8)
 
 
 def load_data(name, data_dir=None, image_size=0, hold_out=True, storage="memory"):
@@ -183,7 +187,10 @@ def load_data(name, data_dir=None, image_size=0, hold_out=True, storage="memory"
         held = left[_held_out(len(left), None if labels is None else labels[left], still_missing)]
         left = np.setdiff1d(left, held)
         splits[key] = whole.take(np.flatnonzero(np.isin(numbers, held)))
-    train = whole.take(np.flatnonzero(np.isin(numbers, left))) if missing else train
+    splits["train"] = train = whole.take(np.flatnonzero(np.isin(numbers, left))) if missing else train
+    empty = [key for key, split in splits.items() if not len(split)]
+    if empty:
+        raise InputError(f"{source.flag} must have images that decode in each split. Received: none in {', '.join(empty)}")
     if labels is not None:
         absent = [name for label, name in enumerate(source.class_names) if label not in labels[left]]
         notes += [f"no training image is of class {', '.join(absent)}"] if absent else []
