@@ -219,6 +219,8 @@ def test_the_fingerprint_of_files_is_their_names_sizes_and_labels(tmp_path):
     first.rename(tmp_path / "data" / "class01b")  # a class that is between the others
     fingerprint()
     assert len(set(found)) == 5 and all(len(one) == 64 for one in found)
+    digests = {(*split_of(tmp_path, [b"one", b"two"], labels).digests(),) for labels in ([0, 1], [1, 0])}
+    assert len(digests) == 2
 
 
 def prepare_photos(data_dir, **splits):
