@@ -120,12 +120,16 @@ def test_what_is_left_out_is_listed(tmp_path, storage):
     os.mkfifo(tmp_path / "train" / "a" / "pipe.png")
     write_image(tmp_path / "train" / "a" / "more" / "0.png", 1)
     (tmp_path / "train" / "b" / "._0.png").write_bytes(b"of macOS")
+    (tmp_path / "train" / "b" / ".DS_Store").touch()  # not listed
+    for path in ("loose.png", "train/loose.jpg", "more/a/0.png"):
+        write_image(tmp_path / path, 1)
     data = load_data(f"folder:{tmp_path}", image_size=4, storage=storage)
     assert (len(data.train), len(data.validation), len(data.test)) == (6, 2, 2) and data.class_names == ("a", "b", "c")
     listed = "train/a/more, train/a/pipe.png, train/b/._0.png"
     assert data.notes == (
         f"3 entries of class folders are not JPEG or PNG files and were left out: {listed}",
         "no image is in test/",
+        "outside of class folders, and left out: loose.png, more, train/loose.jpg",
         "no training image is of class c",
     )
 
@@ -149,6 +153,10 @@ def test_the_smallest_folders(tmp_path):
     write_classes(tmp_path / "classes", {"a": 3})
     data = load_data(f"folder:{tmp_path / 'classes'}")
     assert sorted(values(data.train, data.validation, data.test)) == [0, 1, 2]
+    write_classes(tmp_path / "classes", {"a": 5})
+    [number] = values(load_data(f"folder:{tmp_path / 'classes'}").test)
+    (tmp_path / "classes" / "a" / f"{number}.png").write_bytes(b"no image")
+    assert "must have images that decode in each split. Received: none in test" in refusal(f"folder:{tmp_path / 'classes'}")
     for split in ("train", "test"):
         write_classes(tmp_path / "one" / split, {"a": 1})
     assert "at least 2 training images" in refusal(f"folder:{tmp_path / 'one'}")

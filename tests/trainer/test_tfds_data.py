@@ -31,6 +31,10 @@ def test_tfds_data(tmp_path):
     data = load_data("whole", tmp_path)
     found = [sorted(values(split)) for split in (data.train, data.validation, data.test)]
     assert found == [list(range(20)), [50, 51, 52], [100, 101, 102, 103]]
+    tensors = tfds.features.Tensor(shape=(4, 6, 1), dtype=np.uint8)
+    prepare(tmp_path, "tensors", {"train": gradients(4), "test": gradients(3, 100)}, image=tensors)
+    data = load_data("tensors", tmp_path, hold_out=False)
+    assert (sorted(values(data.train)), sorted(values(data.test))) == ([0, 1, 2, 3], [100, 101, 102])
 
 
 def test_images_are_resized_as_one_by_one_and_stay_in_order(monkeypatch):

@@ -126,7 +126,7 @@ class ImageFiles:
         return tf.io.read_file(handle), tf.gather(self._labels, number)
 
     def name(self, number):
-        return shown(os.path.relpath(self.paths[number], os.fsencode(self.root)))
+        return shown(self.paths[number].removeprefix(os.fsencode(self.root) + b"/"))
 
     def identity(self, number):
         path = self.paths[number]

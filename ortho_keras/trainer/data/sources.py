@@ -83,6 +83,12 @@ class ImageFolder(Source, name="folder:"):
         if empty:
             self.notes.append(f"folders without images are no classes: {', '.join(empty)}")
         self.notes += [f"no image is in {name}/" for split, name in names.items() if not files[split]]
+        parents = {self.path, *(self.path / name for name in names.values())}
+        outside = [entry for parent in parents for entry in parent.iterdir() if entry.is_dir() or _is_named_image(entry)]
+        outside = {shown(entry.relative_to(self.path)) for entry in outside if entry.name[0] != "."}
+        outside -= {shown(path.relative_to(self.path)) for path in parents.union(*classes.values())}
+        if outside:
+            self.notes.append(f"outside of class folders, and left out: {_listed(sorted(outside))}")
         if "train" in self.files:
             self.train_labels = np.array([label for _, label in self.files["train"]])
         else:
@@ -99,13 +105,15 @@ class ImageFolder(Source, name="folder:"):
         """The image files in class folders, in an order that mixes the classes and is the same on every machine."""
         images, others = [], []
         for path in (path for folder in folders for path in sorted(folder.iterdir())):
-            named = path.suffix.lower() in SUFFIXES and path.name[0] != "."
+            named, hidden = _is_named_image(path), path.name[0] == "."
             # A pipe would wait for its writer. A link to nothing counts as an image, which is skipped when it is read.
-            is_image = named and (path.is_file() or not path.exists())
-            images.append(path) if is_image else others.append(shown(path.relative_to(self.path)))
+            if named and not hidden and (path.is_file() or not path.exists()):
+                images.append(path)
+            elif named or not hidden:  # `.DS_Store` is of no interest, macOS's `._0.png` looks like an image
+                others.append(shown(path.relative_to(self.path)))
         if others:
-            listed = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
-            self.notes.append(f"{len(others)} entries of class folders are not JPEG or PNG files and were left out: {listed}")
+            received = f"{len(others)} entries of class folders are not JPEG or PNG files and were left out"
+            self.notes.append(f"{received}: {_listed(others)}")
         random.Random(len(images)).shuffle(images)
         return images
 
@@ -116,6 +124,14 @@ class ImageFolder(Source, name="folder:"):
                 yield read_image(path), label
             except (OSError, tf.errors.InvalidArgumentError):
                 skipped[number] = shown(path.relative_to(self.path))
+
+
+def _is_named_image(path):
+    return path.suffix.lower() in SUFFIXES
+
+
+def _listed(names):
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
 def _folders(path):
@@ -175,17 +191,20 @@ class TfdsDataset(Source):
         dtype = np.dtype(self.builder.info.features["image"].np_dtype)
         if dtype != np.uint8:
             raise InputError(f"{self.flag} must have images of 8 bits. Received: {dtype.name}")
-        channels = self.builder.info.features["image"].shape[-1]
-        return {key: self._decoded(split, channels).as_numpy_iterator() for key, split in self.splits.items()}
+        return {key: self._decoded(split).as_numpy_iterator() for key, split in self.splits.items()}
 
-    def _decoded(self, split, channels):
+    def _decoded(self, split):
         import tensorflow_datasets as tfds
 
-        def decode(example):
-            return decoded_image(example["image"], channels), example["label"]
+        feature = self.builder.info.features["image"]
+        is_file = isinstance(feature, tfds.features.Image)  # or a tensor, without an orientation
 
-        encoded = self.builder.as_dataset(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-        return encoded.map(decode, num_parallel_calls=tf.data.AUTOTUNE)
+        def decode(example):
+            image = example["image"]
+            return decoded_image(image, feature.shape[-1]) if is_file else image, example["label"]
+
+        stored = self.builder.as_dataset(split=split, decoders={"image": tfds.decode.SkipDecoding()} if is_file else None)
+        return stored.map(decode, num_parallel_calls=tf.data.AUTOTUNE)
 
     def on_disk(self):
         info = self.builder.info
