@@ -38,17 +38,19 @@ def start_command():
     """Prepares a command's output: no notes on devices that TensorFlow looks for, and any text in terminals of any encoding."""
     with without_notes():
         tf.config.list_physical_devices()  # from here on CUDA_VISIBLE_DEVICES has no effect
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - it is None where the process was started without one
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
-def say(line):
-    """Prints a line. Where stdout is closed or on a full disk, this and what follows is lost, and the process continues."""
+def say(line, stream=None):
+    """Prints a line to stdout or another stream. Where that is closed or on a full disk, this and what follows is lost."""
+    stream = stream or sys.stdout
     try:
-        print(line, flush=True)
+        print(line, file=stream, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if "tensorflow" in sys.modules:

@@ -27,6 +27,8 @@ def only_one(directory):
         held = filelock.FileLock(directory / LOCK, timeout=0).acquire()
     except filelock.Timeout as error:
         raise InputError(f"--workdir is in use by another process. Received: {str(directory)!r}") from error
+    except OSError as error:
+        raise InputError(f"--workdir must have a file {LOCK} that can be locked. Received: {error}") from error
     with held:
         yield
 
@@ -43,9 +45,9 @@ def whole_file(path):
             raise OSError("a folder or a device")
         own = target.with_name(_temporary(target.name))
         own.touch()
-    except (TypeError, OSError) as error:
+    except (TypeError, ValueError, OSError) as error:
         message = "`path` must be the path of a file in a folder that exists and can be written"
-        raise ValueError(f"{message}. Received: path={path!r}") from error
+        raise ValueError(f"{message}. Received: path={path!r} ({getattr(error, 'strerror', None) or error})") from error
     try:
         yield own
         own.replace(target)
@@ -164,5 +166,5 @@ def entries(folder):
 def remove_temporary(folder):
     """Removes what a killed `whole_file` left in a folder."""
     for name in os.listdir(folder):
-        if _TEMPORARY.match(name):
-            pathlib.Path(folder, name).unlink(missing_ok=True)
+        if _TEMPORARY.match(name) and os.path.isfile(os.path.join(folder, name)):
+            os.remove(os.path.join(folder, name))

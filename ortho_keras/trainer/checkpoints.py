@@ -8,7 +8,7 @@ import zipfile
 
 import numpy as np
 
-from ortho_keras.method.files import parse_json
+from ortho_keras.method.files import parse_json, remove_temporary, whole_file
 
 _NAME = re.compile(r"step-(\d{9})\.npz")
 
@@ -28,14 +28,11 @@ def save_checkpoint(directory, model, step, history, keep=2):
     directory.mkdir(parents=True, exist_ok=True)
     arrays = {f"{i:06d}:{v.path}".replace("/", "|"): np.asarray(v) for i, v in enumerate(state_variables(model))}
     path = directory / f"step-{step:09d}.npz"
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
+    with whole_file(path) as own, open(own, "wb") as file:
         np.savez(file, history=np.array(json.dumps(history)), **arrays)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
-    for left in directory.glob("step-*.partial"):  # by a kill
-        left.unlink()
+    remove_temporary(directory)
     found = _found(directory)
     at = found.index(path)
     for old in [*found[:at], *found[at + keep :]]:  # later steps are of a run that could not resume from them

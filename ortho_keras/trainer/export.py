@@ -151,7 +151,7 @@ def check_export(output, model):
     else:
         check_file("--export", output)
     output, model = (pathlib.Path(os.path.realpath(path)) for path in (output, model))
-    own = [model, *(model.with_name(name) for name in ("checkpoints", "tensorboard", "run.json", "history.json", "result.json"))]
+    own = [model, *map(model.with_name, ("checkpoints", "tensorboard", "run.json", "history.json", "result.json"))]
     written = output, output.with_suffix(".json")
     if model.is_relative_to(output) or any(path.is_relative_to(one) for path in written for one in own):
         raise InputError(f"--export must be another path than those of the run's own files. Received: {str(output)!r}")

@@ -210,7 +210,8 @@ class Trainer:
                     self._pace_logged, seconds, left = True, (now - traced) / (step - first), self.end_step - step
                     time_left = datetime.timedelta(seconds=round(left * seconds))
                     self.log(f"{seconds:.3g} s a step: {left} steps of {self.recipe.depth} layers take about {time_left} more")
-            bar.update(step - begin, [(name, logs[name]) for name in names if name in logs])
+            with contextlib.suppress(OSError):  # of a terminal that has hung up
+                bar.update(step - begin, [(name, logs[name]) for name in names if name in logs])
             callbacks.on_train_batch_end(step - 1, logs)
             epoch |= {"seconds": now - started, "logs": logs}
         return step, stopped

@@ -38,6 +38,7 @@ from ortho_keras.trainer.steps import scores
 PROBE_IMAGES = 64
 GROWTH_IMAGES, GROWTH_PIXELS = 512, 512 * 64 * 64  # the most that the new layers' statistics are computed on
 LAYER_BYTES = 100_000  # at least, of a layer in Keras and in TensorFlow's graph
+LAYER_WEIGHTS = 36  # times width^2, the mean of plain_cnn's shortest network, 8 layers; all others have more
 FILES = ("run.json", "history.json", "curves.png", "final.keras", "result.json", "signals.csv", "signals.png")
 SLOW = 2.0  # a type that takes so many times as long as float32 is worth a warning
 
@@ -146,8 +147,8 @@ def load_recipe_data(recipe, data_dir=None, replicas=1):
 
 
 def _check_memory(recipe):
-    """Raises `InputError` where even the kernels of the recipe's network, with gradients and momenta, exceed the memory."""
-    least = recipe.depth * (LAYER_BYTES + 12 * recipe.width**2)  # a layer has at least width^2 weights
+    """Raises `InputError` where the kernels alone of the recipe's network, in float32, exceed the memory."""
+    least = recipe.depth * (LAYER_BYTES + 4 * LAYER_WEIGHTS * recipe.width**2)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     if least > memory:
         expected = f"--depth and --width must be of a network that fits the memory, {memory / 2**30:.0f} GiB"
@@ -159,11 +160,11 @@ def _resource_errors(recipe, runtime, workdir):
     """Explains the errors of a device that lacks memory, of a full disk, and of a worker that was lost."""
     try:
         yield
-    except (OSError, tf.errors.ResourceExhaustedError) as error:
+    except (OSError, ValueError, RuntimeError, tf.errors.ResourceExhaustedError) as error:  # h5py's are RuntimeErrors
         if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
             message = "the disk of --workdir must have space; then the same command resumes from the last checkpoint"
             raise InputError(f"{message}. Received: {str(workdir)!r} ({first_line(error)})") from error
-        if isinstance(error, OSError):
+        if not isinstance(error, tf.errors.ResourceExhaustedError):
             raise
         sizes = " ".join(f"--{name}={getattr(recipe, name)}" for name in ("batch_size", "image_size", "width", "depth"))
         raise InputError(f"a step must fit the device's memory. Received: {sizes} ({first_line(error)})") from error
@@ -232,11 +233,13 @@ def _check_workdir(workdir, recipe, fingerprint=None):
     if not entries(workdir):
         return None
     files = [*(workdir / name for name in FILES), *(workdir / "checkpoints").rglob("*.npz")]
-    wrong = [path for path in files if path.exists() and not path.is_file()]
-    wrong += [path for path in (workdir / "checkpoints", workdir / "tensorboard") if path.exists() and not path.is_dir()]
+    folders = [workdir / name for name in ("checkpoints", "tensorboard")]
+    wrong = [path for path in files if not path.is_file()] + [path for path in folders if not path.is_dir()]
+    wrong = [path for path in wrong if os.path.lexists(path)]
     if wrong:
         expected = "--workdir must hold files and folders of a run where it has their names"
-        raise InputError(f"{expected}. Received: {wrong[0]}, a {'folder' if wrong[0].is_dir() else 'file'}")
+        kind = "folder" if wrong[0].is_dir() else "file" if wrong[0].exists() else "dangling link"
+        raise InputError(f"{expected}. Received: {wrong[0]}, a {kind}")
     if not (workdir / "run.json").exists():
         raise InputError(f"--workdir must be empty or hold this very run. Received: {shown!r}, with other files")
     held = read_json(workdir / "run.json", STORED, "--workdir must be empty or hold a run with an intact run.json")

@@ -145,7 +145,7 @@ def command_line(rng, folder):
     train.default_workdir(name, overridden)
     _check_workdir(folder / (train.FLAGS.workdir or "none"), recipe)
     if train.FLAGS.export is not None:
-        check_export(train.FLAGS.export)
+        check_export(train.FLAGS.export, folder / "final.keras")
     return read_devices(train.FLAGS.devices)
 
 

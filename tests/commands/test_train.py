@@ -82,7 +82,7 @@ def test_the_name_of_a_run_is_one_that_a_file_system_takes():
             ["--width=10000000"],
             ["--depth and --width must be of a network that fits the memory", "44 layers of width 10000000"],
         ),
-        (["--export=run/final.keras"], ["--export must be another file than the trained model", "'run/final.keras'"]),
+        (["--export=run/final.keras"], ["--export must be another path than those of the run's own files", "run/final.keras'"]),
         (["--workdir=/dev/null/run"], ["--workdir must be a folder that can be written", "'/dev/null/run'"]),
     ],
 )

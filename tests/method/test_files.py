@@ -40,7 +40,7 @@ def test_an_error_leaves_what_was_there(tmp_path):
 def test_paths_of_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")  # like a device, which a test must not risk
-    for path in ("no/such/file.csv", "", ".", "pipe", "/proc/report.csv", None, 3):
+    for path in ("no/such/file.csv", "", ".", "pipe", "/proc/report.csv", "a\0", "\ud800", None, 3):
         with pytest.raises(ValueError, match="`path` must be the path of a file .* Received: path="), whole_file(path) as own:
             own.write_text("text")
     assert os.listdir(tmp_path) == ["pipe"]
@@ -78,8 +78,9 @@ def test_what_a_kill_left_is_removed(tmp_path):
         left = tmp_path / own.name
     left.write_text("half")
     assert entries(tmp_path) == ["history.json"] and len(os.listdir(tmp_path)) == 2
+    (tmp_path / ".0123456789ab-folder").mkdir()
     remove_temporary(tmp_path)
-    assert os.listdir(tmp_path) == ["history.json"]
+    assert sorted(os.listdir(tmp_path)) == [".0123456789ab-folder", "history.json"]
 
 
 def test_a_directory_is_held_by_one_at_a_time(tmp_path):
@@ -87,6 +88,10 @@ def test_a_directory_is_held_by_one_at_a_time(tmp_path):
         with pytest.raises(InputError, match="--workdir is in use by another process. Received: "), only_one(tmp_path):
             pass
         assert not entries(tmp_path)  # the lock is not content
+    (tmp_path / "other" / ".lock").mkdir(parents=True)
+    message = "--workdir must have a file .lock that can be locked. Received: "
+    with pytest.raises(InputError, match=message), only_one(tmp_path / "other"):
+        pass
     with only_one(tmp_path):
         pass
 

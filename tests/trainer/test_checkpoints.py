@@ -212,12 +212,12 @@ def test_a_checkpoint_of_another_model(tmp_path):
 
 def test_other_files_are_left_alone(pair):
     model, directory, _ = pair
-    others = ["step-000000003.partial", "step-3.npz", "step-000000003.npz.bak", "best.npz", "notes.txt"]
+    others = [".0123456789ab-step-000000003.npz", "step-3.npz", "step-000000003.npz.bak", "best.npz", "notes.txt"]
     for name in others:
         (directory / name).write_bytes(b"something else")
     assert restored(model, directory) == ((2, [2]), 2, [])
     fill(model, 3)
-    save_checkpoint(directory, model, 3, [3])  # replaces what an earlier kill left of this step
+    save_checkpoint(directory, model, 3, [3])  # removes what a kill left
     assert names(directory) == sorted([*others[1:], "step-000000002.npz", "step-000000003.npz"])
     assert restored(model, directory) == ((3, [3]), 3, [])
 

@@ -8,7 +8,7 @@ from command_lines import TINY, invoke
 
 from ortho_keras import ErrorModulation, load_model, modulate, plain_cnn
 from ortho_keras.method.errors import InputError
-from ortho_keras.trainer.export import deploy
+from ortho_keras.trainer.export import check_export, deploy
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +71,22 @@ def test_what_is_refused(trained, tmp_path):
             deploy(model, tmp_path / output)
         assert "\n" not in str(caught.value)
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.keras"]
+    own = ("", "..", "checkpoints", "tensorboard/net", "final.keras", "final.keras/net.keras", "result.keras")
+    for output in (tmp_path / "run" / name for name in own):  # of a run that has not begun
+        if output.suffix != "" or not output.exists():
+            with pytest.raises(InputError, match="--export must be another path than those of the run's own files"):
+                check_export(output, tmp_path / "run" / "final.keras")
+    check_export(tmp_path / "run" / "net.keras", tmp_path / "run" / "final.keras")
+
+
+def test_a_full_disk_is_named(trained, tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        for name in ("net.keras", "net.tflite"):
+            with pytest.raises(InputError, match="--export must be on a disk with space for the model. Received: .*net"):
+                deploy(trained[0], tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []

@@ -345,9 +345,8 @@ def test_files_and_folders_in_each_others_place_and_a_checkpoint_beyond_the_end(
 def test_the_bound_on_the_memory_is_below_what_networks_need():
     for recipe in (RECIPE, find_preset("plain34_imagenet").recipe, find_preset("plain101_imagenet").recipe):
         weights = experiment.LAYER_WEIGHTS * recipe.depth * 4**2
-        image_size = recipe.image_size or 8
-        network = {"plain": plain_cnn, "plain_imagenet": plain_imagenet}[recipe.network]
-        assert weights <= network(recipe.depth, (image_size, image_size, 3), width=4).count_params()
+        network = plain_cnn if recipe.family == "cifar" else plain_imagenet
+        assert weights <= network(recipe.depth, (32, 32, 3), width=4).count_params()
 
 
 def test_what_ran_out_is_named(tmp_path):
