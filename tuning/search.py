@@ -25,6 +25,7 @@ import keras_tuner.src.config
 from absl import app, flags
 
 import train
+from ortho_keras.method.console import say
 from ortho_keras.method.errors import InputError
 from ortho_keras.method.files import check_folder, entries, expanded, only_one, write_json
 from ortho_keras.trainer import runtime
@@ -119,7 +120,7 @@ def search():
         else:
             status = run_trials(role, space, name, directory, deadline)
         if status == 0 and role == ALONE:
-            print(report(directory), flush=True)
+            say(report(directory))
     return status
 
 
@@ -131,7 +132,7 @@ def run_trials(role, space, name, directory, deadline):
     hyperparameters = keras_tuner.HyperParameters()
     space.recipe(hyperparameters)
     oracle = make_oracle(FLAGS.tuner, hyperparameters, FLAGS.max_trials, FLAGS.search_seed, space.base.epochs)
-    log = functools.partial(print, file=sys.stdout, flush=True)
+    log = functools.partial(say, stream=sys.stdout)
     keras_tuner.src.config.DEBUG = False  # no traceback of a failed trial: its file has the reason
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # keras-tuner prints its files' names, and conditions' values

@@ -15,6 +15,7 @@ import time
 
 import grpc
 
+from ortho_keras.method.console import say
 from ortho_keras.method.errors import InputError
 from tuning.trials import RUNNING, read_trials
 
@@ -160,6 +161,6 @@ def _supervise(processes, start, received, directory):
                 if deaths > MOST_DEATHS:
                     print(f"tuning.search: workers ended {deaths} times while no trial did", file=sys.stderr)
                     return 1
-                print(f"{name} ended with {how}; it is restarted and resumes its trial", flush=True)
+                say(f"{name} ended with {how}; it is restarted and resumes its trial")
                 processes[name] = start(name)
     return 0

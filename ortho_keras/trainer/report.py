@@ -25,7 +25,7 @@ from ortho_keras.diagnosis.signals import read_signals
 from ortho_keras.method.checks import require
 from ortho_keras.method.console import start_command
 from ortho_keras.method.errors import InputError, first_line
-from ortho_keras.method.files import check_folder, read_json, whole_file
+from ortho_keras.method.files import check_file, read_json, whole_file
 from ortho_keras.method.loading import load_model
 from ortho_keras.trainer.optimizers import LearningRate
 from ortho_keras.trainer.recipe import STORED, Recipe
@@ -256,7 +256,7 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     start_command()
     try:
-        check_folder("--output", pathlib.Path(given.output).parent)
+        check_file("--output", pathlib.Path(given.output))
         write_report(given.workdirs, given.output)
     except (ImportError, ValueError) as error:
         print(f"ortho_keras.trainer.report: {error}", file=sys.stderr)
