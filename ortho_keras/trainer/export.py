@@ -17,7 +17,7 @@ from ortho_keras.method.loading import load_model
 from ortho_keras.method.modulation import ErrorModulation
 from ortho_keras.method.state import copy_rest
 from ortho_keras.nets.batchnorm import FusedBatchNormalization
-from ortho_keras.trainer.result import DESCRIPTION, EVALUATE_AGAIN
+from ortho_keras.trainer.result import DESCRIBED, DESCRIPTION, EVALUATE_AGAIN
 
 
 def fold_batchnorm(model, dtype=None):
@@ -152,8 +152,7 @@ def check_export(output, model):
         check_file("--export", output)
     output, model = (pathlib.Path(os.path.realpath(path)) for path in (output, model))
     own = [model, *map(model.with_name, ("checkpoints", "tensorboard", "run.json", "history.json", "result.json"))]
-    written = output, output.with_suffix(".json")
-    if model.is_relative_to(output) or any(path.is_relative_to(one) for path in written for one in own):
+    if model.is_relative_to(output) or any(output.is_relative_to(one) for one in own):
         raise InputError(f"--export must be another path than those of the run's own files. Received: {str(output)!r}")
 
 
@@ -164,7 +163,7 @@ def deploy(path, output, result=None):
         path: Path of a `.keras` file.
         output: Path. `*.keras` and `*.tflite` are files; a name without a suffix is a new folder for a SavedModel.
         result: The content of the run's `result.json`, or `None`. What `predict` needs of it is written to a JSON file next
-            to the output: `flowers.json` for `flowers.tflite`.
+            to the output: `flowers.classes.json` for `flowers.tflite`.
 
     Returns:
         A line of text: how many layers were folded, and the outputs' largest difference on noise, relative to the largest.
@@ -183,11 +182,11 @@ def deploy(path, output, result=None):
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     try:
         _write(deployed, output)
+        if result and result.get("class_names"):  # a run of an earlier version has none
+            write_json(output.with_suffix(DESCRIBED), {key: result[key] for key in DESCRIPTION})
     except (OSError, RuntimeError, tf.errors.OpError) as error:  # a full disk
         expected = "--export must be on a disk with space for the model"
         raise InputError(f"{expected}. Received: {str(output)!r} ({first_line(error)})") from error
-    if result and result.get("class_names"):  # a run of an earlier version has none
-        write_json(output.with_suffix(".json"), {key: result[key] for key in DESCRIPTION})
     before, left = (
         sum(isinstance(layer, keras.layers.BatchNormalization) for layer, _ in walk_layers(one)) for one in (model, deployed)
     )

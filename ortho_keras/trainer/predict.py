@@ -23,7 +23,7 @@ from ortho_keras.method.loading import load_model
 from ortho_keras.trainer.data.crops import decoded_crop, read_image
 from ortho_keras.trainer.data.loading import resized
 from ortho_keras.trainer.data.sources import SUFFIXES
-from ortho_keras.trainer.result import DESCRIPTION
+from ortho_keras.trainer.result import DESCRIBED, DESCRIPTION
 
 AT_ONCE = 32  # images
 
@@ -65,7 +65,7 @@ def predict(model, images, top=5):
 def load_classifier(path):
     """Returns a function of float32 pixels `(n, height, width, channels)` that returns logits, and the model's description."""
     expected = "the model must be a finished run's workdir or an exported model with its JSON file"
-    beside = path / "result.json" if (path / "result.json").exists() else path.with_suffix(".json")
+    beside = path / "result.json" if (path / "result.json").exists() else path.with_suffix(DESCRIBED)
     described = read_json(beside, DESCRIPTION, expected)
     try:
         if (path / "final.keras").exists() or path.suffix == ".keras":

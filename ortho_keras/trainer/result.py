@@ -15,6 +15,7 @@ RESULT = dict.fromkeys(("validation_accuracy", "test_top5_accuracy", "test_mirro
 RESULT |= {"test_accuracy": float, "seconds": float, "steps": int, "skipped_images": (int, type(None))}
 # The form of what a trained model's images and classes are: `predict` reads it from here, or from a file next to an export.
 DESCRIPTION = {"class_names": [str], "image_shape": [int, int, int], "recipe": {"storage": str}}
+DESCRIBED = ".classes.json"  # the end of that file's name, in place of the export's suffix
 EVALUATE_AGAIN = "delete its result.json, and the same command evaluates the last checkpoint again, or give another --workdir"
 
 MOST_CLASSES = 100  # of a confusion matrix in a file: a thousand classes would be a million numbers

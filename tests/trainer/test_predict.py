@@ -83,7 +83,7 @@ def test_what_is_refused(trained, tmp_path, capsys):
     old = tmp_path / "old"
     old.mkdir()
     (old / "result.json").write_text(json.dumps({**result, "class_names": None}))
-    (tmp_path / "net.json").write_text(json.dumps(result))
+    (tmp_path / "net.classes.json").write_text(json.dumps(result))
     (tmp_path / "net.keras").write_text("no model")
     for arguments, message in (
         ([old, data], "result.json' (class_names is None, expected a list)"),
@@ -91,7 +91,7 @@ def test_what_is_refused(trained, tmp_path, capsys):
             [tmp_path / "net.keras", data],
             "the model must be a finished run's workdir or an exported model with its JSON file. ",
         ),
-        ([tmp_path / "none", data], "none.json' (No such file or directory)"),
+        ([tmp_path / "none", data], "none.classes.json' (No such file or directory)"),
         ([workdir, tmp_path / "none"], "each image must be a file or a folder that exists. Received: "),
         ([workdir, data, "--top=0"], "`top` must be an integer, at least 1. Received: top=0"),
     ):
