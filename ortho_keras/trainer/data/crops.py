@@ -47,9 +47,9 @@ def resized_crop(image, key, size):
 
 
 def decoded_crop(encoded, key, size):
-    """Returns a crop of a JPEG or PNG file as float32 RGB, as `resized_crop`, upright; `size` must be square.
+    """Returns a crop of a JPEG or PNG file as float32 RGB, as `resized_crop`, upright.
 
-    Of a JPEG file nothing outside of the crop is decoded, and no more of the resolution than is needed.
+    Of a JPEG file that is stored upright nothing outside of the crop is decoded, and no more of the resolution than is needed.
     """
     jpeg, ends = tf.io.is_jpeg(encoded), tf.equal(tf.strings.substr(encoded, -2, 2), END_OF_JPEG)
 
@@ -59,22 +59,17 @@ def decoded_crop(encoded, key, size):
         with tf.control_dependencies([tf.debugging.Assert(complete | ~jpeg, ["a JPEG file without its end"])]):
             return resized_crop(decoded_image(encoded), key, size)
 
-    def upright():  # a branch of its own: most files are stored upright, and its operations would take a tenth of their time
+    def decoded_part():
         return _mirrored(_jpeg_crop(encoded, key, size), key)
 
-    def turned():
-        return _mirrored(_upright(_jpeg_crop(encoded, key, size, orientation), orientation), key)
-
-    orientation = _orientation(encoded)
-    branch = tf.where(jpeg & ends, tf.where(orientation > 1, 2, 1), 0)
-    image = tf.switch_case(branch, [decoded_whole, upright, turned])
+    image = tf.cond(jpeg & ends & (_orientation(encoded) < 2), decoded_part, decoded_whole)
     return tf.ensure_shape(image, (*size, 3))
 
 
-def _jpeg_crop(encoded, key, size, orientation=None):
+def _jpeg_crop(encoded, key, size):
     """Decodes a crop at the lowest resolution that has `size` pixels of it; the rest, a factor below 2, is bilinear."""
     shape = tf.io.extract_jpeg_shape(encoded)
-    window = _window(shape, key) if orientation is None else _window_in_file(shape, key, orientation)
+    window = _window(shape, key)
     begin, extent = window[:2], window[2:]
     enough = tf.reduce_min(extent) >= [max(size) * ratio for ratio in DECODED_AT[1:]]
 
@@ -96,29 +91,17 @@ def _jpeg_crop(encoded, key, size, orientation=None):
     return tf.switch_case(tf.math.count_nonzero(enough, dtype=tf.int32), branches)
 
 
-def _window_in_file(shape, key, orientation):
-    """Returns where the crop of the upright image is in the image as the file has it."""
-    order = tf.where(orientation > 4, [1, 0], [0, 1])
-    sides = tf.gather(shape, order)
-    begin, extent = tf.split(_window(tf.concat([sides, shape[2:]], 0), key), 2)
-    begin = tf.where(_mirrors(orientation), sides - begin - extent, begin)
-    return tf.concat([tf.gather(begin, order), tf.gather(extent, order)], 0)
-
-
 def _orientation(encoded):
     """Returns the EXIF orientation of a file, 1 to 8, or 0 where it has none; a regular expression needs no Python thread."""
     found = tf.strings.regex_replace(tf.strings.substr(encoded, 0, HEAD), ORIENTATION, r"\1", replace_global=False)
     return tf.argmax(tf.cast(found == [bytes([value]) for value in range(9)], tf.int32), output_type=tf.int32)
 
 
-def _mirrors(orientation):
-    """Whether the rows and the columns are reversed, after rows and columns were exchanged where the orientation is above 4."""
-    return tf.stack([tf.reduce_any(orientation == values) for values in ([3, 4, 7, 8], [2, 3, 6, 7])])
-
-
 def _upright(image, orientation):
+    """Turns an image: exchanges rows and columns where the orientation is above 4, then reverses either of them or both."""
     image = tf.cond(orientation > 4, lambda: tf.transpose(image, [1, 0, 2]), lambda: image)
-    return tf.reverse(image, tf.where(_mirrors(orientation))[:, 0])
+    mirrors = tf.stack([tf.reduce_any(orientation == values) for values in ([3, 4, 7, 8], [2, 3, 6, 7])])
+    return tf.reverse(image, tf.where(mirrors)[:, 0])
 
 
 def _window(shape, key):
