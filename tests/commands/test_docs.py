@@ -13,7 +13,7 @@ from command_lines import ROOT, invoke, script
 
 import ortho_keras
 import train
-from ortho_keras.trainer import report
+from ortho_keras.trainer import predict, report
 from tuning import search
 
 DOCS = ROOT / "docs"
@@ -90,6 +90,7 @@ def test_pages_have_blocks_and_commands():
 def test_the_commands_of_a_page_parse(page, monkeypatch):
     monkeypatch.delenv("TF_CONFIG", raising=False)
     monkeypatch.setattr(report, "write_report", lambda workdirs, output: None)
+    monkeypatch.setattr(predict, "predict", lambda model, images, top: [])
     for target, arguments in ours(page):
         if target in ("train.py", "tuning.search"):
             with flagsaver.flagsaver():
@@ -97,8 +98,8 @@ def test_the_commands_of_a_page_parse(page, monkeypatch):
                 train.recipe_from_flags()
                 if target == "tuning.search":
                     search.check_flags()
-        elif target == "ortho_keras.trainer.report":
-            assert report.main(arguments) == 0
+        elif target.startswith("ortho_keras.trainer."):
+            assert {"report": report, "predict": predict}[target.rpartition(".")[2]].main(arguments) == 0
         elif target == "pytest":
             assert all((ROOT / path).exists() for path in arguments)
         elif target == "tuning.report":
@@ -114,7 +115,7 @@ def defined_flags(path):
 
 
 def test_flags_and_names_of_the_pages_exist():
-    known, used = {"help", "output", "strict", *search.FLAGS}, set()
+    known, used = {"help", "output", "strict", "top", *search.FLAGS}, set()
     for path in (ROOT / "benchmarks").glob("*.py"):
         known |= defined_flags(path)
     for page in (ROOT / "README.md", *DOCS.glob("*.md")):
