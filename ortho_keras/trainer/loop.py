@@ -20,12 +20,15 @@ from ortho_keras.method.files import write_json
 from ortho_keras.nets.batchnorm import BatchNormalizationEstimator
 from ortho_keras.trainer.checkpoints import restore_checkpoint, save_checkpoint, state_variables
 from ortho_keras.trainer.data import BatchSettings, ImageData, evaluation_batches, training_batches
+from ortho_keras.trainer.progress import Progress
 from ortho_keras.trainer.recipe import Recipe
 from ortho_keras.trainer.runtime import Runtime
 from ortho_keras.trainer.steps import score_function, train_function
 
 FEW_CLASSES = 10  # top-5 accuracy is reported for more classes than these
-PACE_AFTER = 30.0  # seconds of steps before the time left is logged
+BAR_AFTER = 3.0  # seconds of an evaluation
+TRACING = 7.0  # times as long as building a network takes its first step: 7 to 9 at 44 to 302 layers on two cores
+LONG_TRACING = 5.0  # seconds, which are announced
 DRAW_EVERY = 30.0  # seconds between two drawings of the curves, which take a quarter of one
 # The form of a checkpoint's history: a row of metrics for each epoch, and the sums over the one that was begun (`new_epoch`).
 HISTORY = [
@@ -54,6 +57,7 @@ class Trainer:
     keep_checkpoints: int = 2
     log: object = print  # takes a line; called by the chief only
     title: str = ""  # of the plot
+    build_seconds: float = 0.0  # that the model took, from which those of the first step are estimated
     end_step: int = 0  # the step to stop after, at the end of an epoch; 0: total_steps
     checkpoints: pathlib.Path | None = None  # folder; `None`: "checkpoints" in `directory`
 
@@ -73,7 +77,6 @@ class Trainer:
         self._train = train_function(self.model, self.recipe.batch_size, self.recipe.label_smoothing, self.runtime)
         self._score = score_function(self.model, self.runtime)
         self._reported, self._draw_after = set(), time.monotonic() + DRAW_EVERY
-        self._pace_logged = sys.stdout.isatty()  # where a progress bar shows it
 
     def run(self, begun=None):
         """Trains to the last step and returns the history: a list of one dict of metrics per epoch.
@@ -89,6 +92,8 @@ class Trainer:
             stack.callback(self._write_history, history)
             batches = iter(self._training_batches(step, self.end_step))
             callbacks.on_train_begin()
+            if step < self.end_step and self.build_seconds * TRACING > LONG_TRACING:
+                self.log(f"tracing the first step (about {self.build_seconds * TRACING:.0f} s for {self.recipe.depth} layers)")
             while step < self.end_step and not self.model.stop_training:
                 end = min((step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.total_steps)
                 step, stopped = self._epoch(step, end, batches, epoch, stop, callbacks)
@@ -115,9 +120,11 @@ class Trainer:
         self.estimate()
         score = score_function(self.model, self.runtime, mirrored, confusion) if mirrored or confusion else self._score
         batch_size = min(self.recipe.batch_size, -(-len(split) // self.runtime.replicas) * self.runtime.replicas)
-        totals = 0.0
+        totals, done, progress = 0.0, 0, Progress(self.runtime, self.log, len(split), quiet=BAR_AFTER)
         for batch in self._distributed(lambda own: evaluation_batches(split, batch_size, self.runtime.replicas, own)):
             totals += score(*batch).numpy().astype(np.float64)
+            done = min(done + batch_size, len(split))
+            progress.update(done, f"evaluated {done:,} of {len(split):,} images")
         self._report_skipped()
         crossentropy, correct, among, count, *rest = totals
         if not count:
@@ -181,9 +188,8 @@ class Trainer:
         """Trains to the end of an epoch or a stop, and sums up in `epoch`; returns the step reached and whether it stopped."""
         begin = step // self.steps_per_epoch * self.steps_per_epoch
         batch_size, names = self.recipe.batch_size, ["loss", "crossentropy", "accuracy", "penalty", "images/s"]
-        show = self.runtime.is_chief and sys.stdout.isatty()
-        bar = keras.utils.Progbar(end - begin, stateful_metrics=names, verbose=1 if show else 0)
-        if show:
+        progress = Progress(self.runtime, self.log, end - begin, names)
+        if sys.stdout.isatty():  # where a bar follows
             self.log(f"epoch {step // self.steps_per_epoch + 1}/{self.epochs}")
         callbacks.on_epoch_begin(step // self.steps_per_epoch)
         started, first, traced, stopped = time.perf_counter() - epoch["seconds"], None, 0.0, False
@@ -206,12 +212,12 @@ class Trainer:
                 first, traced = step, now  # the first step's time includes the tracing of the graph
             else:
                 logs["images/s"] = (step - first) * batch_size / (now - traced)
-                if now - traced > PACE_AFTER and not self._pace_logged:  # without a bar, an epoch can be hours of silence
-                    self._pace_logged, seconds, left = True, (now - traced) / (step - first), self.end_step - step
-                    time_left = datetime.timedelta(seconds=round(left * seconds))
-                    self.log(f"{seconds:.3g} s a step: {left} steps of {self.recipe.depth} layers take about {time_left} more")
-            with contextlib.suppress(OSError):  # of a terminal that has hung up
-                bar.update(step - begin, [(name, logs[name]) for name in names if name in logs])
+            shown = [(name, logs[name]) for name in names if name in logs]
+            line = [f"step {step:,} of {self.end_step:,}", *(f"{name} {value:.4g}" for name, value in shown)]
+            if "images/s" in logs:
+                seconds = round((self.end_step - step) * batch_size / logs["images/s"])
+                line.append(f"about {datetime.timedelta(seconds=seconds)} left")
+            progress.update(step - begin, " - ".join(line), shown)
             callbacks.on_train_batch_end(step - 1, logs)
             epoch |= {"seconds": now - started, "logs": logs}
         return step, stopped

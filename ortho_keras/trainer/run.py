@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import math
 import os
+import time
 
 import keras
 import tensorflow as tf
@@ -97,7 +98,7 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
                 slow = f"a convolution's gradients take {times:.0f} times as long as in --precision=float32"
                 log(f"--precision={recipe.precision} is slow here: {slow}")
         keras.utils.set_random_seed(recipe.seed)
-        model, total_steps = _compiled(recipe, data, runtime)
+        model, total_steps, build_seconds = _compiled(recipe, data, runtime)
         _agreed(runtime, lambda: _begin(workdir, recipe, data.fingerprint, lock) if runtime.is_chief else None)
         layers = sum(1 for layer in model.layers if layer_kernels(layer))
         log(f"{model.name}: {layers} layers, {model.count_params():,} parameters, {total_steps} steps of {recipe.batch_size}")
@@ -109,7 +110,9 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
         if signal_every and runtime.is_chief:
             callbacks.append(_monitor(recipe, data, workdir, signal_every))
         title = f"{name or recipe.network} (depth {recipe.depth}, seed {recipe.seed})"
-        trainer = Trainer(model, recipe, data, workdir, total_steps, runtime, callbacks, keep_checkpoints, log, title)
+        trainer = Trainer(
+            model, recipe, data, workdir, total_steps, runtime, callbacks, keep_checkpoints, log, title, build_seconds
+        )
         begun = trainer.restore()
         if recipe.start_depth and begun is None:
             begun = _grown(trainer)
@@ -188,11 +191,11 @@ def _agreed(runtime, prepare):
 
 
 def _compiled(recipe, data, runtime):
-    before = keras.config.dtype_policy()
+    before, started = keras.config.dtype_policy(), time.perf_counter()
     keras.config.set_dtype_policy(recipe.precision)
     try:
         with runtime.strategy.scope():
-            return compiled_model(recipe, data, runtime.replicas > 1)
+            return *compiled_model(recipe, data, runtime.replicas > 1), time.perf_counter() - started
     finally:
         keras.config.set_dtype_policy(before)
 
@@ -210,10 +213,12 @@ def _grown(trainer):
     recipe, data, log = trainer.recipe, trainer.data, trainer.log
     shift = shift_for_depth(recipe.depth) if recipe.relu_shift < 0 else recipe.relu_shift
     first = dataclasses.replace(recipe, depth=recipe.start_depth, start_depth=0, relu_shift=shift)
-    model, _ = _compiled(first, data, trainer.runtime)
+    model, _, build_seconds = _compiled(first, data, trainer.runtime)
     last_step, folder = growth_step(recipe, data), trainer.checkpoints / f"{first.depth}_layers"
     log(f"training begins with {first.depth} layers, {model.count_params():,} parameters, for {last_step} steps")
-    shallow = dataclasses.replace(trainer, model=model, recipe=first, end_step=last_step, checkpoints=folder)
+    shallow = dataclasses.replace(
+        trainer, model=model, recipe=first, end_step=last_step, checkpoints=folder, build_seconds=build_seconds
+    )
     history = shallow.run(shallow.restore())
     shallow.estimate()
     count = max(1, GROWTH_PIXELS // math.prod(data.image_shape[:2]))

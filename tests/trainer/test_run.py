@@ -20,7 +20,7 @@ from ortho_keras import load_model, orthonormality_error, plain_cnn, plain_image
 from ortho_keras.diagnosis.monitor import read_signals
 from ortho_keras.method.errors import InputError, Interrupted
 from ortho_keras.method.files import only_one
-from ortho_keras.trainer import loop, runtime
+from ortho_keras.trainer import loop, progress, runtime
 from ortho_keras.trainer import run as experiment
 from ortho_keras.trainer.build import build_model, compiled_model, make_optimizer
 from ortho_keras.trainer.data import load_data, training_batches
@@ -82,7 +82,8 @@ def test_result_history_log_and_summaries(finished):
     assert all(row["loss"] == pytest.approx(row["crossentropy"] + row["penalty"]) for row in history)
     shown = [line for line in lines if line.startswith("epoch ")]
     assert len(shown) == 4 and all("images/s" in line and "penalty" in line for line in shown)
-    assert not any("s a step" in line or "is slow here" in line for line in lines)
+    unexpected = ("step ", "evaluated ", "tracing ")  # of long runs
+    assert not any(line.startswith(unexpected) or "is slow here" in line for line in lines)
     with Image.open(workdir / "curves.png") as picture:
         colors = np.asarray(picture.convert("RGB")).reshape(-1, 3)
         assert picture.size[0] > 900 and len(np.unique(colors, axis=0)) > 50
@@ -222,7 +223,8 @@ def test_every_optimizer_lowers_the_loss(name):
 
 def test_callbacks_are_called_as_fit_does_and_the_files_grow_by_the_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "DRAW_EVERY", -1.0)
-    monkeypatch.setattr(loop, "PACE_AFTER", 0.0)
+    monkeypatch.setattr(loop, "LONG_TRACING", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY", -1.0)
     calls, rows, lines = [], [], []
 
     class Recorder(keras.callbacks.Callback):
@@ -248,8 +250,31 @@ def test_callbacks_are_called_as_fit_does_and_the_files_grow_by_the_epoch(tmp_pa
         *[("epoch", 1), ("batch", 2, True), ("batch", 3, True), ("end", 1, True)],
     ]
     assert rows == [(1, True), (2, True)]
-    (pace,) = [line for line in lines if "s a step" in line]  # once, after the second step: the first one traces
-    assert re.fullmatch(r"[\d.e-]+ s a step: 6 steps of 8 layers take about \d+:\d\d:\d\d more", pace)
+    assert re.fullmatch(r"tracing the first step \(about \d+ s for 8 layers\)", lines[3])
+    values, left = (
+        r" - loss [\d.]+ - crossentropy [\d.]+ - accuracy [\d.]+ - penalty [\d.e-]+",
+        r" - images/s [\d.e+]+ - about \d:\d\d:\d\d left",
+    )
+    for line, expected in zip(lines[4:6], ("step 1 of 8" + values, "step 2 of 8" + values + left)):  # the first step traces
+        assert re.fullmatch(expected, line)
+    assert lines[6] == "evaluated 144 of 144 images" and lines[-1] == "evaluated 360 of 360 images"
+
+
+def test_a_bar_is_shown_on_a_terminal_and_after_a_while_only(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    now, lines, machine = [0.0], [], runtime.Runtime(tf.distribute.get_strategy())
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    bar = progress.Progress(machine, lines.append, 100, quiet=3.0)
+    for now[0], done in ((2.0, 40), (4.0, 70), (5.0, 100)):
+        bar.update(done, "a line")
+        shown = capsys.readouterr().out
+        assert (f"{done}/100" in shown) == (done > 40)
+    assert lines == [] and shown.endswith("\n")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False)
+    log = progress.Progress(machine, lines.append, 100)
+    for now[0], done in ((34.0, 10), (36.0, 20), (60.0, 30), (67.0, 40)):
+        log.update(done, f"{done} of 100")
+    assert lines == ["20 of 100", "40 of 100"] and capsys.readouterr().out == ""
 
 
 class StopAt(keras.callbacks.Callback):
