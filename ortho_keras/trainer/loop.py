@@ -35,6 +35,7 @@ HISTORY = [
     [{"epoch": int, "step": int, "seconds": float, "accuracy": float, "penalty": float}],
     {"steps": int, "seconds": float, "smoothed": float, "crossentropy": float, "accuracy": float, "logs": dict},
 ]
+SAVE = 2.0**-10  # the chief's request for a checkpoint, which the step brings to all workers; a request to stop is 1
 LEAST_LOSS_SCALE = 2.0**-10  # float16's own range is used up long before
 
 
@@ -58,6 +59,7 @@ class Trainer:
     log: object = print  # takes a line; called by the chief only
     title: str = ""  # of the plot
     build_seconds: float = 0.0  # that the model took, from which those of the first step are estimated
+    checkpoint_minutes: float = 10.0  # after which a checkpoint is written within an epoch
     end_step: int = 0  # the step to stop after, at the end of an epoch; 0: total_steps
     checkpoints: pathlib.Path | None = None  # folder; `None`: "checkpoints" in `directory`
 
@@ -76,7 +78,7 @@ class Trainer:
                 self.model.optimizer.build(self.model.trainable_variables)
         self._train = train_function(self.model, self.recipe.batch_size, self.recipe.label_smoothing, self.runtime)
         self._score = score_function(self.model, self.runtime)
-        self._reported, self._draw_after = set(), time.monotonic() + DRAW_EVERY
+        self._reported, self._draw_after, self._saved = set(), time.monotonic() + DRAW_EVERY, time.monotonic()
 
     def run(self, begun=None):
         """Trains to the last step and returns the history: a list of one dict of metrics per epoch.
@@ -96,13 +98,13 @@ class Trainer:
                 self.log(f"tracing the first step (about {self.build_seconds * TRACING:.0f} s for {self.recipe.depth} layers)")
             while step < self.end_step and not self.model.stop_training:
                 end = min((step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.total_steps)
-                step, stopped = self._epoch(step, end, batches, epoch, stop, callbacks)
+                step, stopped = self._epoch(step, end, batches, [history, epoch], stop, callbacks)
                 ended = step == end or not stopped
                 if ended:
                     history.append(self._epoch_metrics(step, epoch))
                     epoch = new_epoch()
                     self._write_history(history, last=False)
-                self._save(step, history, epoch)
+                self._save(step, [history, epoch])
                 if ended:
                     self._log_epoch(history[-1])
                     callbacks.on_epoch_end(history[-1]["epoch"] - 1, history[-1])
@@ -178,14 +180,20 @@ class Trainer:
         own = [self.runtime.worker * count + index for index in range(count)]
         return self.runtime.strategy.distribute_datasets_from_function(lambda _: make(own))
 
-    def _save(self, step, history, epoch):
+    def _save(self, step, begun):
+        """Writes a checkpoint; replicas' averages become their mean, which matters to a validation without bn_batches."""
         if self.runtime.replicas > 1 and not self.recipe.bn_sync:
             _average_over_replicas(self.estimator.averages, self.runtime.strategy)
         if self.runtime.is_chief:
-            save_checkpoint(self.checkpoints, self.model, step, [history, epoch], self.keep_checkpoints)
+            save_checkpoint(self.checkpoints, self.model, step, begun, self.keep_checkpoints)
+        self._saved = time.monotonic()
 
-    def _epoch(self, step, end, batches, epoch, stop, callbacks):
-        """Trains to the end of an epoch or a stop, and sums up in `epoch`; returns the step reached and whether it stopped."""
+    def _epoch(self, step, end, batches, begun, stop, callbacks):
+        """Trains to the end of an epoch or a stop; returns the step reached and whether it stopped.
+
+        `begun` is the list of the history, and of the sums over the epoch, which are updated.
+        """
+        epoch, due = begun[1], 60 * self.checkpoint_minutes
         begin = step // self.steps_per_epoch * self.steps_per_epoch
         batch_size, names = self.recipe.batch_size, ["loss", "crossentropy", "accuracy", "penalty", "images/s"]
         progress = Progress(self.runtime, self.log, end - begin, names)
@@ -195,8 +203,10 @@ class Trainer:
         started, first, traced, stopped = time.perf_counter() - epoch["seconds"], None, 0.0, False
         while step < end and not self.model.stop_training and not stopped:
             callbacks.on_train_batch_begin(step)
-            smoothed, crossentropy, correct, penalty, stops = self._train(*next(batches), float(stop.signum > 0)).numpy()
-            step, stopped = step + 1, bool(stops)
+            save = self.runtime.is_chief and time.monotonic() - self._saved > due
+            request = 1.0 if stop.signum else SAVE * save
+            smoothed, crossentropy, correct, penalty, requests = self._train(*next(batches), request).numpy()
+            step, stopped = step + 1, requests >= 1
             if not np.isfinite(smoothed + penalty):
                 raise NonFiniteLossError(
                     f"the loss became {smoothed / batch_size + penalty} at step {step} of {self.total_steps}: try a lower "
@@ -220,6 +230,8 @@ class Trainer:
             progress.update(step - begin, " - ".join(line), shown)
             callbacks.on_train_batch_end(step - 1, logs)
             epoch |= {"seconds": now - started, "logs": logs}
+            if 0 < requests < 1 and step < end:
+                self._save(step, begun)
         return step, stopped
 
     def _epoch_metrics(self, step, epoch):

@@ -44,7 +44,18 @@ FILES = ("run.json", "history.json", "curves.png", "final.keras", "result.json",
 SLOW = 2.0  # a type that takes so many times as long as float32 is worth a warning
 
 
-def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), keep_checkpoints=2, signal_every=0, log=say):
+def run(
+    recipe,
+    workdir,
+    data_dir=None,
+    name="",
+    runtime=None,
+    callbacks=(),
+    keep_checkpoints=2,
+    signal_every=0,
+    checkpoint_minutes=10.0,
+    log=say,
+):
     """Trains and evaluates a recipe; resumes where an earlier call with the same arguments was stopped.
 
     Writes into `workdir`: `run.json` (the recipe, at the start), `checkpoints/`, `tensorboard/`, `history.json` and
@@ -59,6 +70,7 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
         callbacks: List of `keras.callbacks.Callback`.
         keep_checkpoints: int, at least 1.
         signal_every: int, steps from one measurement of `SignalMonitor` on the first training images to the next; 0: none.
+        checkpoint_minutes: float, minutes after which a checkpoint is written within an epoch too.
         log: Function that takes a line of progress.
 
     Returns:
@@ -111,7 +123,8 @@ def run(recipe, workdir, data_dir=None, name="", runtime=None, callbacks=(), kee
             callbacks.append(_monitor(recipe, data, workdir, signal_every))
         title = f"{name or recipe.network} (depth {recipe.depth}, seed {recipe.seed})"
         trainer = Trainer(
-            model, recipe, data, workdir, total_steps, runtime, callbacks, keep_checkpoints, log, title, build_seconds
+            *(model, recipe, data, workdir, total_steps, runtime, callbacks, keep_checkpoints),
+            *(log, title, build_seconds, checkpoint_minutes),
         )
         begun = trainer.restore()
         if recipe.start_depth and begun is None:

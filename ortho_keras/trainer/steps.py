@@ -6,10 +6,10 @@ TOP = 5  # of top-5 accuracy
 
 
 def train_function(model, batch_size, label_smoothing, runtime):
-    """A training step: `(images, labels, stop)` to `[smoothed, cross-entropy, correct, penalty, stop]` over all replicas."""
+    """A training step: `(images, labels, request)` to sums `[smoothed, cross-entropy, correct, penalty, request]`."""
     optimizer, replicas, strategy = model.optimizer, runtime.replicas, runtime.strategy
 
-    def step(images, labels, stop):
+    def step(images, labels, request):
         with tf.GradientTape() as tape:
             crossentropy, correct, smoothed = scores(labels, model(images, training=True), label_smoothing)
             total = tf.reduce_sum(smoothed)
@@ -17,16 +17,16 @@ def train_function(model, batch_size, label_smoothing, runtime):
             loss = optimizer.scale_loss(total / batch_size + penalty)
         gradients = tape.gradient(loss, model.trainable_variables)
         optimizer.apply(gradients, model.trainable_variables)  # sums the gradients over replicas
-        return tf.stack([total, tf.reduce_sum(crossentropy), tf.reduce_sum(correct), penalty, stop])
+        return tf.stack([total, tf.reduce_sum(crossentropy), tf.reduce_sum(correct), penalty, request])
 
     if runtime.jit_compile:
         step = tf.function(step, jit_compile=True)
 
     @tf.function
-    def train(images, labels, stop):
-        return strategy.reduce("SUM", strategy.run(step, args=(images, labels, stop)), axis=None)
+    def train(images, labels, request):
+        return strategy.reduce("SUM", strategy.run(step, args=(images, labels, request)), axis=None)
 
-    return lambda images, labels, stop: train(images, labels, tf.constant(stop, tf.float32))
+    return lambda images, labels, request: train(images, labels, tf.constant(request, tf.float32))
 
 
 def score_function(model, runtime, mirrored=False, confusion=False):

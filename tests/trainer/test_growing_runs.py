@@ -110,7 +110,10 @@ def test_on_two_replicas_as_on_one_the_optimizer_restarts_and_new_layers_see_tra
     recipe = dataclasses.replace(SMALL, optimizer="adam", learning_rate=0.001, rate_depth=0, schedule="constant", max_steps=6)
     run(recipe, tmp_path / "one", callbacks=[longest], log=silent)
     assert len(longest.steps) == 6 and 0.9 < longest.steps[4] < 1.01 and longest.steps[5] < 2
-    run(recipe, tmp_path / "two", runtime=Runtime(two_replicas), log=silent)
+    run(recipe, tmp_path / "two", runtime=Runtime(two_replicas), checkpoint_minutes=1e-9, log=silent)
+    assert [path.name for path in sorted((tmp_path / "two" / "checkpoints").glob("*.npz"))] == [
+        f"step-{step:09d}.npz" for step in (5, 6)
+    ]  # 5 is within an epoch
     one, two = ([row["crossentropy"] for row in history_of(tmp_path / name)] for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-3)
 

@@ -304,8 +304,10 @@ def test_a_run_stopped_at_any_point_equals_one_that_was_not(tmp_path):
     assert len(json.loads((tmp_path / "stopped" / "history.json").read_text())) == 1
     assert (tmp_path / "stopped" / "curves.png").exists() and not (tmp_path / "stopped" / "result.json").exists()
     with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path / "stopped", callbacks=[StopAt(23, hard=True)], log=silent)
-    stopped = run(recipe, tmp_path / "stopped", keep_checkpoints=3, log=silent)
+        run(recipe, tmp_path / "stopped", callbacks=[StopAt(23, hard=True)], checkpoint_minutes=1e-9, log=silent)
+    lines = []
+    stopped = run(recipe, tmp_path / "stopped", keep_checkpoints=3, log=lines.append)
+    assert "resuming after step 23 of 30" in lines  # within the third epoch
     histories = [json.loads((tmp_path / name / "history.json").read_text()) for name in ("stopped", "whole")]
     for row, expected in zip(*histories, strict=True):
         for key in expected.keys() - {"seconds", "images/s"}:
