@@ -143,8 +143,8 @@ def check_file(flag, path):
     check_folder(flag, path.parent)
     try:
         _look_up(path.with_name(f"{'n' * len(_temporary(''))}{path.name}"))
-        if path.exists() and not path.is_file():
-            raise OSError("a folder or a device")
+        if os.path.lexists(path) and not path.is_file():
+            raise OSError("a folder, a device or a dangling link")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{flag} must be a file that can be written. Received: {str(path)!r} ({reason})") from error

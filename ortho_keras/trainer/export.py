@@ -150,6 +150,7 @@ def check_export(output, model):
         check_folder("--export", output)
     else:
         check_file("--export", output)
+    check_file("the file for the classes next to --export", output.with_suffix(DESCRIBED))
     output, model = (pathlib.Path(os.path.realpath(path)) for path in (output, model))
     own = [model, *map(model.with_name, ("checkpoints", "tensorboard", "run.json", "history.json", "result.json"))]
     if model.is_relative_to(output) or any(output.is_relative_to(one) for one in own):

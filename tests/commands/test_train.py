@@ -46,7 +46,7 @@ def test_home_in_a_path_and_values_without_effect(capsys, tmp_path, monkeypatch)
     }
     assert sorted(err.splitlines()) == sorted(f"train.py: --{name} has no effect with --{by}" for name, by in rulers.items())
     assert status == 0 and f"{tmp_path / 'net.keras'}: 7 of 7 BatchNormalization layers folded" in out
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "net.keras"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "net.keras", "net.classes.json"}
 
 
 def test_the_name_of_a_run_is_one_that_a_file_system_takes():

@@ -61,16 +61,21 @@ def test_train_exports_a_run_and_later_the_finished_one(tmp_path, capsys):
 def test_what_is_refused(trained, tmp_path):
     path = trained[0]
     (tmp_path / "file.keras").write_text("no model")
+    (tmp_path / "link.keras").symlink_to("/no_such_folder/net.keras")
+    (tmp_path / "a.classes.json").mkdir()
     for model, output, message in (
         (path, "net.onnx", "--export must end in .keras or .tflite, or have no suffix"),
         (path, ".", "--export must be a folder that does not exist"),
         (path, "file.keras/net.keras", "--export must be a folder that can be written"),
+        (path, "link.keras", "--export must be a file that can be written. Received: .*a dangling link"),
+        (path, "a.tflite", "the file for the classes next to --export must be a file that can be written"),
+        (path, "a", "the file for the classes next to --export must be a file that can be written"),
         (tmp_path / "file.keras", "net.keras", "the model must be an intact Functional or Sequential one in a .keras file"),
     ):
         with pytest.raises(InputError, match=message) as caught:
             deploy(model, tmp_path / output)
         assert "\n" not in str(caught.value)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file.keras"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"file.keras", "link.keras", "a.classes.json"}
     own = ("", "..", "checkpoints", "tensorboard/net", "final.keras", "final.keras/net.keras")
     for output in (tmp_path / "run" / name for name in own):  # of a run that has not begun
         if output.suffix != "" or not output.exists():
