@@ -36,6 +36,7 @@ HISTORY = [
     {"steps": int, "seconds": float, "smoothed": float, "crossentropy": float, "accuracy": float, "logs": dict},
 ]
 SAVE = 2.0**-10  # the chief's request for a checkpoint, which the step brings to all workers; a request to stop is 1
+BEST = "best"  # the folder, among the checkpoints, of that of the highest validation accuracy
 LEAST_LOSS_SCALE = 2.0**-10  # float16's own range is used up long before
 
 
@@ -185,6 +186,11 @@ class Trainer:
         if self.runtime.replicas > 1 and not self.recipe.bn_sync:
             _average_over_replicas(self.estimator.averages, self.runtime.strategy)
         if self.runtime.is_chief:
+            history, epoch = begun
+            grown = self.recipe.grow_epoch if self.recipe.start_depth else 0  # epochs of a shallower network
+            validated = [row.get("validation_accuracy", -1.0) for row in history[grown:]]
+            if not epoch["steps"] and validated and validated[-1] > max(validated[:-1], default=-1.0):
+                save_checkpoint(self.checkpoints / BEST, self.model, step, history[-1:], keep=1)
             save_checkpoint(self.checkpoints, self.model, step, begun, self.keep_checkpoints)
         self._saved = time.monotonic()
 

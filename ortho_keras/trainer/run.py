@@ -29,8 +29,9 @@ from ortho_keras.method.kernels import layer_kernels
 from ortho_keras.nets.growth import grow
 from ortho_keras.nets.shifted_relu import shift_for_depth
 from ortho_keras.trainer.build import compiled_model, growth_step
+from ortho_keras.trainer.checkpoints import restore_checkpoint
 from ortho_keras.trainer.data import load_data
-from ortho_keras.trainer.loop import Trainer, new_epoch
+from ortho_keras.trainer.loop import BEST, Trainer, new_epoch
 from ortho_keras.trainer.recipe import MIRRORING, STORED, Recipe
 from ortho_keras.trainer.result import EVALUATE_AGAIN, RESULT, result_of
 from ortho_keras.trainer.runtime import Runtime, slowdown
@@ -40,7 +41,7 @@ PROBE_IMAGES = 64
 GROWTH_IMAGES, GROWTH_PIXELS = 512, 512 * 64 * 64  # the most that the new layers' statistics are computed on
 LAYER_BYTES = 100_000  # at least, of a layer in Keras and in TensorFlow's graph
 LAYER_WEIGHTS = 36  # times width^2, the mean of plain_cnn's shortest network, 8 layers; all others have more
-FILES = ("run.json", "history.json", "curves.png", "final.keras", "result.json", "signals.csv", "signals.png")
+FILES = ("run.json", "history.json", "curves.png", "final.keras", "best.keras", "result.json", "signals.csv", "signals.png")
 SLOW = 2.0  # a type that takes so many times as long as float32 is worth a warning
 
 
@@ -59,7 +60,8 @@ def run(
     """Trains and evaluates a recipe; resumes where an earlier call with the same arguments was stopped.
 
     Writes into `workdir`: `run.json` (the recipe, at the start), `checkpoints/`, `tensorboard/`, `history.json` and
-    `curves.png` (after an epoch), `final.keras` and `result.json` (at the end); with `signal_every`, `SignalMonitor`'s files.
+    `curves.png` (after an epoch), `final.keras`, `best.keras` (of the epoch with the highest validation accuracy) and
+    `result.json` (at the end); with `signal_every`, `SignalMonitor`'s files.
 
     Args:
         recipe: `Recipe`.
@@ -139,6 +141,11 @@ def run(
         result = result_of(name, recipe, data, model, history, test, runtime)
         with whole_file(workdir / "final.keras") as own:
             model.save(own, include_optimizer=False)
+        best = restore_checkpoint(trainer.checkpoints / BEST, model, log)
+        if best:  # only at the end: writing a model takes up to ten times as long as writing a checkpoint
+            with whole_file(workdir / "best.keras") as own:
+                model.save(own, include_optimizer=False)
+            result |= {"best_epoch": best[1][0]["epoch"], "best_validation_accuracy": best[1][0]["validation_accuracy"]}
         write_json(workdir / "result.json", result)
         return result
 

@@ -329,6 +329,30 @@ def test_a_run_stopped_at_any_point_equals_one_that_was_not(tmp_path):
     assert whole["test_mirrored_accuracy"] == pytest.approx(both, abs=1 / 360)
 
 
+class Forget(keras.callbacks.Callback):
+    """Sets all weights to 0 after the second epoch."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        for variable in self.model.trainable_variables if epoch == 1 else ():
+            variable.assign(tf.zeros_like(variable))
+
+
+def test_the_best_epoch_is_kept(tmp_path):
+    """Also where the run was stopped after it."""
+    recipe = dataclasses.replace(RECIPE, width=2, epochs=3, evaluate_every=1, modulation="off")
+    with pytest.raises(Interrupted, match="stopped after step 25 of 30"):
+        run(recipe, tmp_path, callbacks=[Forget(), StopAt(23)], log=silent)
+    result = run(recipe, tmp_path, log=silent)
+    first, second, last = [row["validation_accuracy"] for row in json.loads((tmp_path / "history.json").read_text())]
+    assert second > first > last == result["validation_accuracy"]
+    assert (result["best_epoch"], result["best_validation_accuracy"]) == (2, second)
+    validation = load_data("digits").validation
+    best, final = (load_model(tmp_path / f"{name}.keras") for name in ("best", "final"))
+    logits = best.predict(validation.images.astype("float32"), verbose=0)
+    assert np.mean(logits.argmax(-1) == validation.labels) == pytest.approx(second)
+    assert np.abs(final.get_layer("stem_conv").kernel).max() < 0.1 < np.abs(best.get_layer("stem_conv").kernel).max()
+
+
 def test_mirror_images_by_hand():
     """Logits `(a, 2b)` for pixels `a, b`; with the mirror image's `(b, 2a)` the second class always wins."""
     model = keras.Sequential([keras.layers.Input((1, 2, 1)), keras.layers.Flatten(), keras.layers.Dense(2, use_bias=False)])
