@@ -3,8 +3,10 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from loaded import as_numpy, assert_equal_batches
 
+from ortho_keras.method.errors import InputError
 from ortho_keras.trainer.data import BatchSettings, ImageData, MemorySplit, evaluation_batches, load_data, training_batches
 
 
@@ -39,6 +41,17 @@ def test_digits_are_split_once_and_completely_at_every_load(digits):
     assert found(again.train, again.validation, again.test) == found(*splits)
     assert whole.validation is None and found(whole.test) == found(digits.test)
     assert sorted(found(whole.train)) == sorted(found(digits.train, digits.validation))
+
+
+@pytest.mark.parametrize("error", [MemoryError("10 GiB"), tf.errors.ResourceExhaustedError(None, None, "10 GiB")])
+def test_images_that_do_not_fit_the_memory(monkeypatch, error):
+    def resize(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(tf.image, "resize", resize)
+    expected = "^--dataset digits must fit the machine's memory and disk at --image_size=9. Received: 10 GiB$"
+    with pytest.raises(InputError, match=expected):
+        load_data("digits", image_size=9)
 
 
 def test_the_fingerprint_is_the_images_and_labels_whatever_their_order():

@@ -166,6 +166,9 @@ def load_data(name, data_dir=None, image_size=0, hold_out=True, storage="memory"
             splits = read_into_memory(source.examples(), image_size, source.flag)
             for key, names in source.skipped.items():
                 splits[key] = dataclasses.replace(splits[key], skipped=tuple(names.values()))
+    except (MemoryError, tf.errors.ResourceExhaustedError) as error:
+        expected = f"--dataset {name} must fit the machine's memory and disk at --image_size={image_size}"
+        raise InputError(f"{expected}. Received: {first_line(error)}") from error
     except (OSError, tf.errors.OpError) as error:
         raise InputError(f"--dataset {name} must be complete and readable. Received: {first_line(error)}") from error
     notes = list(source.notes)
