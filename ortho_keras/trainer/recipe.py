@@ -75,6 +75,7 @@ class Recipe:
     width: int = _field(16, "filters of the first stage, doubled at each later stage (imagenet in He et al.: 64)", least=1)
     initializer: str = _field("orthonormal", "initializer of the kernels (dirac: identity where it fits, ours)", INITIALIZERS)
     stem_initializer: str = _field("same", "initializer of the first convolution: same, or patch PCA (ours)", ("same", "pca"))
+    initial_weights: str = _field("", "a .keras file of the same network, such as another run's, for its weights")
     relu_shift: float = _field(0.0, "activation max(x, -relu_shift) (ours; 0: ReLU; -1: chosen by depth)", least=-1)
     regularizer: str = _field("orthonormal", "penalty on every kernel", collections.ChainMap({"none": None}, FACTORED))
     factor: float = _field(
@@ -126,6 +127,7 @@ class Recipe:
             ("relu_shift", -1 < self.relu_shift < 0, "at least 0, or -1"),
             ("depth", self._other_depths(self.depth), self._other_depths(self.depth)),
             ("start_depth", start and self._other_depths(start), self._other_depths(start)),
+            ("initial_weights", start and self.initial_weights, "empty with --start_depth"),
             ("start_depth", start and residual, "0 for --network residual"),
             ("start_depth", start and bottlenecks, f"0 for --depth {self.depth} of imagenet"),
             ("start_depth", start >= self.depth, f"less than --depth, {self.depth}"),

@@ -26,6 +26,7 @@ from ortho_keras.method.files import (
     write_json,
 )
 from ortho_keras.method.kernels import layer_kernels
+from ortho_keras.method.loading import load_model
 from ortho_keras.nets.growth import grow
 from ortho_keras.nets.shifted_relu import shift_for_depth
 from ortho_keras.trainer.build import compiled_model, growth_step
@@ -113,6 +114,8 @@ def run(
                 log(f"--precision={recipe.precision} is slow here: {slow}")
         keras.utils.set_random_seed(recipe.seed)
         model, total_steps, build_seconds = _compiled(recipe, data, runtime)
+        if recipe.initial_weights:
+            _agreed(runtime, lambda: _load_weights(model, recipe.initial_weights))
         _agreed(runtime, lambda: _begin(workdir, recipe, data.fingerprint, lock) if runtime.is_chief else None)
         layers = sum(1 for layer in model.layers if layer_kernels(layer))
         log(f"{model.name}: {layers} layers, {model.count_params():,} parameters, {total_steps} steps of {recipe.batch_size}")
@@ -218,6 +221,15 @@ def _compiled(recipe, data, runtime):
             return *compiled_model(recipe, data, runtime.replicas > 1), time.perf_counter() - started
     finally:
         keras.config.set_dtype_policy(before)
+
+
+def _load_weights(model, path):
+    """Sets a model's weights to those of a `.keras` file, or raises `InputError` where they do not fit."""
+    try:
+        model.set_weights(load_model(expanded(path), compile=False).get_weights())
+    except ValueError as error:
+        expected = "--initial_weights must be a .keras file of the recipe's network"
+        raise InputError(f"{expected}. Received: {path!r} ({first_line(error)})") from error
 
 
 def _monitor(recipe, data, workdir, every):

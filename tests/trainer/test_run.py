@@ -329,6 +329,18 @@ def test_a_run_stopped_at_any_point_equals_one_that_was_not(tmp_path):
     assert whole["test_mirrored_accuracy"] == pytest.approx(both, abs=1 / 360)
 
 
+def test_a_run_begins_with_the_weights_of_another_that_fit(tmp_path, finished):
+    path = str(finished[0] / "final.keras")
+    recipe = dataclasses.replace(RECIPE, initial_weights=path, modulation="off", max_steps=1, learning_rate=1e-9)
+    run(recipe, tmp_path / "next", log=silent)
+    for mine, expected in zip(load_model(tmp_path / "next/final.keras").trainable_weights, load_model(path).trainable_weights):
+        np.testing.assert_allclose(mine, expected, atol=1e-6)
+    for wrong in ({"depth": 14}, {"width": 2}, {"initial_weights": __file__}, {"start_depth": 8, "depth": 14, "grow_epoch": 1}):
+        with pytest.raises(InputError, match="^--initial_weights must be .*Received: '"):
+            run(dataclasses.replace(recipe, **wrong), tmp_path / "wrong", log=silent)
+        assert not (tmp_path / "wrong").exists()
+
+
 class Forget(keras.callbacks.Callback):
     """Sets all weights to 0 after the second epoch."""
 
