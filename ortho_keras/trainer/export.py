@@ -152,7 +152,8 @@ def check_export(output, model):
         check_file("--export", output)
     check_file("the file for the classes next to --export", output.with_suffix(DESCRIBED))
     output, model = (pathlib.Path(os.path.realpath(path)) for path in (output, model))
-    own = [model, *map(model.with_name, ("checkpoints", "tensorboard", "run.json", "history.json", "result.json"))]
+    own = ("final.keras", "best.keras", "checkpoints", "tensorboard", "run.json", "history.json", "result.json")
+    own = [model, *map(model.with_name, own)]
     if model.is_relative_to(output) or any(output.is_relative_to(one) for one in own):
         raise InputError(f"--export must be another path than those of the run's own files. Received: {str(output)!r}")
 

@@ -76,7 +76,7 @@ def test_what_is_refused(trained, tmp_path):
             deploy(model, tmp_path / output)
         assert "\n" not in str(caught.value)
     assert {entry.name for entry in tmp_path.iterdir()} == {"file.keras", "link.keras", "a.classes.json"}
-    own = ("", "..", "checkpoints", "tensorboard/net", "final.keras", "final.keras/net.keras")
+    own = ("", "..", "checkpoints", "tensorboard/net", "final.keras", "final.keras/net.keras", "best.keras")
     for output in (tmp_path / "run" / name for name in own):  # of a run that has not begun
         if output.suffix != "" or not output.exists():
             with pytest.raises(InputError, match="--export must be another path than those of the run's own files"):
