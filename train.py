@@ -42,6 +42,7 @@ flags.DEFINE_string("workdir", "", "Folder of the run. Default: runs/<recipe>-<o
 flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS data. Default: TFDS's own.")
 flags.DEFINE_string("export", None, "Write the model for inference to this path at the end: *.keras, *.tflite, or a folder.")
 flags.DEFINE_integer("keep_checkpoints", 2, "Number of checkpoints to keep.", lower_bound=1)
+flags.DEFINE_float("checkpoint_minutes", 10.0, "Minutes from one checkpoint to the next within an epoch.", lower_bound=0)
 flags.DEFINE_integer("signal_every", 0, "Steps from one SignalMonitor measurement to the next; 0: none.", lower_bound=0)
 flags.DEFINE_enum(
     "strategy",
@@ -135,7 +136,8 @@ def train():
         if value in given:
             say(f"train.py: --{value} has no effect with {ruler}", sys.stderr)
     machine = runtime.start(FLAGS.strategy, FLAGS.devices, FLAGS.jit_compile, FLAGS.deterministic, FLAGS.tf32)
-    result = run(recipe, workdir, FLAGS.data_dir, name, machine, (), FLAGS.keep_checkpoints, FLAGS.signal_every)
+    saving = (FLAGS.keep_checkpoints, FLAGS.signal_every, FLAGS.checkpoint_minutes)
+    result = run(recipe, workdir, FLAGS.data_dir, name, machine, (), *saving)
     if not machine.is_chief:
         return
     exported = deploy(workdir / "final.keras", FLAGS.export, result) if FLAGS.export else ""

@@ -40,7 +40,7 @@ from tuning.workers import ALONE, CHIEF, WORKER
 
 FLAGS = flags.FLAGS
 PASSED_ON = ("data_dir", "strategy", "devices", "jit_compile", "deterministic", "tf32")  # of train.py, for every trial
-WITHOUT_USE = ("export", "signal_every", "keep_checkpoints", "list_recipes")
+WITHOUT_USE = ("export", "signal_every", "keep_checkpoints", "checkpoint_minutes", "list_recipes")
 
 flags.DEFINE_enum("tuner", "bayesian", list(TUNERS), "How the trials are chosen.")
 flags.DEFINE_integer("max_trials", 30, "Maximal number of trials, including those of earlier calls.", lower_bound=1)
