@@ -33,6 +33,8 @@ def load_model(path, compile=True):
     try:
         with zipfile.ZipFile(path) as archive:
             reason = _danger(archive.infolist(), path.stat().st_size)
+            damaged = None if reason else archive.testzip()  # in parts: with a false size, reading at once may take gigabytes
+            reason = f"its {damaged!r} is damaged" if damaged else reason
             layers = 0 if reason else archive.read("config.json").count(b'"build_config"')
         if not reason:
             allow_deep_graphs(layers)
@@ -58,7 +60,7 @@ def _danger(entries, size):
             return f"it holds {entry.filename!r}"
         if entry.flag_bits & 1:
             return "it is encrypted"
-    unpacked = sum(entry.file_size for entry in entries)  # which zipfile reads at most; Keras does not compress
+    unpacked = sum(entry.file_size for entry in entries)  # Keras does not compress
     return f"its {size} bytes unpack to {unpacked}" if unpacked > max(1e8, 100 * size) else ""
 
 

@@ -1,5 +1,6 @@
 import os
 import shutil
+import tracemalloc
 import zipfile
 
 import keras
@@ -53,11 +54,17 @@ def test_archives_that_are_not_unpacked(tmp_path):
         archive.infolist()[-1].flag_bits |= 1
     content = (tmp_path / "model.keras").read_bytes()
     (tmp_path / "damaged.keras").write_bytes(content.replace(b'"build_config"', b'"build-config"'))
-    reasons = {"zeros": r"its \d+ bytes unpack to 101\d+", "encrypted": "it is encrypted", "damaged": "Bad CRC-32 for file"}
+    content, size = (tmp_path / "zeros.keras").read_bytes(), 101 * 10**6
+    (tmp_path / "false_size.keras").write_bytes(content.replace(size.to_bytes(4, "little"), (10).to_bytes(4, "little")))
+    reasons = {"zeros": r"its \d+ bytes unpack to 101\d+", "encrypted": "it is encrypted"}
+    reasons |= {"damaged": "its 'config.json' is damaged", "false_size": "its 'assets/zeros' is damaged"}
+    tracemalloc.start()
     for name, reason in reasons.items():
         with pytest.raises(ValueError, match=f"{name}.keras', refused because {reason}") as caught:
             load_model(tmp_path / f"{name}.keras")
         assert "\n" not in str(caught.value)
+    assert tracemalloc.get_traced_memory()[1] < 2e7
+    tracemalloc.stop()
 
 
 def test_what_is_no_model(tmp_path):
