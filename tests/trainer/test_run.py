@@ -329,10 +329,13 @@ def test_a_run_stopped_at_any_point_equals_one_that_was_not(tmp_path):
     assert whole["test_mirrored_accuracy"] == pytest.approx(both, abs=1 / 360)
 
 
-def test_a_run_begins_with_the_weights_of_another_that_fit(tmp_path, finished):
-    path = str(finished[0] / "final.keras")
+def test_a_run_begins_with_the_weights_of_another_that_fit(tmp_path, finished, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY", -1.0)
+    lines, path = [], str(finished[0] / "final.keras")
     recipe = dataclasses.replace(RECIPE, initial_weights=path, modulation="off", max_steps=1, learning_rate=1e-9)
-    run(recipe, tmp_path / "next", log=silent)
+    run(recipe, tmp_path / "next", log=lines.append)
+    evaluated = [line for line in lines if line.startswith("evaluated")]
+    assert evaluated[:3] == [f"evaluated {part} images" for part in ("128 of 144", "144 of 144", "128 of 360")]
     for mine, expected in zip(load_model(tmp_path / "next/final.keras").trainable_weights, load_model(path).trainable_weights):
         np.testing.assert_allclose(mine, expected, atol=1e-6)
     for wrong in ({"depth": 14}, {"width": 2}, {"initial_weights": __file__}, {"start_depth": 8, "depth": 14, "grow_epoch": 1}):
