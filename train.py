@@ -28,6 +28,7 @@ from ortho_keras.trainer.recipe import Recipe, read_recipe
 from ortho_keras.trainer.recipes import RECIPES, Preset, find_preset
 from ortho_keras.trainer.result import hardware
 from ortho_keras.trainer.run import run
+from ortho_keras.version import __version__
 
 DEFAULT_RECIPE = "digits"
 LONGEST_NAME = 200  # bytes of a folder's name; file systems allow 255
@@ -55,9 +56,12 @@ flags.DEFINE_bool("jit_compile", False, "Compile the training step by XLA (one r
 flags.DEFINE_bool("deterministic", False, "Make two runs with one seed equal to the bit; slower.")
 flags.DEFINE_bool("tf32", False, "Let GPUs round the factors of float32 products to 10 bits, which is faster.")
 
+flags.DEFINE_bool("version", False, "Print the version and exit.")
+
 _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string, bool: flags.DEFINE_bool}
+_DEFAULTS = RECIPES[DEFAULT_RECIPE].recipe
 for _field in dataclasses.fields(Recipe):
-    _help = f"{_field.metadata['help']}. Default: the recipe's value."
+    _help = f"{_field.metadata['help']}. Default: the recipe's; of {DEFAULT_RECIPE}: {getattr(_DEFAULTS, _field.name)}."
     if isinstance(_field.metadata["choices"], tuple):  # regularizers may still be registered: Recipe checks those
         flags.DEFINE_enum(_field.name, None, _field.metadata["choices"], _help)
     else:
@@ -159,7 +163,9 @@ def train():
 def main(_):
     status, message = 0, ""
     try:
-        if FLAGS.list_recipes:
+        if FLAGS.version:
+            print(__version__)
+        elif FLAGS.list_recipes:
             values = find_preset(FLAGS.list_recipes).recipe.to_json()
             print(" ".join(f"--{name}={value}" for name, value in values.items()))
         elif FLAGS.list_recipes is not None:

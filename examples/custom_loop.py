@@ -9,18 +9,16 @@ after 90 steps at 56 layers. All runs start from the same weights and see the sa
 switched off after the first third of the steps, without retracing.
 """
 
-import os
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's notes on what its build could do
+import ortho_keras  # first: it leaves out TensorFlow's notes
 
+# isort: split
 import keras
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
 from sklearn.datasets import load_digits
-
-import ortho_keras
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("depth", 56, "Layers, 6n + 2.")

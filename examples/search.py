@@ -10,18 +10,16 @@ and 0.411 +- 0.088 without modulation, which is no clear difference. `tuning/` s
 way, with many more options.
 """
 
-import os
 import tempfile
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's notes on what its build could do
+import ortho_keras  # first: it leaves out TensorFlow's notes
 
+# isort: split
 import keras
 import keras_tuner
 import numpy as np
 from absl import app, flags
 from sklearn.datasets import load_digits
-
-import ortho_keras
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("max_trials", 6, "Trials.", lower_bound=2)

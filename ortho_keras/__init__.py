@@ -41,6 +41,10 @@ from ortho_keras.nets.patch_pca import PatchPCAInitializer
 from ortho_keras.nets.shifted_relu import ShiftedReLU, error_growth, shift_for_depth
 from ortho_keras.trainer.export import fold_batchnorm
 from ortho_keras.trainer.optimizers import AllReplicaLossScaleOptimizer, LearningRate, Muon
+from ortho_keras.trainer.predict import predict
+from ortho_keras.trainer.recipe import Recipe
+from ortho_keras.trainer.recipes import find_preset
+from ortho_keras.trainer.run import run
 from ortho_keras.version import __version__
 
 __all__ = [
@@ -64,6 +68,7 @@ __all__ = [
     "OrthonormalRegularizer",
     "OrthonormalizeReport",
     "PatchPCAInitializer",
+    "Recipe",
     "SRIPRegularizer",
     "ShiftedReLU",
     "SignalMonitor",
@@ -73,6 +78,7 @@ __all__ = [
     "compare_features",
     "compare_filters",
     "error_growth",
+    "find_preset",
     "fold_batchnorm",
     "grow",
     "load_model",
@@ -83,8 +89,10 @@ __all__ = [
     "plain_imagenet",
     "plot_features",
     "plot_filters",
+    "predict",
     "residual_cnn",
     "residual_imagenet",
+    "run",
     "shift_for_depth",
     "signal_report",
     "switch_modulation",

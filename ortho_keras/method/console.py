@@ -6,6 +6,7 @@ import re
 import sys
 import tempfile
 
+_GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of NVIDIA in Linux, of Windows's subsystem, and of AMD
 _NOTES = re.compile(
     "before absl::InitializeLog|oneDNN custom operations|Could not find cuda drivers|failed call to cuInit|"
     "optimized to use available CPU instructions|To enable the following instructions"
@@ -58,3 +59,6 @@ if "tensorflow" in sys.modules:
 else:
     with without_notes():
         import tensorflow as tf
+
+        if not any(map(os.path.exists, _GPUS)):
+            tf.config.list_physical_devices()  # which TensorFlow looks for at its first operation, with one more note

@@ -119,6 +119,9 @@ def run(
         _agreed(runtime, lambda: _begin(workdir, recipe, data.fingerprint, lock) if runtime.is_chief else None)
         layers = sum(1 for layer in model.layers if layer_kernels(layer))
         log(f"{model.name}: {layers} layers, {model.count_params():,} parameters, {total_steps} steps of {recipe.batch_size}")
+        if recipe.rate_depth not in (0, recipe.depth):
+            scaled = f"--rate_depth / --depth = {recipe.rate_depth} / {recipe.depth}"
+            log(f"the learning rate is --learning_rate={recipe.learning_rate} times {scaled}: {recipe.peak_learning_rate:.4g}")
         if recipe.warmup_steps >= total_steps:
             log(f"--warmup_steps={recipe.warmup_steps} is no less than the run: the learning rate does not reach its highest")
         callbacks = list(callbacks)
@@ -186,11 +189,12 @@ def _resource_errors(recipe, runtime, workdir):
     """Explains the errors of a device that lacks memory, of a full disk, and of a worker that was lost."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, tf.errors.ResourceExhaustedError) as error:  # h5py's are RuntimeErrors
+    # RuntimeError: h5py's, of a full disk
+    except (OSError, ValueError, RuntimeError, MemoryError, tf.errors.ResourceExhaustedError) as error:
         if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
             message = "the disk of --workdir must have space; then the same command resumes from the last checkpoint"
             raise InputError(f"{message}. Received: {str(workdir)!r} ({first_line(error)})") from error
-        if not isinstance(error, tf.errors.ResourceExhaustedError):
+        if not isinstance(error, (MemoryError, tf.errors.ResourceExhaustedError)):
             raise
         sizes = " ".join(f"--{name}={getattr(recipe, name)}" for name in ("batch_size", "image_size", "width", "depth"))
         raise InputError(f"a step must fit the device's memory. Received: {sizes} ({first_line(error)})") from error
