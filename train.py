@@ -85,7 +85,8 @@ def parse_flags(argv, program="train.py"):
 def recipe_from_flags():
     """Returns the recipe with the flags' values in it, its name, and the dict of overridden values."""
     if FLAGS.recipe and FLAGS.recipe_file:
-        raise InputError(f"--recipe and --recipe_file must not both be given. Received: {FLAGS.recipe}, {FLAGS.recipe_file}")
+        received = f"{FLAGS.recipe!r}, {FLAGS.recipe_file!r}"
+        raise InputError(f"--recipe and --recipe_file must not both be given. Received: {received}")
     if FLAGS.recipe_file:
         name, recipe = read_recipe(FLAGS.recipe_file)
     else:

@@ -124,8 +124,10 @@ class Search(base_tuner.BaseTuner):
         except Exception as error:
             outcome(FAILED, reason=first_line(error))
             raise keras_tuner.errors.FailedTrialError(first_line(error)) from error
-        history = json.loads((folder / "run" / "history.json").read_text())
-        return outcome(FINISHED, result["validation_accuracy"], history[-1]["validation_crossentropy"])
+        crossentropy = json.loads((folder / "run" / "history.json").read_text())[-1]["validation_crossentropy"]
+        if not math.isfinite(crossentropy):
+            return outcome(HOPELESS, watch.chance, reason="the validation cross-entropy is not finite")
+        return outcome(FINISHED, result["validation_accuracy"], crossentropy)
 
     def on_trial_end(self, trial):
         super().on_trial_end(trial)

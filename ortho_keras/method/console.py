@@ -18,11 +18,11 @@ def without_notes():
     """Leaves the notes out of what the process writes to stderr, TensorFlow's C++ code included."""
     try:
         sys.stderr.flush()
-        kept = os.dup(2)
-    except (AttributeError, OSError):  # there is no stderr
+        caught, kept = tempfile.TemporaryFile(), os.dup(2)  # noqa: SIM115
+    except (AttributeError, OSError):  # there is no stderr, or no folder for the file
         yield
         return
-    with tempfile.TemporaryFile() as caught:
+    with caught:
         os.dup2(caught.fileno(), 2)
         try:
             yield

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import pathlib
 import re
@@ -14,7 +13,7 @@ from ortho_keras.method.errors import InputError
 
 LOCK = ".lock"
 _TEMPORARY = re.compile(r"\.[0-9a-f]{12}-")  # begins a file's name while it is written
-_KINDS = {dict: "an object", list: "a list", str: "a string", float: "a finite number", int: "an integer"}
+_KINDS = {dict: "an object", list: "a list", str: "a string", float: "a number", int: "an integer"}
 _KINDS |= {bool: "true or false", type(None): "null"}
 
 
@@ -89,7 +88,7 @@ def parse_json(text, form):
     """Returns the content of a JSON text, or raises `ValueError` where it is not of a form.
 
     A form is a type, a tuple of forms, `{key: form}` (a missing value is `None`, other keys are free), `{str: form}` for all
-    values of an object, `[form]` for all elements of a list, or a longer list. `float` is any number; numbers must be finite.
+    values of an object, `[form]` for all elements of a list, or a longer list. `float` is any number, NaN and inf included.
     """
     try:  # an integer beyond 64 bits is read as a float, which may be inf
         content = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
@@ -102,8 +101,7 @@ def parse_json(text, form):
 def _check_form(value, form, place):
     forms = form if isinstance(form, tuple) else (form,)
     kinds = [one if isinstance(one, type) else type(one) for one in forms]
-    fits = type(value) in kinds or (type(value) is int and float in kinds)
-    if not fits or (type(value) is float and not math.isfinite(value)):
+    if type(value) not in kinds and not (type(value) is int and float in kinds):
         expected = " or ".join(_KINDS[kind] for kind in kinds)
         raise ValueError(f"{place.removeprefix('.') or 'its content'} is {reprlib.repr(value)}, expected {expected}")
     form = next((one for one in forms if type(one) is type(value)), None)

@@ -144,7 +144,7 @@ def check_export(output, model):
     output = expanded(output)
     if output.suffix not in (".keras", ".tflite", ""):
         raise InputError(f"--export must end in .keras or .tflite, or have no suffix (a folder). Received: {str(output)!r}")
-    if output.suffix == "" and output.exists():
+    if output.suffix == "" and os.path.exists(output):
         raise InputError(f"--export must be a folder that does not exist. Received: {str(output)!r}")
     if output.suffix == "":
         check_folder("--export", output)

@@ -21,6 +21,7 @@ from ortho_keras.method.errors import InputError, first_line
 from ortho_keras.method.files import expanded, read_json
 from ortho_keras.method.loading import load_model
 from ortho_keras.trainer.data.crops import decoded_crop, read_image
+from ortho_keras.trainer.data.disk import shown
 from ortho_keras.trainer.data.loading import resized
 from ortho_keras.trainer.data.sources import SUFFIXES
 from ortho_keras.trainer.result import DESCRIBED, DESCRIPTION
@@ -75,7 +76,7 @@ def load_classifier(path):
             return _tflite(path), described
         saved = tf.saved_model.load(str(path))
         return lambda pixels: saved.serve(pixels), described  # the variables live as long as `saved`
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{expected}. Received: {str(path)!r} ({first_line(error)})") from error
 
 
@@ -98,7 +99,7 @@ def _tflite(path):
 def _files(path):
     """The image files of a folder, in order, or the one file."""
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        return sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if not path.is_file():
         raise InputError(f"each image must be a file or a folder that exists. Received: {str(path)!r}")
     return [path]
@@ -126,8 +127,8 @@ def main(arguments=None):
     failed = 0
     try:
         for path, classes in predict(given.model, given.images, given.top):
-            shown = ", ".join(f"{name} {probability:.3f}" for name, probability in classes)
-            say(f"{path}: {shown or 'does not decode'}")
+            likely = ", ".join(f"{name} {probability:.3f}" for name, probability in classes)
+            say(f"{shown(path)}: {likely or 'does not decode'}")
             failed += not classes
     except ValueError as error:
         print(f"ortho_keras.trainer.predict: {error}", file=sys.stderr)

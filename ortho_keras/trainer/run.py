@@ -114,7 +114,8 @@ def run(
                 log(f"--precision={recipe.precision} is slow here: {slow}")
         keras.utils.set_random_seed(recipe.seed)
         model, total_steps, build_seconds = _compiled(recipe, data, runtime)
-        if recipe.initial_weights:
+        resumes = runtime.any(runtime.is_chief and (workdir / "checkpoints").exists())
+        if recipe.initial_weights and not resumes:
             _agreed(runtime, lambda: _load_weights(model, recipe.initial_weights))
         _agreed(runtime, lambda: _begin(workdir, recipe, data.fingerprint, lock) if runtime.is_chief else None)
         layers = sum(1 for layer in model.layers if layer_kernels(layer))
@@ -135,6 +136,8 @@ def run(
             *(log, title, build_seconds, checkpoint_minutes),
         )
         begun = trainer.restore()
+        if recipe.initial_weights and resumes and begun is None:  # no checkpoint is intact
+            _agreed(runtime, lambda: _load_weights(model, recipe.initial_weights))
         if recipe.start_depth and begun is None:
             begun = _grown(trainer)
         history = trainer.run(begun)

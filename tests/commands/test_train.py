@@ -65,7 +65,10 @@ def test_the_name_of_a_run_is_one_that_a_file_system_takes():
         (["--optimizer=newton"], ["flag --optimizer=newton: value should be one of <sgd|"]),
         (["--depth=45"], ["--depth must be 6n + 2; the nearest are 44 and 50", "45"]),
         (["--batch_size=5000"], ["--batch_size must be at most the number of training images, 1293", "5000"]),
-        (["--recipe=digits", "--recipe_file=a.json"], ["--recipe and --recipe_file must not both be given", "digits, a.json"]),
+        (
+            ["--recipe=digits", "--recipe_file=a.json"],
+            ["--recipe and --recipe_file must not both be given", "'a.json'"],
+        ),
         (["--recipe_file=a.json"], ["--recipe_file must be a JSON file with a recipe", "'a.json'"]),
         (["--nobn_sync=3"], ["--nobn_sync=3 does not take an argument"]),
         (["--learning_rat=0.1"], ["Unknown command line flag 'learning_rat'. Did you mean: learning_rate"]),

@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import json
+import math
 import os
 import pathlib
 import re
@@ -130,6 +131,17 @@ def test_odd_files_are_one_line(runs, tmp_path, capsys, name, change):
     error = capsys.readouterr().err
     message = "ortho_keras.trainer.report: WORKDIR must be the folder of a run of train.py. Received: "
     assert error.startswith(message) and error.count("\n") == 1 and error.endswith(")\n")
+
+
+def test_a_run_that_diverged_has_a_page(runs, tmp_path):
+    shutil.copytree(runs / "method", tmp_path / "run")
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    history[-1] |= {"validation_crossentropy": math.nan, "penalty": math.inf}
+    (tmp_path / "run" / "history.json").write_text(json.dumps(history))
+    result = json.loads((tmp_path / "run" / "result.json").read_text()) | {"test_crossentropy": math.nan}
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    write_report([tmp_path / "run"], tmp_path / "report.html")
+    assert Page(tmp_path / "report.html").rows["test cross-entropy"] == ["nan"]
 
 
 def test_a_model_without_a_convolution(runs, tmp_path):

@@ -338,6 +338,11 @@ def test_a_run_begins_with_the_weights_of_another_that_fit(tmp_path, finished, m
     assert evaluated[:3] == [f"evaluated {part} images" for part in ("128 of 144", "144 of 144", "128 of 360")]
     for mine, expected in zip(load_model(tmp_path / "next/final.keras").trainable_weights, load_model(path).trainable_weights):
         np.testing.assert_allclose(mine, expected, atol=1e-6)
+    recipe = dataclasses.replace(recipe, initial_weights=str(shutil.copy(path, tmp_path / "moved.keras")), max_steps=20)
+    with pytest.raises(Interrupted):
+        run(recipe, tmp_path / "stopped", callbacks=[StopAt(2)], log=silent)
+    os.remove(tmp_path / "moved.keras")  # of which a resumed run needs nothing
+    assert run(recipe, tmp_path / "stopped", log=silent)["steps"] == 20
     for wrong in ({"depth": 14}, {"width": 2}, {"initial_weights": __file__}, {"start_depth": 8, "depth": 14, "grow_epoch": 1}):
         with pytest.raises(InputError, match="^--initial_weights must be .*Received: '"):
             run(dataclasses.replace(recipe, **wrong), tmp_path / "wrong", log=silent)
