@@ -110,14 +110,12 @@ def default_workdir(name, given):
 
 def list_recipes():
     """Prints three lines for each recipe: purpose, accuracy in the paper and measured, and what differs from its base."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--list_recipes | head` ends without an error
     for name, preset in RECIPES.items():
         base = name.removesuffix("_l2")
         base, own = (base, RECIPES[base]) if base != name else ("the defaults", Preset(Recipe(), ""))
         paper = f"paper, %: {preset.paper}; " if preset.paper else ""
-        print(f"{name}: {preset.about}\n    {paper}measured: {measured(name, preset)}")
-        print(f"    differs from {base} in {' '.join(own.changes(preset.recipe))}")
+        say(f"{name}: {preset.about}\n    {paper}measured: {measured(name, preset)}")
+        say(f"    differs from {base} in {' '.join(own.changes(preset.recipe))}")
 
 
 def measured(name, preset):

@@ -204,7 +204,21 @@ for _name, _own in _PRESETS.items():
 
 
 def find_preset(name):
-    """Returns the `Preset` of this name, or raises `InputError`."""
+    """Returns a named recipe.
+
+    Args:
+        name: str, a name that `train.py --list_recipes` prints.
+
+    Returns:
+        A `Preset`, whose `recipe` is the `Recipe`.
+
+    Raises:
+        InputError: If there is no such recipe; the message gives the nearest name.
+
+    Example:
+
+    >>> ortho_keras.run(ortho_keras.find_preset("digits").recipe, "runs/digits")
+    """
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, 1)
         hint = f"; did you mean {near[0]}?" if near else "."
