@@ -41,7 +41,6 @@ from ortho_keras.nets.patch_pca import PatchPCAInitializer
 from ortho_keras.nets.shifted_relu import ShiftedReLU, error_growth, shift_for_depth
 from ortho_keras.trainer.export import fold_batchnorm
 from ortho_keras.trainer.optimizers import AllReplicaLossScaleOptimizer, LearningRate, Muon
-from ortho_keras.trainer.predict import predict
 from ortho_keras.trainer.recipe import Recipe
 from ortho_keras.trainer.recipes import find_preset
 from ortho_keras.trainer.run import run
@@ -89,7 +88,6 @@ __all__ = [
     "plain_imagenet",
     "plot_features",
     "plot_filters",
-    "predict",
     "residual_cnn",
     "residual_imagenet",
     "run",

@@ -28,7 +28,7 @@ from ortho_keras.trainer.steps import score_function, train_function
 FEW_CLASSES = 10  # top-5 accuracy is reported for more classes than these
 BAR_AFTER = 3.0  # seconds of an evaluation
 TRACING = 7.0  # times as long as building a network takes its first step: 7 to 9 at 44 to 302 layers on two cores
-LONG_TRACING = 5.0  # seconds, which are announced
+DEEP = 100  # layers from which on tracing is announced: below, building is mostly what it costs once, or reading images
 DRAW_EVERY = 30.0  # seconds between two drawings of the curves, which take a quarter of one
 # The form of a checkpoint's history: a row of metrics for each epoch, and the sums over the one that was begun (`new_epoch`).
 HISTORY = [
@@ -95,7 +95,7 @@ class Trainer:
             stack.callback(self._write_history, history)
             batches = iter(self._training_batches(step, self.end_step))
             callbacks.on_train_begin()
-            if step < self.end_step and self.build_seconds * TRACING > LONG_TRACING:
+            if step < self.end_step and self.recipe.depth >= DEEP:
                 self.log(f"tracing the first step (about {self.build_seconds * TRACING:.0f} s for {self.recipe.depth} layers)")
             while step < self.end_step and not self.model.stop_training:
                 end = min((step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.total_steps)

@@ -223,7 +223,7 @@ def test_every_optimizer_lowers_the_loss(name):
 
 def test_callbacks_are_called_as_fit_does_and_the_files_grow_by_the_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "DRAW_EVERY", -1.0)
-    monkeypatch.setattr(loop, "LONG_TRACING", 0.0)
+    monkeypatch.setattr(loop, "DEEP", 8)
     monkeypatch.setattr(progress, "LINE_EVERY", -1.0)
     calls, rows, lines = [], [], []
 
