@@ -1,67 +1,28 @@
-"""Runs in this process: their files, that the loop computes what a plain Keras loop does, and that a stop changes nothing."""
+"""Runs in this process: their files, and that the loop computes what a plain Keras loop does."""
 
 import dataclasses
-import errno
 import json
-import os
 import re
-import shutil
-import signal
 import types
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from command_lines import invoke
 from PIL import Image
+from small_runs import RECIPE, silent
 
-from ortho_keras import load_model, orthonormality_error, plain_cnn, plain_imagenet
+from ortho_keras import orthonormality_error
 from ortho_keras.diagnosis.monitor import read_signals
-from ortho_keras.method.errors import InputError, Interrupted
-from ortho_keras.method.files import only_one
 from ortho_keras.trainer import loop, progress, runtime
 from ortho_keras.trainer import run as experiment
 from ortho_keras.trainer.build import build_model, compiled_model, make_optimizer
 from ortho_keras.trainer.data import load_data, training_batches
 from ortho_keras.trainer.loop import Trainer
 from ortho_keras.trainer.recipe import OPTIMIZERS
-from ortho_keras.trainer.recipes import find_preset
 from ortho_keras.trainer.result import by_class, hardware
 from ortho_keras.trainer.run import run
 from ortho_keras.trainer.steps import score_function
-
-RECIPE = dataclasses.replace(
-    find_preset("digits").recipe,
-    image_size=0,
-    depth=8,
-    width=4,
-    epochs=4,
-    batch_size=128,
-    learning_rate=0.05,
-    rate_depth=0,
-    warmup_steps=0,
-    bn_batches=2,
-    modulation="anchor",
-    evaluate_every=3,
-)
-
-
-def silent(line):
-    pass
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "digits"
-    lines = []
-
-    def log(line):
-        lines.append(line)
-        for step in re.findall("^epoch .* step (\\d+) ", line):  # whose checkpoint is written first
-            assert (workdir / "checkpoints" / f"step-{int(step):09d}.npz").exists()
-
-    return workdir, run(RECIPE, workdir, name="digits", log=log), lines
 
 
 def test_result_history_log_and_summaries(finished):
@@ -109,29 +70,6 @@ def test_final_model_reproduces_the_reported_metrics(finished):
     assert float(sum(model.losses)) == pytest.approx(result["penalty"], rel=1e-5)
     for path, error in result["orthonormality_error"].items():
         assert orthonormality_error(model.get_layer(path.split("/")[0]).kernel) == pytest.approx(error, rel=1e-5)
-
-
-def test_a_damaged_finished_run_is_named_and_evaluates_again(tmp_path, finished, capsys):
-    workdir = tmp_path / "run"
-    shutil.copytree(finished[0], workdir, ignore=shutil.ignore_patterns("tensorboard"))
-    result, lines = workdir / "result.json", []
-    again = "delete its result.json, and the same command evaluates the last checkpoint again, or give another --workdir"
-    for content in ("", "[]", "{}", result.read_text()[:200], result.read_text().replace('"steps": 40', '"steps": "40"')):
-        result.write_text(content)
-        with pytest.raises(InputError, match=f"{again}. Received: '{result}'"):
-            run(RECIPE, workdir, log=lines.append)
-    assert lines == []
-    shutil.copy(finished[0] / "result.json", result)
-    model = (workdir / "final.keras").read_bytes()
-    (workdir / "final.keras").write_bytes(model[: len(model) // 2])
-    status, _, err = invoke(
-        capsys, f"--recipe_file={workdir}/run.json", f"--workdir={workdir}", f"--export={tmp_path}/net.keras"
-    )
-    assert status == 2 and err.count("\n") == 1 and again in err and str(workdir / "final.keras") in err
-    result.unlink()
-    assert run(RECIPE, workdir, log=lines.append)["test_accuracy"] == finished[1]["test_accuracy"]
-    assert "resuming after step 40 of 40" in lines and not any(line.startswith("epoch ") for line in lines)
-    assert load_model(workdir / "final.keras").count_params() == finished[1]["parameters"]
 
 
 def test_the_signal_is_measured_and_nothing_else_changes(tmp_path, finished):
@@ -277,102 +215,6 @@ def test_a_bar_is_shown_on_a_terminal_and_after_a_while_only(monkeypatch, capsys
     assert lines == ["20 of 100", "40 of 100"] and capsys.readouterr().out == ""
 
 
-class StopAt(keras.callbacks.Callback):
-    """Ends the run within a step's end: by a signal, which leaves a checkpoint at the next step, or hard, which leaves none."""
-
-    def __init__(self, step, hard=False):
-        super().__init__()
-        self.step, self.hard = step, hard
-
-    def on_train_batch_end(self, batch, logs=None):
-        if batch == self.step:
-            if self.hard:
-                raise KeyboardInterrupt
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_a_run_stopped_at_any_point_equals_one_that_was_not(tmp_path):
-    """With an optimizer's slots, a loss scale, and images that are mirrored, of which both views are evaluated."""
-    recipe = dataclasses.replace(
-        RECIPE, width=2, epochs=3, optimizer="adamw", precision="mixed_float16", learning_rate=0.002, augment="crop_flip"
-    )
-    whole = run(recipe, tmp_path / "whole", log=silent)
-    stops = {2: "stopped after step 4 of 30", 8: "stopped after step 10 of 30"}  # within an epoch, and in its last step
-    for step, message in stops.items():
-        with pytest.raises(Interrupted, match=message):
-            run(recipe, tmp_path / "stopped", callbacks=[StopAt(step)], log=silent)
-    assert len(json.loads((tmp_path / "stopped" / "history.json").read_text())) == 1
-    assert (tmp_path / "stopped" / "curves.png").exists() and not (tmp_path / "stopped" / "result.json").exists()
-    with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path / "stopped", callbacks=[StopAt(23, hard=True)], checkpoint_minutes=1e-9, log=silent)
-    lines = []
-    stopped = run(recipe, tmp_path / "stopped", keep_checkpoints=3, log=lines.append)
-    assert "resuming after step 23 of 30" in lines  # within the third epoch
-    histories = [json.loads((tmp_path / name / "history.json").read_text()) for name in ("stopped", "whole")]
-    for row, expected in zip(*histories, strict=True):
-        for key in expected.keys() - {"seconds", "images/s"}:
-            assert row[key] == pytest.approx(expected[key], rel=1e-3)
-    states = []
-    for name, count in (("stopped", 3), ("whole", 2)):
-        checkpoints = sorted((tmp_path / name / "checkpoints").glob("*.npz"))
-        assert len(checkpoints) == count
-        with np.load(checkpoints[-1]) as file:
-            states.append([file[key] for key in sorted(file.files) if key != "history"])
-    for mine, expected in zip(*states, strict=True):  # weights, the optimizer's slots and the loss scale
-        np.testing.assert_allclose(mine, expected, rtol=1e-3, atol=1e-5)
-    assert stopped["test_crossentropy"] == pytest.approx(whole["test_crossentropy"], rel=1e-3)
-
-    test, model = load_data("digits").test, keras.models.load_model(tmp_path / "whole" / "final.keras")
-    views = [np.float64(model.predict(view.astype("float32"), verbose=0)) for view in (test.images, test.images[:, :, ::-1])]
-    alone, both = ((logits.argmax(-1) == test.labels).mean() for logits in (views[0], sum(views)))
-    assert whole["test_accuracy"] == pytest.approx(alone, abs=1 / 360)
-    assert whole["test_mirrored_accuracy"] == pytest.approx(both, abs=1 / 360)
-
-
-def test_a_run_begins_with_the_weights_of_another_that_fit(tmp_path, finished, monkeypatch):
-    monkeypatch.setattr(progress, "LINE_EVERY", -1.0)
-    lines, path = [], str(finished[0] / "final.keras")
-    recipe = dataclasses.replace(RECIPE, initial_weights=path, modulation="off", max_steps=1, learning_rate=1e-9)
-    run(recipe, tmp_path / "next", log=lines.append)
-    evaluated = [line for line in lines if line.startswith("evaluated")]
-    assert evaluated[:3] == [f"evaluated {part} images" for part in ("128 of 144", "144 of 144", "128 of 360")]
-    for mine, expected in zip(load_model(tmp_path / "next/final.keras").trainable_weights, load_model(path).trainable_weights):
-        np.testing.assert_allclose(mine, expected, atol=1e-6)
-    recipe = dataclasses.replace(recipe, initial_weights=str(shutil.copy(path, tmp_path / "moved.keras")), max_steps=20)
-    with pytest.raises(Interrupted):
-        run(recipe, tmp_path / "stopped", callbacks=[StopAt(2)], log=silent)
-    os.remove(tmp_path / "moved.keras")  # of which a resumed run needs nothing
-    assert run(recipe, tmp_path / "stopped", log=silent)["steps"] == 20
-    for wrong in ({"depth": 14}, {"width": 2}, {"initial_weights": __file__}, {"start_depth": 8, "depth": 14, "grow_epoch": 1}):
-        with pytest.raises(InputError, match="^--initial_weights must be .*Received: '"):
-            run(dataclasses.replace(recipe, **wrong), tmp_path / "wrong", log=silent)
-        assert not (tmp_path / "wrong").exists()
-
-
-class Forget(keras.callbacks.Callback):
-    """Sets all weights to 0 after the second epoch."""
-
-    def on_epoch_end(self, epoch, logs=None):
-        for variable in self.model.trainable_variables if epoch == 1 else ():
-            variable.assign(tf.zeros_like(variable))
-
-
-def test_the_best_epoch_is_kept(tmp_path):
-    """Also where the run was stopped after it."""
-    recipe = dataclasses.replace(RECIPE, width=2, epochs=3, evaluate_every=1, modulation="off")
-    with pytest.raises(Interrupted, match="stopped after step 25 of 30"):
-        run(recipe, tmp_path, callbacks=[Forget(), StopAt(23)], log=silent)
-    result = run(recipe, tmp_path, log=silent)
-    first, second, last = [row["validation_accuracy"] for row in json.loads((tmp_path / "history.json").read_text())]
-    assert second > first > last == result["validation_accuracy"]
-    assert (result["best_epoch"], result["best_validation_accuracy"]) == (2, second)
-    validation = load_data("digits").validation
-    best, final = (load_model(tmp_path / f"{name}.keras") for name in ("best", "final"))
-    logits = best.predict(validation.images.astype("float32"), verbose=0)
-    assert np.mean(logits.argmax(-1) == validation.labels) == pytest.approx(second)
-    assert np.abs(final.get_layer("stem_conv").kernel).max() < 0.1 < np.abs(best.get_layer("stem_conv").kernel).max()
-
-
 def test_mirror_images_by_hand():
     """Logits `(a, 2b)` for pixels `a, b`; with the mirror image's `(b, 2a)` the second class always wins."""
     model = keras.Sequential([keras.layers.Input((1, 2, 1)), keras.layers.Flatten(), keras.layers.Dense(2, use_bias=False)])
@@ -387,81 +229,3 @@ def test_results_by_class_without_images_and_of_many_classes():
     few = by_class("abc", np.array([[2, 2, 0], [0, 0, 0], [0, 0, 1]]))
     assert few["test_accuracy_by_class"] == {"a": 0.5, "b": None, "c": 1.0} and few["test_confusion_matrix"][0] == [2, 2, 0]
     assert by_class([*map(str, range(101))], np.eye(101, dtype=int))["test_confusion_matrix"] is None
-
-
-def test_files_and_folders_in_each_others_place_and_a_checkpoint_beyond_the_end(tmp_path, finished):
-    workdir = tmp_path / "run"
-    shutil.copytree(finished[0], workdir)
-    (workdir / "result.json").unlink()
-    shutil.copy(workdir / "checkpoints" / "step-000000040.npz", workdir / "checkpoints" / "step-000000041.npz")
-    with pytest.raises(InputError, match="^--workdir must hold checkpoints of a run of 40 steps. Received: .* one of step 41$"):
-        run(RECIPE, workdir, log=silent)
-    for name, kind in (
-        ("final.keras", "dangling link"),
-        ("final.keras", "folder"),
-        ("checkpoints/step-000000040.npz", "folder"),
-        ("tensorboard", "dangling link"),
-        ("tensorboard", "file"),
-        ("checkpoints", "file"),
-    ):
-        path = workdir / name
-        if path.exists():
-            (shutil.rmtree if path.is_dir() else os.remove)(path)
-        path.mkdir() if kind == "folder" else path.touch() if kind == "file" else path.symlink_to(tmp_path / "nowhere")
-        with pytest.raises(InputError, match=f"^--workdir must hold files and folders .* Received: {path}, a {kind}$"):
-            run(RECIPE, workdir, log=silent)
-        path.rmdir() if kind == "folder" else path.unlink()
-
-
-def test_the_bound_on_the_memory_is_below_what_networks_need():
-    for network, depth, width in ((plain_cnn, 8, 64), (plain_cnn, 44, 4), (plain_imagenet, 34, 4), (plain_imagenet, 101, 4)):
-        least = experiment.LAYER_WEIGHTS * depth * width**2
-        parameters = network(depth, (32, 32, 3), width=width, initializer="he_normal").count_params()
-        assert least <= parameters and (depth > 8 or least > 0.98 * parameters)
-
-
-def test_what_ran_out_is_named(tmp_path):
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    for error, message in (
-        (tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor"), "--batch_size=128 .*--width=4 .*OOM"),
-        (
-            tf.errors.ResourceExhaustedError(None, None, f"x; {full.strerror}"),
-            "the disk of --workdir must have space; ",
-        ),
-        (full, "the disk of --workdir must have space; "),
-        (RuntimeError(f"unable to close file, errno = 28, error message = '{full.strerror}'"), "the disk of --workdir must"),
-    ):
-        with pytest.raises(InputError, match=message), experiment._resource_errors(RECIPE, runtime.Runtime(), tmp_path):
-            raise error
-    with pytest.raises(FileNotFoundError), experiment._resource_errors(RECIPE, runtime.Runtime(), tmp_path):
-        raise FileNotFoundError(errno.ENOENT, "no such file")
-
-
-def test_a_run_in_half_precision_is_asked_for_by_its_own_flag(tmp_path):
-    keras.config.set_floatx("bfloat16")
-    try:
-        with pytest.raises(InputError, match="^Keras's floatx must be float32; use --precision instead. Received: 'bfloat16'$"):
-            run(RECIPE, tmp_path, log=silent)
-    finally:
-        keras.config.set_floatx("float32")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_workdir_of_another_run_or_process_is_refused(tmp_path):
-    recipe = dataclasses.replace(RECIPE, width=2)
-    own, content = tmp_path / "run.json", {"recipe": recipe.to_json(), "data_sha256": "0123456789abcdef" * 4}
-    expected = r"which holds another: data_sha256='(0123456789abcdef){4}' there, '[0-9a-f]{64}' here"
-    for held, message in (
-        (json.dumps(content), expected),
-        ("{", "hold a run with an intact run.json. .*run.json' .Expecting property name"),
-        ('{"recipe": {}, "data_sha256": 3}', "run.json' .data_sha256 is 3, expected a string or null"),
-        ('{"recipe": {"colour": 3}}', "hold this very run.* no such value: {'colour': 3}"),
-    ):
-        own.write_text(held)
-        with pytest.raises(InputError, match=f"--workdir must be .*{message}"):
-            run(recipe, tmp_path, log=silent)
-        assert own.read_text() == held
-    own.unlink()
-    with only_one(tmp_path), pytest.raises(InputError, match="--workdir is in use by another process"):
-        run(recipe, tmp_path, log=silent)
-    assert [path.name for path in tmp_path.iterdir()] in ([], [".lock"])
