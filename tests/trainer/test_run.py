@@ -221,8 +221,8 @@ def test_mirror_images_by_hand():
     model.layers[-1].kernel.assign([[1.0, 0.0], [0.0, 2.0]])
     images = np.float32([[5, 1], [1, 1], [1, 5], [5, 1]])[:, None, :, None]
     score = score_function(model, runtime.Runtime(tf.distribute.get_strategy()), mirrored=True, confusion=True)
-    _, alone, _, weight, *matrix, both = score(images, np.int64([1, 1, 0, 1]), np.float32([1, 1, 1, 0])).numpy()
-    assert (alone, both, weight) == (1, 2, 3) and matrix == [0, 1, 1, 1]
+    _, alone, _, weight, *matrix, both = score(images, np.int64([1, 1, 0, 1]), np.float32([2, 1, 1, 0])).numpy()
+    assert (alone, both, weight) == (1, 3, 4) and matrix == [0, 1, 2, 1]
 
 
 def test_results_by_class_without_images_and_of_many_classes():
