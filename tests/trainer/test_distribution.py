@@ -14,8 +14,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_run import RECIPE as SHALLOW
-from test_run import silent
+from small_runs import RECIPE as SHALLOW
+from small_runs import silent
 
 import train
 from ortho_keras import AllReplicaLossScaleOptimizer, ErrorModulation, OrthonormalRegularizer

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from test_run import RECIPE as SHALLOW
-from test_run import StopAt, silent
+from small_runs import RECIPE as SHALLOW
+from small_runs import StopAt, silent
 
 from ortho_keras import ErrorModulation, grow
 from ortho_keras.diagnosis.monitor import read_signals

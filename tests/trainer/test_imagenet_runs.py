@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from image_files import write_photographs
-from test_run import silent
+from small_runs import silent
 
 from ortho_keras import ErrorModulation, load_model
 from ortho_keras.method.errors import InputError
