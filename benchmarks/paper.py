@@ -22,7 +22,7 @@ import sys
 from absl import app, flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import start_up  # noqa: F401 - TensorFlow's settings as in train.py; the processes inherit them
+import ortho_train  # noqa: F401 - TensorFlow's settings as in train.py; the processes inherit them
 
 FLAGS = flags.FLAGS
 

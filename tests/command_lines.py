@@ -10,18 +10,18 @@ import time
 from absl import flags
 from absl.testing import flagsaver
 
-import train
+from ortho_keras.trainer import command
 
-ROOT = pathlib.Path(train.__file__).parent
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = ("--image_size=0", "--augment=none", "--depth=8", "--width=2", "--warmup_steps=0", "--bn_batches=2")
 
 
-def invoke(capsys, *arguments, main=train.main, program="train.py"):
+def invoke(capsys, *arguments, main=command.main, program="train.py"):
     """Calls a command with train.py's flags in this process; returns exit status, stdout and stderr."""
     capsys.readouterr()
     with flagsaver.flagsaver():
         try:
-            status = main(train.parse_flags([program, *map(str, arguments)], program))
+            status = main(command.parse_flags([program, *map(str, arguments)], program))
         except SystemExit as stop:
             status = stop.code
     return status, *capsys.readouterr()

@@ -13,9 +13,8 @@ from command_lines import ROOT
 from image_files import write_photographs
 
 import ortho_keras
-import train
 from ortho_keras.method.checks import require
-from ortho_keras.trainer import report
+from ortho_keras.trainer import command, report
 from ortho_keras.trainer.data import load_data
 from ortho_keras.trainer.result import installed_versions
 
@@ -75,11 +74,11 @@ def test_a_run_says_what_it_lacks_before_it_begins(monkeypatch, tmp_path, capsys
     given = ["--image_size=0", "--depth=8", "--width=2", "--max_steps=2", "--bn_batches=0", f"--workdir={tmp_path / 'run'}"]
     write_photographs(tmp_path / "data", {"train": 4, "test": 2}, 2)
     with flagsaver.flagsaver():
-        train.parse_flags(["train.py", f"--dataset=folder:{tmp_path / 'data'}", "--batch_size=4", *given])
+        command.parse_flags(["train.py", f"--dataset=folder:{tmp_path / 'data'}", "--batch_size=4", *given])
         with monkeypatch.context() as without:
             for package in ("matplotlib", "tensorboard"):
                 without.setitem(sys.modules, package, None)
-            assert train.main([]) == 2
+            assert command.main(["train.py"]) == 2
         expected = "train.py: a run needs matplotlib and tensorboard: pip install matplotlib tensorboard\n"
         assert capsys.readouterr().err == expected and not (tmp_path / "run").exists()
 

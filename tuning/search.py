@@ -24,11 +24,10 @@ import keras_tuner
 import keras_tuner.src.config
 from absl import app, flags
 
-import train
 from ortho_keras.method.console import say
 from ortho_keras.method.errors import InputError
 from ortho_keras.method.files import check_folder, entries, expanded, only_one, write_json
-from ortho_keras.trainer import runtime
+from ortho_keras.trainer import command, runtime
 from ortho_keras.trainer.run import load_recipe_data
 from tuning import workers
 from tuning.oracles import TUNERS, make_oracle
@@ -98,13 +97,13 @@ def _differences(held, mine):
 
 def search():
     """Runs or resumes the search that the flags describe; returns the process's status."""
-    recipe, name, given = train.recipe_from_flags()
+    recipe, name, given = command.recipe_from_flags()
     check_flags()
     role = workers.role()
     if not recipe.hold_out:
         raise InputError("--hold_out must be true: trials are judged by validation images. Received: False")
     space = search_space(recipe, given, FLAGS.narrow)
-    default = pathlib.Path("runs", f"search-{train.default_workdir(name, given).name}")
+    default = pathlib.Path("runs", f"search-{command.default_workdir(name, given).name}")
     directory = expanded(FLAGS.workdir or default)
     deadline = workers.deadline() or (time.time() + 60 * FLAGS.budget_minutes if FLAGS.budget_minutes else None)
     settings = {"recipe_name": name, **{flag: FLAGS[flag].value for flag in ("tuner", "search_seed", "chance_steps")}}
@@ -167,4 +166,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=lambda argv: train.parse_flags(argv, "tuning.search"))
+    app.run(main, flags_parser=lambda argv: command.parse_flags(argv, "tuning.search"))

@@ -18,7 +18,7 @@ PLACES = (
 
 def test_a_run_with_an_added_regularizer_source_column_and_recipe_value(tmp_path):
     shutil.copytree(ROOT / "ortho_keras", tmp_path / "ortho_keras")
-    for name in ("train.py", "start_up.py"):
+    for name in ("train.py", "ortho_train.py"):
         shutil.copy(ROOT / name, tmp_path)
     blocks = re.findall(r"^```py\n(.*?)^```", (ROOT / "docs" / "contributing.md").read_text(), re.DOTALL | re.MULTILINE)
     for (name, before), block in zip(PLACES, blocks, strict=True):

@@ -15,7 +15,7 @@ import pytest
 from absl.testing import flagsaver
 from command_lines import ROOT, script
 
-import train
+from ortho_keras.trainer import command
 from ortho_keras.trainer.recipes import RECIPES
 
 ONE = ("--depth=8", "--image_size=8", "--batch_size=4", "--rounds=1")
@@ -32,11 +32,11 @@ def in_process(monkeypatch, capsys):
         path, *arguments = map(str, command[1:])
         capsys.readouterr()
         if pathlib.Path(path).name == "train.py":
-            held = dict(vars(train.flags.FLAGS))
-            vars(train.flags.FLAGS).update(TRAIN_FLAGS)
+            held = dict(vars(command.flags.FLAGS))
+            vars(command.flags.FLAGS).update(TRAIN_FLAGS)
             with flagsaver.flagsaver():
-                status = train.main(train.parse_flags(["train.py", *arguments]))
-            vars(train.flags.FLAGS).update(held)
+                status = command.main(command.parse_flags(["train.py", *arguments]))
+            vars(command.flags.FLAGS).update(held)
         else:
             with script(monkeypatch, pathlib.Path(path).relative_to(ROOT), *arguments) as module:
                 status = module.main(None) or 0
@@ -60,7 +60,7 @@ class InTurn(contextlib.AbstractContextManager):
         return map(function, tasks)
 
 
-TRAIN_FLAGS = dict(vars(train.flags.FLAGS))
+TRAIN_FLAGS = dict(vars(command.flags.FLAGS))
 
 
 def results(monkeypatch, name, *arguments, folder=None):

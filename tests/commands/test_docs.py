@@ -12,8 +12,7 @@ from absl.testing import flagsaver
 from command_lines import ROOT, invoke, script
 
 import ortho_keras
-import train
-from ortho_keras.trainer import predict, report
+from ortho_keras.trainer import command, predict, report
 from tuning import search
 
 DOCS = ROOT / "docs"
@@ -50,8 +49,8 @@ def ours(page):
     """`(script or module, arguments)` of the commands in a page's sh blocks that run Python on something of ours."""
     found = []
     for _, code in blocks(page, "sh"):
-        for command in re.split(r"\n|&&", code.replace("\\\n", " ")):
-            words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
+        for line in re.split(r"\n|&&", code.replace("\\\n", " ")):
+            words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
             if words and pathlib.PurePath(words[0]).name in ("python", "python3") and words[1] != "-c":
                 target, *rest = words[2:] if words[1] == "-m" else words[1:]
                 found += [(target, rest)] * (target not in ("venv", "pip", "build"))
@@ -94,8 +93,8 @@ def test_the_commands_of_a_page_parse(page, monkeypatch):
     for target, arguments in ours(page):
         if target in ("train.py", "tuning.search"):
             with flagsaver.flagsaver():
-                train.parse_flags([target, *arguments], target)
-                train.recipe_from_flags()
+                command.parse_flags([target, *arguments], target)
+                command.recipe_from_flags()
                 if target == "tuning.search":
                     search.check_flags()
         elif target.startswith("ortho_keras.trainer."):

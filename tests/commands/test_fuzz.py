@@ -15,8 +15,8 @@ import pytest
 import tensorflow as tf
 from absl.testing import flagsaver
 
-import train
 from ortho_keras.method.errors import InputError
+from ortho_keras.trainer import command
 from ortho_keras.trainer.checkpoints import restore_checkpoint, save_checkpoint
 from ortho_keras.trainer.export import check_export
 from ortho_keras.trainer.loop import HISTORY, new_epoch
@@ -137,16 +137,16 @@ def command_line(rng, folder):
     err = io.StringIO()
     try:
         with contextlib.redirect_stderr(err):
-            train.parse_flags(["train.py", *given])
+            command.parse_flags(["train.py", *given])
     except SystemExit as stop:
         assert stop.code == 2
         raise InputError(err.getvalue().removesuffix("\n")) from None
-    recipe, name, overridden = train.recipe_from_flags()
-    train.default_workdir(name, overridden)
-    _check_workdir(folder / (train.FLAGS.workdir or "none"), recipe)
-    if train.FLAGS.export is not None:
-        check_export(train.FLAGS.export, folder / "final.keras")
-    return read_devices(train.FLAGS.devices)
+    recipe, name, overridden = command.recipe_from_flags()
+    command.default_workdir(name, overridden)
+    _check_workdir(folder / (command.FLAGS.workdir or "none"), recipe)
+    if command.FLAGS.export is not None:
+        check_export(command.FLAGS.export, folder / "final.keras")
+    return read_devices(command.FLAGS.devices)
 
 
 def recipe_file(rng, folder):

@@ -1,7 +1,10 @@
 """A release says the same everywhere: its version, what it needs, the Pythons it is tested on."""
 
+import os
 import pathlib
 import re
+import subprocess
+import sys
 import tomllib
 
 from packaging.requirements import Requirement
@@ -9,7 +12,8 @@ from packaging.requirements import Requirement
 import ortho_keras
 
 ROOT = pathlib.Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = SETTINGS["project"]
 DEVELOPMENT = {"pytest", "pytest-xdist", "ruff"}
 FOLDERS = ("", "ortho_keras/*", "tuning", "examples", "benchmarks", "docs", "tests", ".github/workflows")
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
@@ -55,3 +59,15 @@ def test_pythons_are_those_that_are_tested():
     allowed = Requirement(f"python{PROJECT['requires-python']}").specifier
     minors = [f"3.{minor}" for minor in range(20) if f"3.{minor}.0" in allowed]
     assert minors == stated
+
+
+def test_the_console_script_lists_the_flags_and_names_itself(tmp_path):
+    """Called as pip's script does: from any folder, with the script's path as the program's."""
+    module, function = PROJECT["scripts"]["ortho-train"].split(":")
+    assert SETTINGS["tool"]["setuptools"]["py-modules"] == [module]
+    code = f"import sys; from {module} import {function}; sys.argv[0] = '/usr/bin/ortho-train'; sys.exit({function}())"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    calls = [[sys.executable, "-c", code, flag] for flag in ("--help", "--depth=3")]
+    helped, refused = (subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True) for call in calls)
+    assert "USAGE: /usr/bin/ortho-train [flags]" in helped.stdout and "--recipe_file" in helped.stdout, helped.stderr
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and refused.stderr.startswith("ortho-train: --depth must")

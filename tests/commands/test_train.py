@@ -14,7 +14,7 @@ from absl.testing import flagsaver
 from command_lines import ROOT, TINY, invoke, start
 from tensorflow.python.framework import config
 
-import train
+from ortho_keras.trainer import command
 from ortho_keras.trainer.recipes import RECIPES
 
 _SETTINGS = """
@@ -50,10 +50,10 @@ def test_home_in_a_path_and_values_without_effect(capsys, tmp_path, monkeypatch)
 
 
 def test_the_name_of_a_run_is_one_that_a_file_system_takes():
-    name = train.default_workdir("digits", {"dataset": "folder:" + 60 * "/long"}).name
-    other = train.default_workdir("digits", {"dataset": "folder:" + 61 * "/long"}).name
+    name = command.default_workdir("digits", {"dataset": "folder:" + 60 * "/long"}).name
+    other = command.default_workdir("digits", {"dataset": "folder:" + 61 * "/long"}).name
     assert name.startswith("digits-") and len(name) < 40 and name != other
-    assert train.default_workdir("digits", {"seed": 3}).name == "digits-seed=3"
+    assert command.default_workdir("digits", {"seed": 3}).name == "digits-seed=3"
 
 
 @pytest.mark.parametrize(
@@ -107,8 +107,8 @@ def test_list_recipes(capsys):
     assert lines[at + 5].startswith("    differs from plain110_cifar10 in --initializer=he_normal ")
     _, out, _ = invoke(capsys, "--list_recipes=plain110_cifar10")
     with flagsaver.flagsaver():
-        train.parse_flags(["train.py", *out.split()])
-        assert train.recipe_from_flags()[0] == RECIPES["plain110_cifar10"].recipe
+        command.parse_flags(["train.py", *out.split()])
+        assert command.recipe_from_flags()[0] == RECIPES["plain110_cifar10"].recipe
 
 
 def test_non_finite_loss_stops_with_a_message(tmp_path, capsys):
@@ -195,8 +195,8 @@ def test_a_run_that_was_killed_and_stopped_ends_as_one_that_was_not(tmp_path, ca
 
 def test_input_size_is_image_size_and_the_recipe_fits_the_depth():
     with flagsaver.flagsaver():
-        train.parse_flags(["train.py", "--recipe=digits", "--depth=1004", "--input_size=8"])
-        recipe, _, given = train.recipe_from_flags()
+        command.parse_flags(["train.py", "--recipe=digits", "--depth=1004", "--input_size=8"])
+        recipe, _, given = command.recipe_from_flags()
     assert given == {"depth": 1004, "image_size": 8}
     assert (recipe.initializer, recipe.relu_shift) == ("dirac", 1)
     assert recipe.peak_learning_rate == pytest.approx(0.03 * 44 / 1004)

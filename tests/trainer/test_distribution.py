@@ -17,7 +17,6 @@ import tensorflow as tf
 from small_runs import RECIPE as SHALLOW
 from small_runs import silent
 
-import train
 from ortho_keras import AllReplicaLossScaleOptimizer, ErrorModulation, OrthonormalRegularizer
 from ortho_keras.method.errors import InputError
 from ortho_keras.trainer.build import compiled_model
@@ -28,7 +27,7 @@ from ortho_keras.trainer.run import run
 from ortho_keras.trainer.runtime import Runtime, start
 from ortho_keras.trainer.steps import train_function
 
-ROOT = pathlib.Path(train.__file__).parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Through identities, gamma's gradient is 0 at first and its step a rounding error: kernels are random here.
 RECIPE = dataclasses.replace(
     SHALLOW, initializer="orthonormal", relu_shift=0.0, factor=0.1, learning_rate=0.01, max_steps=3, schedule="constant"

@@ -1,4 +1,7 @@
-"""Importing this module starts TensorFlow with the settings of our commands, and without the notes that it logs first."""
+"""The command `ortho-train`; `python train.py` is the same from a clone.
+
+Importing this module starts TensorFlow with the settings of our commands, before the package can start it without them.
+"""
 
 import os
 import platform
@@ -24,8 +27,16 @@ try:
 except AssertionError:  # TensorFlow's own, on the floatx in that file
     refuse("Keras's configuration file, ~/.keras/keras.json, must have floatx float32. Received: a type unknown to TensorFlow")
 
-from absl import logging
+from absl import app, logging
+
+from ortho_keras.trainer import command
 
 start_command()
 logging.set_verbosity(logging.WARNING)
 tf.get_logger().setLevel("WARNING")
+
+
+def main():
+    """Runs the command line of this process."""
+    command.show_flags_in_help()
+    app.run(command.main, flags_parser=command.parse_flags)
