@@ -3,9 +3,11 @@
 import gc
 import os
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # a GPU rounds otherwise from one call to the next; for the runs started here too
 
+import ortho_train  # noqa: F401 - the commands' settings of TensorFlow: a run in this process rounds as one in its own
+
+# isort: split
 import keras
 import pytest
 import tensorflow as tf

@@ -26,10 +26,10 @@ def in_process(monkeypatch, capsys):
     """Python processes that a script starts are calls in this one instead: train.py's, or the script's own with other flags."""
     run = subprocess.run
 
-    def call(command, **options):
-        if command[0] != sys.executable:
-            return run(command, **options)
-        path, *arguments = map(str, command[1:])
+    def call(words, **options):
+        if words[0] != sys.executable:
+            return run(words, **options)
+        path, *arguments = map(str, words[1:])
         capsys.readouterr()
         if pathlib.Path(path).name == "train.py":
             held = dict(vars(command.flags.FLAGS))
@@ -41,7 +41,7 @@ def in_process(monkeypatch, capsys):
             with script(monkeypatch, pathlib.Path(path).relative_to(ROOT), *arguments) as module:
                 status = module.main(None) or 0
         out, err = capsys.readouterr()
-        return subprocess.CompletedProcess(command, status, out, err)
+        return subprocess.CompletedProcess(words, status, out, err)
 
     monkeypatch.setattr(subprocess, "run", call)
     monkeypatch.setattr(concurrent.futures, "ThreadPoolExecutor", InTurn)
