@@ -17,6 +17,10 @@ tf.config.set_logical_device_configuration(
 )
 
 
+def pytest_collection_finish():
+    gc.freeze()  # what is imported stays, and no collection need look at it
+
+
 @pytest.fixture(scope="session")
 def two_replicas():
     """One strategy for all tests: a second one in a process would use the first one's numbers for its collective operations."""

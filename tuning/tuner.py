@@ -173,6 +173,9 @@ class _Watch(keras.callbacks.Callback):
         if self.over():
             signal.raise_signal(signal.SIGTERM)  # the trainer writes a checkpoint and ends
 
+    def steps_to_due(self, step):
+        return math.inf  # a call takes a fraction of a second
+
     def on_epoch_end(self, epoch, logs=None):
         step, epochs = int(logs["step"]), self.params["epochs"]
         if epoch + 1 == epochs or step < (self.chance_steps or epochs * step / (epoch + 1) / 3):

@@ -1,6 +1,7 @@
 """The signal report as a callback: measured again and again while a model trains."""
 
 import dataclasses
+import math
 import os
 import pathlib
 import random
@@ -135,6 +136,10 @@ class SignalMonitor(keras.callbacks.Callback):
             due = self._spent + self._latest <= self.max_share * self._duration
         if due:
             self._write(self._report(self._seen))
+
+    def steps_to_due(self, step):
+        """Returns how many more steps a loop may take in one call, after `step` of them."""
+        return self.every - step % self.every if self.every else math.inf
 
     def on_train_end(self, logs=None):
         self.on_train_batch_begin(0)  # where training took no step

@@ -1,5 +1,6 @@
 """Modulation of a whole chain of layers: `modulate`, and how to switch it on and off."""
 
+import math
 import warnings
 
 import keras
@@ -152,6 +153,10 @@ class ModulationSwitch(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         self._counter.end(batch)
         self._switch(self._counter.steps)
+
+    def steps_to_due(self, step):
+        """Returns how many more steps a loop may take in one call, after `step` of them."""
+        return self.steps - step if step < self.steps else math.inf
 
     def _switch(self, taken):
         enabled = taken < self.steps

@@ -75,6 +75,10 @@ class OrthonormalDecay(keras.callbacks.Callback):
         if self._multiple(self._counter.steps) > self._last:
             self._catch_up()
 
+    def steps_to_due(self, step):
+        """Returns how many more steps a loop may take in one call, after `step` of them."""
+        return self.every - step % self.every
+
     def on_train_end(self, logs=None):
         if self._counter:
             self._catch_up()

@@ -23,7 +23,7 @@ from ortho_keras.trainer.data import BatchSettings, ImageData, evaluation_batche
 from ortho_keras.trainer.progress import Progress
 from ortho_keras.trainer.recipe import Recipe
 from ortho_keras.trainer.runtime import Runtime
-from ortho_keras.trainer.steps import score_function, train_function
+from ortho_keras.trainer.steps import StepsPerCall, score_function, train_function
 
 FEW_CLASSES = 10  # top-5 accuracy is reported for more classes than these
 BAR_AFTER = 3.0  # seconds of an evaluation
@@ -78,6 +78,7 @@ class Trainer:
             with self.runtime.strategy.scope():
                 self.model.optimizer.build(self.model.trainable_variables)
         self._train = train_function(self.model, self.recipe.batch_size, self.recipe.label_smoothing, self.runtime)
+        self._traced, self._per_call = False, StepsPerCall(self.callbacks, self.runtime)
         self._score = score_function(self.model, self.runtime)
         self._reported, self._draw_after, self._saved = set(), time.monotonic() + DRAW_EVERY, time.monotonic()
 
@@ -95,6 +96,9 @@ class Trainer:
             stack.callback(self._write_history, history)
             batches = iter(self._training_batches(step, self.end_step))
             callbacks.on_train_begin()
+            if self._per_call.waiting:
+                names = ", ".join(type(callback).__name__ for callback in self._per_call.waiting)
+                self.log(f"each call of the graph takes one step, not several, because of callbacks at each step: {names}")
             if step < self.end_step and self.recipe.depth >= DEEP:
                 self.log(f"tracing the first step (about {self.build_seconds * TRACING:.0f} s for {self.recipe.depth} layers)")
             while step < self.end_step and not self.model.stop_training:
@@ -206,28 +210,34 @@ class Trainer:
         if sys.stdout.isatty():  # where a bar follows
             self.log(f"epoch {step // self.steps_per_epoch + 1}/{self.epochs}")
         callbacks.on_epoch_begin(step // self.steps_per_epoch)
-        started, first, traced, stopped = time.perf_counter() - epoch["seconds"], None, 0.0, False
+        first, since, stopped = step, time.perf_counter(), False
+        started = since - epoch["seconds"]
         while step < end and not self.model.stop_training and not stopped:
             callbacks.on_train_batch_begin(step)
             save = self.runtime.is_chief and time.monotonic() - self._saved > due
             request = 1.0 if stop.signum else SAVE * save
-            smoothed, crossentropy, correct, penalty, requests = self._train(*next(batches), request).numpy()
-            step, stopped = step + 1, requests >= 1
-            if not np.isfinite(smoothed + penalty):
-                raise NonFiniteLossError(
-                    f"the loss became {smoothed / batch_size + penalty} at step {step} of {self.total_steps}: try a lower "
-                    f"--learning_rate ({self.recipe.learning_rate} now), --warmup_steps, or --modulation anchor"
-                )
-            epoch["steps"] += 1
-            for name, total in (("smoothed", smoothed), ("crossentropy", crossentropy), ("accuracy", correct)):
-                epoch[name] += float(total) / batch_size
-            logs = {name: epoch[name] / epoch["steps"] for name in ("crossentropy", "accuracy")}
-            logs |= {"penalty": float(penalty), "loss": epoch["smoothed"] / epoch["steps"] + float(penalty)}
+            count, called = min(self._per_call.steps, end - step), time.perf_counter()
+            rows = self._train(batches, count, request, self._per_call.wish(step + count)).numpy()
             now = time.perf_counter()
-            if first is None:
-                first, traced = step, now  # the first step's time includes the tracing of the graph
-            else:
-                logs["images/s"] = (step - first) * batch_size / (now - traced)
+            requests, agreed = rows[-1, -2:]
+            self._per_call.update((now - called) / count, agreed)
+            for smoothed, crossentropy, correct, penalty, *_ in rows.tolist():
+                step += 1
+                if not np.isfinite(smoothed + penalty):
+                    raise NonFiniteLossError(
+                        f"the loss became {smoothed / batch_size + penalty} at step {step} of {self.total_steps}: try a lower "
+                        f"--learning_rate ({self.recipe.learning_rate} now), --warmup_steps, or --modulation anchor"
+                    )
+                epoch["steps"] += 1
+                for name, total in (("smoothed", smoothed), ("crossentropy", crossentropy), ("accuracy", correct)):
+                    epoch[name] += total / batch_size
+            stopped = requests >= 1
+            logs = {name: epoch[name] / epoch["steps"] for name in ("crossentropy", "accuracy")}
+            logs |= {"penalty": penalty, "loss": epoch["smoothed"] / epoch["steps"] + penalty}
+            if self._traced:
+                logs["images/s"] = (step - first) * batch_size / (now - since)
+            else:  # the first call's time includes the tracing of the graph
+                self._traced, first, since = True, step, now
             shown = [(name, logs[name]) for name in names if name in logs]
             line = [f"step {step:,} of {self.end_step:,}", *(f"{name} {value:.4g}" for name, value in shown)]
             if "images/s" in logs:

@@ -70,7 +70,8 @@ def run(
         data_dir: TFDS's folder of prepared data, or `None` for its own.
         name: The recipe's name, for the report.
         runtime: `Runtime`, or `None` for this process on TensorFlow's default device.
-        callbacks: List of `keras.callbacks.Callback`.
+        callbacks: List of `keras.callbacks.Callback`. One that is called at each batch makes each call of the graph one step,
+            which is slower, unless it has a method `steps_to_due(step)`: how many more steps a call may take.
         keep_checkpoints: int, at least 1.
         signal_every: int, steps from one measurement of `SignalMonitor` on the first training images to the next; 0: none.
         checkpoint_minutes: float, minutes after which a checkpoint is written within an epoch too.

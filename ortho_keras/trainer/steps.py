@@ -1,15 +1,60 @@
-"""One step of training and one of evaluation, under any strategy."""
+"""Training steps and a step of evaluation, under any strategy."""
 
+import keras
 import tensorflow as tf
 
 TOP = 5  # of top-5 accuracy
+CALL_SECONDS = 0.25  # that a call with several steps takes, about; a run stops within the next one
+MOST_STEPS = 1024  # of a call
+
+
+class StepsPerCall:
+    """How many training steps the next call of `train_function` takes.
+
+    They are as many as take a quarter of a second, and no more than any callback waits for. A callback of ours says how many
+    those are (`steps_to_due`); any other that is called at each step gets calls of one step. All workers must take the same
+    number: the chief's wish, which comes to them with the sums of the call before.
+
+    Attributes:
+        steps: int, the number.
+        waiting: List of the callbacks that are called at each step.
+    """
+
+    def __init__(self, callbacks, runtime):
+        self._runtime, self._callbacks = runtime, [callback for callback in callbacks if hasattr(callback, "steps_to_due")]
+        self.waiting = [callback for callback in callbacks if callback not in self._callbacks and _is_called_at_steps(callback)]
+        self.steps, self._calls, self._seconds = 1, 0, 0.0
+
+    def wish(self, step):
+        """Returns the number for the call that begins after `step` training steps; on workers but the chief 0."""
+        if self._calls < 2 or self.waiting:  # the first call traces the graph
+            steps = 1
+        else:
+            due = (callback.steps_to_due(step) for callback in self._callbacks)
+            steps = max(1, min(int(CALL_SECONDS / self._seconds), MOST_STEPS, *due))
+        return steps * self._runtime.is_chief
+
+    def update(self, seconds, agreed):
+        """Sets `steps` from the sum of wishes over replicas, and takes note of the seconds that each step took."""
+        self.steps = round(agreed / self._runtime.local_replicas)
+        self._calls, self._seconds = self._calls + 1, seconds
+
+
+def _is_called_at_steps(callback):
+    hooks = ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end")
+    own = (getattr(getattr(callback, hook), "__func__", None) for hook in hooks)  # `None`: LambdaCallback's
+    return any(one is not getattr(keras.callbacks.Callback, hook) for one, hook in zip(own, hooks))
 
 
 def train_function(model, batch_size, label_smoothing, runtime):
-    """A training step: `(images, labels, request)` to sums `[smoothed, cross-entropy, correct, penalty, request]`."""
+    """Training steps in one call of a graph: `(batches, count, request, wish)` to sums over replicas, float32 `(count, 6)`.
+
+    `batches` is an iterator. A row is a step's `[smoothed, cross-entropy, correct, penalty, request, wish]`; the last two are
+    this worker's numbers, which the steps bring to all workers.
+    """
     optimizer, replicas, strategy = model.optimizer, runtime.replicas, runtime.strategy
 
-    def step(images, labels, request):
+    def step(images, labels, *numbers):
         with tf.GradientTape() as tape:
             crossentropy, correct, smoothed = scores(labels, model(images, training=True), label_smoothing)
             total = tf.reduce_sum(smoothed)
@@ -17,16 +62,20 @@ def train_function(model, batch_size, label_smoothing, runtime):
             loss = optimizer.scale_loss(total / batch_size + penalty)
         gradients = tape.gradient(loss, model.trainable_variables)
         optimizer.apply(gradients, model.trainable_variables)  # sums the gradients over replicas
-        return tf.stack([total, tf.reduce_sum(crossentropy), tf.reduce_sum(correct), penalty, request])
+        return tf.stack([total, tf.reduce_sum(crossentropy), tf.reduce_sum(correct), penalty, *numbers])
 
     if runtime.jit_compile:
         step = tf.function(step, jit_compile=True)
 
     @tf.function
-    def train(images, labels, request):
-        return strategy.reduce("SUM", strategy.run(step, args=(images, labels, request)), axis=None)
+    def train(batches, count, *numbers):
+        rows = tf.TensorArray(tf.float32, count, element_shape=(6,))
+        for index in tf.range(count):
+            sums = strategy.reduce("SUM", strategy.run(step, args=(*next(batches), *numbers)), axis=None)
+            rows = rows.write(index, sums)
+        return rows.stack()
 
-    return lambda images, labels, request: train(images, labels, tf.constant(request, tf.float32))
+    return lambda batches, count, *numbers: train(batches, tf.constant(count), *(tf.constant(n, tf.float32) for n in numbers))
 
 
 def score_function(model, runtime, mirrored=False, confusion=False):

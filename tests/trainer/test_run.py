@@ -188,14 +188,15 @@ def test_callbacks_are_called_as_fit_does_and_the_files_grow_by_the_epoch(tmp_pa
         *[("epoch", 1), ("batch", 2, True), ("batch", 3, True), ("end", 1, True)],
     ]
     assert rows == [(1, True), (2, True)]
-    assert re.fullmatch(r"tracing the first step \(about \d+ s for 8 layers\)", lines[3])
+    assert lines[3] == "each call of the graph takes one step, not several, because of callbacks at each step: Recorder"
+    assert re.fullmatch(r"tracing the first step \(about \d+ s for 8 layers\)", lines[4])
     values, left = (
         r" - loss [\d.]+ - crossentropy [\d.]+ - accuracy [\d.]+ - penalty [\d.e-]+",
         r" - images/s [\d.e+]+ - about \d:\d\d:\d\d left",
     )
-    for line, expected in zip(lines[4:6], ("step 1 of 8" + values, "step 2 of 8" + values + left)):  # the first step traces
+    for line, expected in zip(lines[5:7], ("step 1 of 8" + values, "step 2 of 8" + values + left)):  # the first step traces
         assert re.fullmatch(expected, line)
-    assert lines[6] == "evaluated 144 of 144 images" and lines[-1] == "evaluated 360 of 360 images"
+    assert lines[7] == "evaluated 144 of 144 images" and lines[-1] == "evaluated 360 of 360 images"
 
 
 def test_a_bar_is_shown_on_a_terminal_and_after_a_while_only(monkeypatch, capsys):
