@@ -13,6 +13,7 @@ import time
 
 import keras
 import numpy as np
+import tensorflow as tf
 from absl import app, flags
 from arms import SEED
 from measured import write_result
@@ -63,11 +64,11 @@ def main(_):
     settings, per_epoch = BatchSettings(FLAGS.batch_size, seed=SEED), steps // epochs
     in_a_graph.optimizer.build(in_a_graph.trainable_variables)
     graph, batches = train_function(in_a_graph, FLAGS.batch_size, 0.0, Runtime()), iter(training_batches(split, settings))
-    dataset = training_batches(split, settings, stop=per_epoch)
+    dataset = training_batches(split, settings, stop=per_epoch).apply(tf.data.experimental.assert_cardinality(per_epoch))
     rivals = Rivals(
         {
             "one call of a graph for the epoch": lambda: graph(batches, per_epoch, 0.0, 0.0).numpy(),
-            "fit": lambda: fitted.fit(dataset, verbose=0),
+            "fit": lambda: fitted.fit(dataset, shuffle=False, verbose=0),
         }
     )
     with tempfile.TemporaryDirectory() as folder:

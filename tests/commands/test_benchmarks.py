@@ -166,6 +166,15 @@ def test_input_pipeline_writes_its_rates(tmp_path, monkeypatch):
         assert abs(rates["ratio_quartiles"][1] / ratio - 1) < 0.05
 
 
+def test_loop_writes_its_ratios(tmp_path, monkeypatch):
+    given = ["--batch_size=8", "--images=24", "--rounds=1"]
+    ratios = results(monkeypatch, "loop", *given, folder=tmp_path)["ratios"]
+    assert set(ratios) == {"one call of a graph for the epoch", "fit"}
+    for own in ratios.values():  # quartiles of one round
+        low, ratio, high = own["ratio_quartiles"]
+        assert low == ratio == high > 0 and own["loop_images_per_second"] > 0
+
+
 def test_photographs_writes_the_rate_of_each_way(tmp_path, monkeypatch):
     ways = results(monkeypatch, "photographs", "--files=512", "--repeats=1", folder=tmp_path)["ways"]
     whole = ways["whole files, decoded"]["images_per_second"]
