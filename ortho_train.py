@@ -24,6 +24,8 @@ os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # several runs can s
 
 try:
     from ortho_keras.method.console import start_command, tf
+except KeyboardInterrupt:
+    sys.exit(130)
 except AssertionError:  # TensorFlow's own, on the floatx in that file
     refuse("Keras's configuration file, ~/.keras/keras.json, must have floatx float32. Received: a type unknown to TensorFlow")
 
@@ -38,5 +40,7 @@ tf.get_logger().setLevel("WARNING")
 
 def main():
     """Runs the command line of this process."""
+    script = sys.modules["__main__"]
+    script.__doc__ = script.__doc__ or command.__doc__  # which `--help` begins with
     command.show_flags_in_help()
     app.run(command.main, flags_parser=command.parse_flags)

@@ -7,13 +7,14 @@ writes digits.png (feature maps) and digits_filters.png.
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import ortho_train  # noqa: F401 - TensorFlow's settings as in train.py
+
+# isort: split
 import keras
 import numpy as np
 

@@ -1,4 +1,8 @@
-"""The flags of `ortho-train` and `train.py`: from a command line to a recipe, a run, and what it reached."""
+"""Trains a recipe and writes result.json, curves.png and final.keras.
+
+ortho-train                                       44 layers on handwritten digits, no download
+ortho-train --recipe=plain44_cifar10 --epochs=5   every value of a recipe is a flag (--list_recipes)
+"""
 
 import dataclasses
 import hashlib

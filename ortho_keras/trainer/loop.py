@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from ortho_keras.diagnosis.plots import plot_curves
+from ortho_keras.method.console import say
 from ortho_keras.method.errors import InputError, Interrupted, NonFiniteLossError
 from ortho_keras.method.files import write_json
 from ortho_keras.nets.batchnorm import BatchNormalizationEstimator
@@ -59,6 +60,7 @@ class Trainer:
     keep_checkpoints: int = 2
     log: object = print  # takes a line; called by the chief only
     title: str = ""  # of the plot
+    stop: types.SimpleNamespace = dataclasses.field(default_factory=lambda: types.SimpleNamespace(signum=0))  # `stop_requests`
     build_seconds: float = 0.0  # that the model took, from which those of the first step are estimated
     checkpoint_minutes: float = 10.0  # after which a checkpoint is written within an epoch
     end_step: int = 0  # the step to stop after, at the end of an epoch; 0: total_steps
@@ -79,7 +81,7 @@ class Trainer:
                 self.model.optimizer.build(self.model.trainable_variables)
         self._train = train_function(self.model, self.recipe.batch_size, self.recipe.label_smoothing, self.runtime)
         self._traced, self._per_call = False, StepsPerCall(self.callbacks, self.runtime)
-        self._score = score_function(self.model, self.runtime)
+        self._score = None
         self._reported, self._draw_after, self._saved = set(), time.monotonic() + DRAW_EVERY, time.monotonic()
 
     def run(self, begun=None):
@@ -92,21 +94,23 @@ class Trainer:
         step, history, epoch = begun or (0, [], new_epoch())
         make_writer = tf.summary.create_file_writer if self.runtime.is_chief else lambda _: tf.summary.create_noop_writer()
         writer = make_writer(str(self.directory / "tensorboard"))
-        with writer.as_default(), _stop_requests() as stop, contextlib.ExitStack() as stack:
+        with writer.as_default(), contextlib.ExitStack() as stack:
             stack.callback(self._write_history, history)
             batches = iter(self._training_batches(step, self.end_step))
             callbacks.on_train_begin()
             if self._per_call.waiting:
                 names = ", ".join(type(callback).__name__ for callback in self._per_call.waiting)
                 self.log(f"each call of the graph takes one step, not several, because of callbacks at each step: {names}")
-            if step < self.end_step and self.recipe.depth >= DEEP:
-                self.log(f"tracing the first step (about {self.build_seconds * TRACING:.0f} s for {self.recipe.depth} layers)")
-            while step < self.end_step and not self.model.stop_training:
-                end = min((step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.total_steps)
-                step, stopped = self._epoch(step, end, batches, [history, epoch], stop, callbacks)
+            if step < self.end_step:
+                self._announce_tracing("the first step")
+            # An epoch whose steps are all taken, but which is not evaluated yet, has none left.
+            while (step < self.end_step or epoch["steps"]) and not self.model.stop_training:
+                ends = -(-step // self.steps_per_epoch) if epoch["steps"] else step // self.steps_per_epoch + 1
+                end = min(ends * self.steps_per_epoch, self.total_steps)
+                step, stopped = self._epoch(step, end, batches, [history, epoch], callbacks)
                 ended = step == end or not stopped
                 if ended:
-                    history.append(self._epoch_metrics(step, epoch))
+                    history.append(self._epoch_metrics(step, [history, epoch]))
                     epoch = new_epoch()
                     self._write_history(history, last=False)
                 self._save(step, [history, epoch])
@@ -114,7 +118,8 @@ class Trainer:
                     self._log_epoch(history[-1])
                     callbacks.on_epoch_end(history[-1]["epoch"] - 1, history[-1])
                 if stopped and step < self.total_steps:
-                    raise Interrupted(f"stopped after step {step} of {self.total_steps}", stop.signum or signal.SIGTERM)
+                    signum = self.stop.signum or signal.SIGTERM  # another worker's
+                    raise Interrupted(f"stopped after step {step} of {self.total_steps}", signum)
             callbacks.on_train_end(history[-1] if history else None)
         return history
 
@@ -122,13 +127,17 @@ class Trainer:
         """Returns `crossentropy`, `accuracy` and `penalty` as floats; of more than ten classes `top5_accuracy` too.
 
         With `mirrored`, `mirrored_accuracy` too; with `confusion`, `confusion_matrix`, int64 `(classes, classes)`: see
-        `score_function`. Calls `estimate` first.
+        `score_function`. Calls `estimate` first. Raises `Interrupted` after SIGINT or SIGTERM, except on several workers.
         """
+        if mirrored or confusion or not self._score:
+            self._announce_tracing("the evaluation")
         self.estimate()
+        self._score = self._score or score_function(self.model, self.runtime)
         score = score_function(self.model, self.runtime, mirrored, confusion) if mirrored or confusion else self._score
         batch_size = min(self.recipe.batch_size, -(-len(split) // self.runtime.replicas) * self.runtime.replicas)
         totals, done, progress = 0.0, 0, Progress(self.runtime, self.log, len(split), quiet=BAR_AFTER)
-        for batch in self._distributed(lambda own: evaluation_batches(split, batch_size, self.runtime.replicas, own)):
+        batches = self._distributed(lambda own: evaluation_batches(split, batch_size, self.runtime.replicas, own))
+        for batch in self._until_stopped(batches):
             totals += score(*batch).numpy().astype(np.float64)
             done = min(done + batch_size, len(split))
             progress.update(done, f"evaluated {done:,} of {len(split):,} images")
@@ -147,7 +156,8 @@ class Trainer:
     def estimate(self):
         """Re-estimates BatchNormalization's averages, if the recipe says so, from the same training batches each time."""
         if self.recipe.bn_batches:
-            self.estimator(images for images, _ in self._training_batches(0, self.recipe.bn_batches))
+            batches = self._until_stopped(self._training_batches(0, self.recipe.bn_batches))
+            self.estimator(images for images, _ in batches)
 
     def images(self, count):
         """Returns an array of the first `count` training images, augmented, or of all of the first epoch if there are fewer."""
@@ -172,6 +182,16 @@ class Trainer:
             for variable, value in zip(variables, values):
                 variable.assign(value)
         return None if step < 0 else (int(step), history, epoch)
+
+    def _until_stopped(self, batches):
+        for batch in batches:
+            if self.stop.signum and self.runtime.workers == 1:  # others would wait for this one
+                raise Interrupted("stopped in an evaluation", self.stop.signum)
+            yield batch
+
+    def _announce_tracing(self, what):
+        if self.recipe.depth >= DEEP:
+            self.log(f"tracing {what} (about {self.build_seconds * TRACING:.0f} s for {self.recipe.depth} layers)")
 
     def _training_batches(self, start, stop):
         replicas = self.runtime.replicas
@@ -198,24 +218,24 @@ class Trainer:
             save_checkpoint(self.checkpoints, self.model, step, begun, self.keep_checkpoints)
         self._saved = time.monotonic()
 
-    def _epoch(self, step, end, batches, begun, stop, callbacks):
+    def _epoch(self, step, end, batches, begun, callbacks):
         """Trains to the end of an epoch or a stop; returns the step reached and whether it stopped.
 
         `begun` is the list of the history, and of the sums over the epoch, which are updated.
         """
         epoch, due = begun[1], 60 * self.checkpoint_minutes
-        begin = step // self.steps_per_epoch * self.steps_per_epoch
-        batch_size, names = self.recipe.batch_size, ["loss", "crossentropy", "accuracy", "penalty", "images/s"]
+        begin = (end - 1) // self.steps_per_epoch * self.steps_per_epoch
+        batch_size, names = self.recipe.batch_size, ["loss", "accuracy", "images/s", "crossentropy", "penalty"]
         progress = Progress(self.runtime, self.log, end - begin, names)
         if sys.stdout.isatty():  # where a bar follows
-            self.log(f"epoch {step // self.steps_per_epoch + 1}/{self.epochs}")
-        callbacks.on_epoch_begin(step // self.steps_per_epoch)
+            self.log(f"epoch {begin // self.steps_per_epoch + 1}/{self.epochs}")
+        callbacks.on_epoch_begin(begin // self.steps_per_epoch)
         first, since, stopped = step, time.perf_counter(), False
         started = since - epoch["seconds"]
         while step < end and not self.model.stop_training and not stopped:
             callbacks.on_train_batch_begin(step)
             save = self.runtime.is_chief and time.monotonic() - self._saved > due
-            request = 1.0 if stop.signum else SAVE * save
+            request = 1.0 if self.stop.signum else SAVE * save
             count, called = min(self._per_call.steps, end - step), time.perf_counter()
             rows = self._train(batches, count, request, self._per_call.wish(step + count)).numpy()
             now = time.perf_counter()
@@ -250,8 +270,8 @@ class Trainer:
                 self._save(step, begun)
         return step, stopped
 
-    def _epoch_metrics(self, step, epoch):
-        number = -(-step // self.steps_per_epoch)
+    def _epoch_metrics(self, step, begun):
+        number, epoch = -(-step // self.steps_per_epoch), begun[1]
         metrics = {"epoch": number, "step": step, "seconds": epoch["seconds"], **epoch["logs"]}
         metrics["learning_rate"] = float(self.model.optimizer.learning_rate)
         if isinstance(self.model.optimizer, keras.optimizers.LossScaleOptimizer):
@@ -262,6 +282,7 @@ class Trainer:
                     "try --precision mixed_bfloat16 or float32"
                 )
         if self.data.validation and (step == self.total_steps or number % self.recipe.evaluate_every == 0):
+            self._save(step, begun)  # an evaluation that is interrupted costs no step
             validation = self.evaluate(self.data.validation)
             metrics |= {f"validation_{name}": value for name, value in validation.items() if name != "penalty"}
         self._report_skipped()
@@ -309,13 +330,15 @@ def _average_over_replicas(variables, strategy):
 
 
 @contextlib.contextmanager
-def _stop_requests():
-    """Yields an object whose `signum` is set by the first SIGINT or SIGTERM, so that the step ends; a second SIGINT kills."""
+def stop_requests():
+    """Yields an object whose `signum` the first SIGINT or SIGTERM sets, so that a trainer stops soon; a second SIGINT kills."""
     stop = types.SimpleNamespace(signum=0)
 
     def request(signum, frame):
         stop.signum = signum
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signum == signal.SIGINT:  # from someone at a terminal
+            say("stopping at the next step; Ctrl-C again stops at once", sys.stderr)
 
     signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = {signum: signal.signal(signum, request) for signum in signals}

@@ -27,14 +27,15 @@ from ortho_keras.trainer.data.sources import SUFFIXES
 from ortho_keras.trainer.result import DESCRIBED, DESCRIPTION
 
 AT_ONCE = 32  # images
+MODELS = ("final.keras", "best.keras")  # in a run's workdir, whose result.json describes them
 
 
 def predict(model, images, top=5):
     """Classifies image files, prepared as in the evaluation of the run that trained the model.
 
     Args:
-        model: Path of a finished run's workdir, or of what `train.py --export` wrote: a `.keras` or `.tflite` file or a folder,
-            next to which is a JSON file with the names of the classes.
+        model: Path of a finished run's workdir, of `final.keras` or `best.keras` in it, or of what `train.py --export` wrote: a
+            `.keras` or `.tflite` file or a folder, next to which is a JSON file with the names of the classes.
         images: List of paths of image files and folders. Of a folder, all JPEG and PNG files in it are classified.
         top: int, at least 1. How many classes are returned of each image.
 
@@ -65,8 +66,13 @@ def predict(model, images, top=5):
 
 def load_classifier(path):
     """Returns a function of float32 pixels `(n, height, width, channels)` that returns logits, and the model's description."""
-    expected = "the model must be a finished run's workdir or an exported model with its JSON file"
-    beside = path / "result.json" if (path / "result.json").exists() else path.with_suffix(DESCRIBED)
+    expected = "the model must be a finished run's workdir, a model in it, or an exported model"
+    if (path / "run.json").exists() and not (path / "result.json").exists():
+        raise InputError(f"{expected}. Received: {str(path)!r}, a run that is not finished: its command resumes it")
+    results = [folder / "result.json" for folder in (path, path.parent) if folder == path or path.name in MODELS]
+    beside = next((result for result in results if result.exists()), path.with_suffix(DESCRIBED))
+    if not beside.exists():
+        raise InputError(f"{expected}, with {beside.name} next to it. Received: {str(path)!r}")
     described = read_json(beside, DESCRIPTION, expected)
     try:
         if (path / "final.keras").exists() or path.suffix == ".keras":
@@ -99,7 +105,10 @@ def _tflite(path):
 def _files(path):
     """The image files of a folder, in order, or the one file."""
     if path.is_dir():
-        return sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        files = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        if not files:
+            raise InputError(f"a folder of images must hold JPEG or PNG files. Received: {str(path)!r}, without any")
+        return files
     if not path.is_file():
         raise InputError(f"each image must be a file or a folder that exists. Received: {str(path)!r}")
     return [path]

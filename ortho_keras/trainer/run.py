@@ -32,7 +32,7 @@ from ortho_keras.nets.shifted_relu import shift_for_depth
 from ortho_keras.trainer.build import compiled_model, growth_step
 from ortho_keras.trainer.checkpoints import restore_checkpoint
 from ortho_keras.trainer.data import load_data
-from ortho_keras.trainer.loop import BEST, Trainer, new_epoch
+from ortho_keras.trainer.loop import BEST, Trainer, new_epoch, stop_requests
 from ortho_keras.trainer.recipe import MIRRORING, STORED, Recipe
 from ortho_keras.trainer.result import EVALUATE_AGAIN, RESULT, result_of
 from ortho_keras.trainer.runtime import Runtime, slowdown
@@ -118,6 +118,7 @@ def run(
         resumes = runtime.any(runtime.is_chief and (workdir / "checkpoints").exists())
         if recipe.initial_weights and not resumes:
             _agreed(runtime, lambda: _load_weights(model, recipe.initial_weights))
+            log(f"training begins with the weights of {recipe.initial_weights}, at the recipe's own learning rate")
         _agreed(runtime, lambda: _begin(workdir, recipe, data.fingerprint, lock) if runtime.is_chief else None)
         layers = sum(1 for layer in model.layers if layer_kernels(layer))
         log(f"{model.name}: {layers} layers, {model.count_params():,} parameters, {total_steps} steps of {recipe.batch_size}")
@@ -132,20 +133,21 @@ def run(
         if signal_every and runtime.is_chief:
             callbacks.append(_monitor(recipe, data, workdir, signal_every))
         title = f"{name or recipe.network} (depth {recipe.depth}, seed {recipe.seed})"
-        trainer = Trainer(
-            *(model, recipe, data, workdir, total_steps, runtime, callbacks, keep_checkpoints),
-            *(log, title, build_seconds, checkpoint_minutes),
-        )
-        begun = trainer.restore()
-        if recipe.initial_weights and resumes and begun is None:  # no checkpoint is intact
-            _agreed(runtime, lambda: _load_weights(model, recipe.initial_weights))
-        if recipe.start_depth and begun is None:
-            begun = _grown(trainer)
-        history = trainer.run(begun)
-        if signal_every and runtime.is_chief:
-            log(f"signals.csv and signals.png took {100 * callbacks[-1].share:.1f} % of the training time")
-        log("evaluating on the test split")
-        test = trainer.evaluate(data.test, recipe.augment in MIRRORING, confusion=True)
+        with stop_requests() as stop:
+            trainer = Trainer(
+                *(model, recipe, data, workdir, total_steps, runtime, callbacks, keep_checkpoints),
+                *(log, title, stop, build_seconds, checkpoint_minutes),
+            )
+            begun = trainer.restore()
+            if recipe.initial_weights and resumes and begun is None:  # no checkpoint is intact
+                _agreed(runtime, lambda: _load_weights(model, recipe.initial_weights))
+            if recipe.start_depth and begun is None:
+                begun = _grown(trainer)
+            history = trainer.run(begun)
+            if signal_every and runtime.is_chief:
+                log(f"signals.csv and signals.png took {100 * callbacks[-1].share:.1f} % of the training time")
+            log("evaluating on the test split")
+            test = trainer.evaluate(data.test, recipe.augment in MIRRORING, confusion=True)
         if not runtime.is_chief:
             return None
         result = result_of(name, recipe, data, model, history, test, runtime)
@@ -255,7 +257,8 @@ def _grown(trainer):
     first = dataclasses.replace(recipe, depth=recipe.start_depth, start_depth=0, relu_shift=shift)
     model, _, build_seconds = _compiled(first, data, trainer.runtime)
     last_step, folder = growth_step(recipe, data), trainer.checkpoints / f"{first.depth}_layers"
-    log(f"training begins with {first.depth} layers, {model.count_params():,} parameters, for {last_step} steps")
+    rate = f"a learning rate of up to {first.peak_learning_rate:.4g}"
+    log(f"training begins with {first.depth} layers, {model.count_params():,} parameters, for {last_step} steps, at {rate}")
     shallow = dataclasses.replace(
         trainer, model=model, recipe=first, end_step=last_step, checkpoints=folder, build_seconds=build_seconds
     )

@@ -59,6 +59,7 @@ def test_probabilities_are_those_of_the_pixels_of_an_evaluation(trained):
 def test_exports_and_the_command(trained, tmp_path, capsys):
     workdir, result, data = trained
     expected = dict(predict(workdir, [data / "test"], top=1))
+    assert dict(predict(workdir / "final.keras", [data / "test"], top=1)) == expected
     for name in ("net.keras", "net.tflite", "net"):
         deploy(workdir / "final.keras", tmp_path / name, result)
         for path, ((best, probability),) in predict(tmp_path / name, [data / "test"], top=1):
@@ -85,13 +86,17 @@ def test_what_is_refused(trained, tmp_path, capsys):
     (old / "result.json").write_text(json.dumps({**result, "class_names": None}))
     (tmp_path / "net.classes.json").write_text(json.dumps(result))
     (tmp_path / "net.keras").write_text("no model")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "run.json").write_text("{}")
     for arguments, message in (
         ([old, data], "result.json' (class_names is None, expected a list)"),
         (
             [tmp_path / "net.keras", data],
-            "the model must be a finished run's workdir or an exported model with its JSON file. ",
+            "the model must be a finished run's workdir, a model in it, or an exported model. ",
         ),
-        ([tmp_path / "none", data], "none.classes.json' (No such file or directory)"),
+        ([tmp_path / "none", data], f", with none.classes.json next to it. Received: '{tmp_path}/none'"),
+        ([tmp_path / "begun", data], "/begun', a run that is not finished: its command resumes it"),
+        ([workdir, tmp_path / "begun"], "a folder of images must hold JPEG or PNG files. Received: "),
         ([workdir, tmp_path / "none"], "each image must be a file or a folder that exists. Received: "),
         ([workdir, data, "--top=0"], "`top` must be an integer, at least 1. Received: top=0"),
     ):

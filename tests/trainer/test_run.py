@@ -190,13 +190,12 @@ def test_callbacks_are_called_as_fit_does_and_the_files_grow_by_the_epoch(tmp_pa
     assert rows == [(1, True), (2, True)]
     assert lines[3] == "each call of the graph takes one step, not several, because of callbacks at each step: Recorder"
     assert re.fullmatch(r"tracing the first step \(about \d+ s for 8 layers\)", lines[4])
-    values, left = (
-        r" - loss [\d.]+ - crossentropy [\d.]+ - accuracy [\d.]+ - penalty [\d.e-]+",
-        r" - images/s [\d.e+]+ - about \d:\d\d:\d\d left",
-    )
-    for line, expected in zip(lines[5:7], ("step 1 of 8" + values, "step 2 of 8" + values + left)):  # the first step traces
+    values = r"step {} of 8 - loss [\d.]+ - accuracy [\d.]+{} - crossentropy [\d.]+ - penalty [\d.e-]+{}"
+    rest = r" - images/s [\d.e+]+", r" - about \d:\d\d:\d\d left"
+    for line, expected in zip(lines[5:7], (values.format(1, "", ""), values.format(2, *rest))):  # the first step traces
         assert re.fullmatch(expected, line)
-    assert lines[7] == "evaluated 144 of 144 images" and lines[-1] == "evaluated 360 of 360 images"
+    assert lines[7].startswith("tracing the evaluation (about ")
+    assert lines[8] == "evaluated 144 of 144 images" and lines[-1] == "evaluated 360 of 360 images"
 
 
 def test_a_bar_is_shown_on_a_terminal_and_after_a_while_only(monkeypatch, capsys):
@@ -204,10 +203,13 @@ def test_a_bar_is_shown_on_a_terminal_and_after_a_while_only(monkeypatch, capsys
     now, lines, machine = [0.0], [], runtime.Runtime(tf.distribute.get_strategy())
     monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     bar = progress.Progress(machine, lines.append, 100, quiet=3.0)
-    for now[0], done in ((2.0, 40), (4.0, 70), (5.0, 100)):
-        bar.update(done, "a line")
-        shown = capsys.readouterr().out
-        assert (f"{done}/100" in shown) == (done > 40)
+    values = [("loss", 2.3), ("accuracy", 0.1), ("images/s", 4692.1234)]
+    for now[0], done, columns in ((2.0, 40, 80), (4.0, 70, 80), (5.0, 100, 120)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        bar.update(done, "a line", values)
+        shown = re.sub(r"\x1b\[\d+m", "", capsys.readouterr().out)
+        assert (f"{done}/100" in shown and "accuracy: " in shown) == (done > 40)
+        assert ("images/s" in shown) == (done == 100) and len(shown.rpartition("\r")[2]) < columns
     assert lines == [] and shown.endswith("\n")
     monkeypatch.setattr("sys.stdout.isatty", lambda: False)
     log = progress.Progress(machine, lines.append, 100)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 
 import keras
 import numpy as np
@@ -74,6 +75,30 @@ def test_a_run_begins_with_the_weights_of_another_that_fit(tmp_path, finished, m
         with pytest.raises(InputError, match="^--initial_weights must be .*Received: '"):
             run(dataclasses.replace(recipe, **wrong), tmp_path / "wrong", log=silent)
         assert not (tmp_path / "wrong").exists()
+
+
+def test_an_evaluation_that_is_stopped_costs_no_step(tmp_path, monkeypatch):
+    """Of the validation after the first epoch, and then of the test."""
+    monkeypatch.setattr(progress, "LINE_EVERY", -1.0)
+    recipe = dataclasses.replace(RECIPE, width=2, epochs=2, evaluate_every=1, modulation="off")
+    lines = []
+
+    def log(line):
+        lines.append(line)
+        if line in ("evaluated 128 of 144 images", "evaluated 128 of 360 images") and lines.count(line) == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    for _ in range(2):
+        with pytest.raises(Interrupted, match="^stopped in an evaluation$"):
+            run(recipe, tmp_path / "run", log=log)
+    result, whole = run(recipe, tmp_path / "run", log=log), run(recipe, tmp_path / "whole", log=silent)
+    assert [line for line in lines if line.startswith("resuming")] == [f"resuming after step {step} of 20" for step in (10, 20)]
+    assert result["test_accuracy"] == pytest.approx(whole["test_accuracy"], abs=1 / 360)
+    rows, expected = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("run", "whole"))
+    assert [row["step"] for row in rows] == [10, 20]
+    for row, one in zip(rows, expected, strict=True):
+        assert row["validation_crossentropy"] == pytest.approx(one["validation_crossentropy"], rel=1e-3)
+        assert row["crossentropy"] == pytest.approx(one["crossentropy"], rel=1e-3)
 
 
 class Forget(keras.callbacks.Callback):
