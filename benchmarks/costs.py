@@ -16,6 +16,7 @@ def cost_tables(results):
         "onednn": onednn_table,
         "scaling": scaling_table,
         "orthogonality": orthogonality_table,
+        "loop": loop_table,
         "input pipeline": input_table,
         "photographs": photographs_table,
         "inference": inference_table,
@@ -115,6 +116,17 @@ def orthogonality_table(results):
     return table(header, rows)
 
 
+def loop_table(results):
+    rows = []
+    for stem, result in load(results, "loop"):
+        net, size, batch, _ = stem.split("-")
+        ratios = [quartiles(figures["ratio_quartiles"]) for figures in result["ratios"].values()]
+        speed = next(iter(result["ratios"].values()))["loop_images_per_second"]
+        rows.append([f"{net}, {size} pixels, batch {batch}", result["cpu_cores"], f"{speed:.0f}", *ratios])
+    header = ["net", "cores", "images/s", "over one call of a graph for the epoch (quartiles)", "over Keras's fit (quartiles)"]
+    return table(header, rows)
+
+
 def input_table(results):
     rows = []
     for stem, result in load(results, "input_pipeline"):
@@ -148,7 +160,17 @@ def inference_table(results):
 def command_table(results):
     """The command, commit, hardware and versions behind each result file of the tables above."""
     rows = []
-    for kind in ("step_time", "memory", "onednn", "scaling", "orthogonality", "input_pipeline", "photographs", "inference"):
+    for kind in (
+        "step_time",
+        "memory",
+        "onednn",
+        "scaling",
+        "orthogonality",
+        "loop",
+        "input_pipeline",
+        "photographs",
+        "inference",
+    ):
         for stem, result in load(results, kind):
             versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
             place = [f"{result['cpu_cores']} of {result['processor']}", versions, result["commit"][:10]]

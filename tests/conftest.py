@@ -12,6 +12,8 @@ import keras
 import pytest
 import tensorflow as tf
 
+from ortho_keras.trainer.runtime import graphs_freed
+
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
@@ -37,5 +39,6 @@ def fresh_state():
 
 @pytest.fixture(scope="module", autouse=True)
 def free_memory():
-    yield
+    with graphs_freed():
+        yield
     gc.collect()

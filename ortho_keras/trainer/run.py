@@ -35,7 +35,7 @@ from ortho_keras.trainer.data import load_data
 from ortho_keras.trainer.loop import BEST, Trainer, new_epoch, stop_requests
 from ortho_keras.trainer.recipe import MIRRORING, STORED, Recipe
 from ortho_keras.trainer.result import EVALUATE_AGAIN, RESULT, result_of
-from ortho_keras.trainer.runtime import Runtime, slowdown
+from ortho_keras.trainer.runtime import Runtime, graphs_freed, slowdown
 from ortho_keras.trainer.steps import scores
 
 PROBE_IMAGES = 64
@@ -94,7 +94,7 @@ def run(
     runtime = runtime or Runtime()
     workdir = expanded(workdir)
     log = log if runtime.is_chief else lambda line: None
-    with _resource_errors(recipe, runtime, workdir), contextlib.ExitStack() as lock:
+    with _resource_errors(recipe, runtime, workdir), graphs_freed(), contextlib.ExitStack() as lock:
         _check_memory(recipe)
         finished = _agreed(runtime, lambda: _check_workdir(workdir, recipe) if runtime.is_chief else None)
         if runtime.any(finished is not None):

@@ -1,5 +1,6 @@
-"""Where a run computes: devices, strategy and determinism."""
+"""Where a run computes: devices, strategy and determinism; and what it leaves behind there."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -10,6 +11,7 @@ import time
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.framework import ops
 
 from ortho_keras.method.errors import InputError
 from ortho_keras.method.files import parse_json
@@ -128,6 +130,23 @@ def start(strategy="auto", devices="", jit_compile=False, deterministic=False, t
     if jit_compile and runtime.replicas > 1:
         raise InputError(f"--jit_compile must be off with more than one replica. Received: {runtime.replicas} replicas")
     return runtime
+
+
+@contextlib.contextmanager
+def graphs_freed():
+    """Removes, at the end, the gradients that `tf.custom_gradient` registered meanwhile.
+
+    TensorFlow (2.21) keeps each traced one for good, and with it the whole graph: memory that grows with each run of a process.
+    Graphs that were traced meanwhile can be called, but not differentiated, afterwards.
+    """
+    registered = ops.gradient_registry._registry
+    before = set(registered)
+    try:
+        yield
+    finally:
+        for name in set(registered) - before:
+            if name.startswith("CustomGradient-"):
+                del registered[name]
 
 
 def device_names():

@@ -1,6 +1,7 @@
 """Runs in this process: their files, and that the loop computes what a plain Keras loop does."""
 
 import dataclasses
+import gc
 import json
 import re
 import types
@@ -11,6 +12,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 from small_runs import RECIPE, silent
+from tensorflow.python.framework.func_graph import FuncGraph
 
 from ortho_keras import orthonormality_error
 from ortho_keras.diagnosis.monitor import read_signals
@@ -216,6 +218,18 @@ def test_a_bar_is_shown_on_a_terminal_and_after_a_while_only(monkeypatch, capsys
     for now[0], done in ((34.0, 10), (36.0, 20), (60.0, 30), (67.0, 40)):
         log.update(done, f"{done} of 100")
     assert lines == ["20 of 100", "40 of 100"] and capsys.readouterr().out == ""
+
+
+def test_a_run_leaves_no_graph_behind(tmp_path):
+    """TensorFlow registers each traced custom gradient for good, and with it its graph."""
+
+    def graphs():
+        gc.collect()
+        return sum(isinstance(one, FuncGraph) for one in gc.get_objects())
+
+    before = graphs()
+    run(dataclasses.replace(RECIPE, width=2, max_steps=1), tmp_path, log=silent)
+    assert graphs() == before
 
 
 def test_mirror_images_by_hand():
