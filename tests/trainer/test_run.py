@@ -224,6 +224,7 @@ def test_a_run_leaves_no_graph_behind(tmp_path):
     """TensorFlow registers each traced custom gradient for good, and with it its graph."""
 
     def graphs():
+        keras.backend.clear_session()
         gc.collect()
         return sum(isinstance(one, FuncGraph) for one in gc.get_objects())
 
