@@ -69,5 +69,5 @@ def test_the_console_script_lists_the_flags_and_names_itself(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     calls = [[sys.executable, "-c", code, flag] for flag in ("--help", "--depth=3")]
     helped, refused = (subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True) for call in calls)
-    assert "USAGE: /usr/bin/ortho-train [flags]" in helped.stdout and "--recipe_file" in helped.stdout, helped.stderr
+    assert helped.stdout.startswith("Trains a recipe") and "--recipe_file" in helped.stdout, helped.stderr
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and refused.stderr.startswith("ortho-train: --depth must")
