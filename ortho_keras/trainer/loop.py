@@ -80,7 +80,7 @@ class Trainer:
             with self.runtime.strategy.scope():
                 self.model.optimizer.build(self.model.trainable_variables)
         self._train = train_function(self.model, self.recipe.batch_size, self.recipe.label_smoothing, self.runtime)
-        self._traced, self._per_call = False, StepsPerCall(self.callbacks, self.runtime)
+        self._per_call = StepsPerCall(self.callbacks, self.runtime)
         self._score = None
         self._reported, self._draw_after, self._saved = set(), time.monotonic() + DRAW_EVERY, time.monotonic()
 
@@ -254,10 +254,10 @@ class Trainer:
             stopped = requests >= 1
             logs = {name: epoch[name] / epoch["steps"] for name in ("crossentropy", "accuracy")}
             logs |= {"penalty": penalty, "loss": epoch["smoothed"] / epoch["steps"] + penalty}
-            if self._traced:
+            if self._per_call.calls > 1:
                 logs["images/s"] = (step - first) * batch_size / (now - since)
             else:  # the first call's time includes the tracing of the graph
-                self._traced, first, since = True, step, now
+                first, since = step, now
             shown = [(name, logs[name]) for name in names if name in logs]
             line = [f"step {step:,} of {self.end_step:,}", *(f"{name} {value:.4g}" for name, value in shown)]
             if "images/s" in logs:

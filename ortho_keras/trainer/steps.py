@@ -17,17 +17,18 @@ class StepsPerCall:
 
     Attributes:
         steps: int, the number.
+        calls: int, the calls so far.
         waiting: List of the callbacks that are called at each step.
     """
 
     def __init__(self, callbacks, runtime):
         self._runtime, self._callbacks = runtime, [callback for callback in callbacks if hasattr(callback, "steps_to_due")]
         self.waiting = [callback for callback in callbacks if callback not in self._callbacks and _is_called_at_steps(callback)]
-        self.steps, self._calls, self._seconds = 1, 0, 0.0
+        self.steps, self.calls, self._seconds = 1, 0, 0.0
 
     def wish(self, step):
         """Returns the number for the call that begins after `step` training steps; on workers but the chief 0."""
-        if self._calls < 2 or self.waiting:  # the first call traces the graph
+        if self.calls < 2 or self.waiting:  # the first call traces the graph
             steps = 1
         else:
             due = (callback.steps_to_due(step) for callback in self._callbacks)
@@ -37,7 +38,7 @@ class StepsPerCall:
     def update(self, seconds, agreed):
         """Sets `steps` from the sum of wishes over replicas, and takes note of the seconds that each step took."""
         self.steps = round(agreed / self._runtime.local_replicas)
-        self._calls, self._seconds = self._calls + 1, seconds
+        self.calls, self._seconds = self.calls + 1, seconds
 
 
 def _is_called_at_steps(callback):
