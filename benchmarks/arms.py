@@ -16,6 +16,7 @@ from ortho_keras import (
 )
 from ortho_keras.method.kernels import as_matrices, at_least_float32
 from ortho_keras.method.regularizers import REGULARIZERS, KernelRegularizer
+from ortho_keras.trainer.penalty import lazy_penalty
 
 SEED = 0
 
@@ -127,10 +128,10 @@ def layer_arms(net, factor=1e-4):
 ARMS = {"layers": layer_arms, "regularizers": penalty_arms, "modulation": modulation_arms}
 
 
-def training_step(model, callbacks=(), alone=False):
+def training_step(model, callbacks=(), alone=False, every=1):
     """A function of images and labels that trains `model` by one step and returns the loss; its `trace` only traces.
 
-    `alone` trains the kernels by their penalty alone: nothing of the net is computed.
+    `alone` trains the kernels by their penalty alone: nothing of the net is computed. `every` is that of `lazy_penalty`.
     """
     model.compile(keras.optimizers.SGD(0.01, 0.9))
     optimizer = model.optimizer
@@ -147,7 +148,7 @@ def training_step(model, callbacks=(), alone=False):
             if not alone:
                 logits = model(images, training=True)
                 loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
-            loss += sum(model.losses)
+            loss += lazy_penalty(model, every)
         optimizer.apply(tape.gradient(loss, trained), trained)
         return loss
 

@@ -14,6 +14,7 @@ def cost_tables(results):
         "cost summary": summary_table,
         "memory": memory_table,
         "onednn": onednn_table,
+        "lazy": lazy_table,
         "scaling": scaling_table,
         "orthogonality": orthogonality_table,
         "loop": loop_table,
@@ -116,6 +117,16 @@ def orthogonality_table(results):
     return table(header, rows)
 
 
+def lazy_table(results):
+    rows = []
+    for stem, result in load(results, "lazy"):
+        net, size, batch, _ = stem.split("-")
+        for name, arm in result["arms"].items():
+            place = [name, f"{net}, {size} pixels, batch {batch}", result["cpu_cores"], result["arithmetic_share"]]
+            rows.append([*place, f"{1000 * arm['median_seconds']:.3g}", quartiles(arm["ratio_quartiles"]), arm["residual"]])
+    return table(["penalty", "net", "cores", "arithmetic", "step, ms", "ratio (quartiles)", "residual"], rows)
+
+
 def loop_table(results):
     rows = []
     for stem, result in load(results, "loop"):
@@ -164,6 +175,7 @@ def command_table(results):
         "step_time",
         "memory",
         "onednn",
+        "lazy",
         "scaling",
         "orthogonality",
         "loop",

@@ -6,7 +6,6 @@ import datetime
 import pathlib
 import signal
 import sys
-import threading
 import time
 import types
 
@@ -15,12 +14,12 @@ import numpy as np
 import tensorflow as tf
 
 from ortho_keras.diagnosis.plots import plot_curves
-from ortho_keras.method.console import say
 from ortho_keras.method.errors import InputError, Interrupted, NonFiniteLossError
 from ortho_keras.method.files import write_json
 from ortho_keras.nets.batchnorm import BatchNormalizationEstimator
 from ortho_keras.trainer.checkpoints import restore_checkpoint, save_checkpoint, state_variables
 from ortho_keras.trainer.data import BatchSettings, ImageData, evaluation_batches, training_batches
+from ortho_keras.trainer.penalty import penalty_interval
 from ortho_keras.trainer.progress import Progress
 from ortho_keras.trainer.recipe import Recipe
 from ortho_keras.trainer.runtime import Runtime
@@ -79,7 +78,9 @@ class Trainer:
         if not self.model.optimizer.built:
             with self.runtime.strategy.scope():
                 self.model.optimizer.build(self.model.trainable_variables)
-        self._train = train_function(self.model, self.recipe.batch_size, self.recipe.label_smoothing, self.runtime)
+        self._every, recipe = penalty_interval(self.recipe, self.model), self.recipe
+        self._penalty = 0.0 if self._every == 1 else float(sum(self.model.losses))  # the last one that was computed
+        self._train = train_function(self.model, recipe.batch_size, recipe.label_smoothing, self.runtime, self._every)
         self._per_call = StepsPerCall(self.callbacks, self.runtime)
         self._score = None
         self._reported, self._draw_after, self._saved = set(), time.monotonic() + DRAW_EVERY, time.monotonic()
@@ -101,6 +102,8 @@ class Trainer:
             if self._per_call.waiting:
                 names = ", ".join(type(callback).__name__ for callback in self._per_call.waiting)
                 self.log(f"each call of the graph takes one step, not several, because of callbacks at each step: {names}")
+            if self._every != max(self.recipe.penalty_every, 1):
+                self.log(f"one penalty in {self._every} steps, {self._every} times as large; --penalty_every=1: in each")
             if step < self.end_step:
                 self._announce_tracing("the first step")
             # An epoch whose steps are all taken, but which is not evaluated yet, has none left.
@@ -248,12 +251,13 @@ class Trainer:
                         f"the loss became {smoothed / batch_size + penalty} at step {step} of {self.total_steps}: try a lower "
                         f"--learning_rate ({self.recipe.learning_rate} now), --warmup_steps, or --modulation anchor"
                     )
+                self._penalty = penalty / self._every if penalty else self._penalty
                 epoch["steps"] += 1
                 for name, total in (("smoothed", smoothed), ("crossentropy", crossentropy), ("accuracy", correct)):
                     epoch[name] += total / batch_size
             stopped = requests >= 1
             logs = {name: epoch[name] / epoch["steps"] for name in ("crossentropy", "accuracy")}
-            logs |= {"penalty": penalty, "loss": epoch["smoothed"] / epoch["steps"] + penalty}
+            logs |= {"penalty": self._penalty, "loss": epoch["smoothed"] / epoch["steps"] + self._penalty}
             if self._per_call.calls > 1:
                 logs["images/s"] = (step - first) * batch_size / (now - since)
             else:  # the first call's time includes the tracing of the graph
@@ -327,23 +331,3 @@ def _average_over_replicas(variables, strategy):
 
     for variable, mean in zip(variables, means()):
         variable.assign(mean)
-
-
-@contextlib.contextmanager
-def stop_requests():
-    """Yields an object whose `signum` the first SIGINT or SIGTERM sets, so that a trainer stops soon; a second SIGINT kills."""
-    stop = types.SimpleNamespace(signum=0)
-
-    def request(signum, frame):
-        stop.signum = signum
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if signum == signal.SIGINT:  # from someone at a terminal
-            say("stopping at the next step; Ctrl-C again stops at once", sys.stderr)
-
-    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {signum: signal.signal(signum, request) for signum in signals}
-    try:
-        yield stop
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -24,7 +24,7 @@ READ_FOR = {
     "momentum": ("optimizer", ("sgd", "nesterov", "rmsprop", "muon")),
     "vector_rate": ("optimizer", ("muon",)),
     "weight_decay": ("optimizer", ("adamw",)),
-    "factor": ("regularizer", FACTORED),
+    **dict.fromkeys(("factor", "penalty_every"), ("regularizer", FACTORED)),
     **dict.fromkeys(("padding", "crop_border", "cutout"), ("augment", ("crop", "crop_flip"))),
     "grow_epoch": ("start_depth", range(8, 2**31)),
     **dict.fromkeys(("tolerance", "max_scale", "modulation_steps", "modulation_sync"), ("modulation", ("neighbour", "anchor"))),
@@ -82,6 +82,9 @@ class Recipe:
         1e-4,
         "strength of the penalty: factor / 2 * ||W^T W - I||^2; l2: factor / 2 * ||W||^2; others: factor times their formula",
         least=0,
+    )
+    penalty_every: int = _field(
+        0, "steps from one penalty to the next, as many times as large; 0: by its share of a step's arithmetic", least=0
     )
     modulation: str = _field(
         "off", "rescales convolutions' error signals to the next layer's or the last one's", ("off", "neighbour", "anchor")

@@ -32,10 +32,10 @@ from ortho_keras.nets.shifted_relu import shift_for_depth
 from ortho_keras.trainer.build import compiled_model, growth_step
 from ortho_keras.trainer.checkpoints import restore_checkpoint
 from ortho_keras.trainer.data import load_data
-from ortho_keras.trainer.loop import BEST, Trainer, new_epoch, stop_requests
+from ortho_keras.trainer.loop import BEST, Trainer, new_epoch
 from ortho_keras.trainer.recipe import MIRRORING, STORED, Recipe
 from ortho_keras.trainer.result import EVALUATE_AGAIN, RESULT, result_of
-from ortho_keras.trainer.runtime import Runtime, graphs_freed, slowdown
+from ortho_keras.trainer.runtime import Runtime, graphs_freed, slowdown, stop_requests
 from ortho_keras.trainer.steps import scores
 
 PROBE_IMAGES = 64

@@ -5,14 +5,18 @@ import dataclasses
 import functools
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 import time
+import types
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.python.framework import ops
 
+from ortho_keras.method.console import say
 from ortho_keras.method.errors import InputError
 from ortho_keras.method.files import parse_json
 
@@ -240,3 +244,23 @@ def read_devices(text):
 def cpu_cores():
     """Returns the number of cores that this process may use, which can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """Yields an object whose `signum` the first SIGINT or SIGTERM sets, so that a trainer stops soon; a second SIGINT kills."""
+    stop = types.SimpleNamespace(signum=0)
+
+    def request(signum, frame):
+        stop.signum = signum
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signum == signal.SIGINT:  # from someone at a terminal
+            say("stopping at the next step; Ctrl-C again stops at once", sys.stderr)
+
+    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {signum: signal.signal(signum, request) for signum in signals}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -3,6 +3,8 @@
 import keras
 import tensorflow as tf
 
+from ortho_keras.trainer.penalty import lazy_penalty
+
 TOP = 5  # of top-5 accuracy
 CALL_SECONDS = 0.25  # that a call with several steps takes, about; a run stops within the next one
 MOST_STEPS = 1024  # of a call
@@ -47,11 +49,11 @@ def _is_called_at_steps(callback):
     return any(one is not getattr(keras.callbacks.Callback, hook) for one, hook in zip(own, hooks))
 
 
-def train_function(model, batch_size, label_smoothing, runtime):
+def train_function(model, batch_size, label_smoothing, runtime, penalty_every=1):
     """Training steps in one call of a graph: `(batches, count, request, wish)` to sums over replicas, float32 `(count, 6)`.
 
     `batches` is an iterator. A row is a step's `[smoothed, cross-entropy, correct, penalty, request, wish]`; the last two are
-    this worker's numbers, which the steps bring to all workers.
+    this worker's numbers, which the steps bring to all workers. `penalty_every` is that of `lazy_penalty`.
     """
     optimizer, replicas, strategy = model.optimizer, runtime.replicas, runtime.strategy
 
@@ -59,7 +61,7 @@ def train_function(model, batch_size, label_smoothing, runtime):
         with tf.GradientTape() as tape:
             crossentropy, correct, smoothed = scores(labels, model(images, training=True), label_smoothing)
             total = tf.reduce_sum(smoothed)
-            penalty = tf.cast(sum(model.losses), tf.float32) / replicas  # each replica has the whole penalty
+            penalty = lazy_penalty(model, penalty_every) / replicas  # each replica has the whole penalty
             loss = optimizer.scale_loss(total / batch_size + penalty)
         gradients = tape.gradient(loss, model.trainable_variables)
         optimizer.apply(gradients, model.trainable_variables)  # sums the gradients over replicas

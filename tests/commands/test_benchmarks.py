@@ -166,6 +166,14 @@ def test_input_pipeline_writes_its_rates(tmp_path, monkeypatch):
         assert abs(rates["ratio_quartiles"][1] / ratio - 1) < 0.05
 
 
+def test_lazy_writes_times_and_residuals(tmp_path, monkeypatch):
+    given = ["--net=plain8", "--dataset=digits", "--turns=3", "--penalty_factor=1"]
+    result = results(monkeypatch, "lazy", *given, folder=tmp_path)
+    assert result["arms"]["L2"]["ratio_quartiles"] == [1, 1, 1] and result["steps"] == 30
+    residuals = [arm["residual"] for arm in result["arms"].values()]
+    assert max(residuals[1:]) < 0.5 * residuals[0] and len(set(residuals)) == 4
+
+
 def test_loop_writes_its_ratios(tmp_path, monkeypatch):
     given = ["--batch_size=8", "--images=24", "--rounds=1"]
     ratios = results(monkeypatch, "loop", *given, folder=tmp_path)["ratios"]

@@ -87,7 +87,8 @@ def test_the_recipe_for_a_small_folder_learns_and_keeps_its_kernels_orthonormal(
     write_photographs(tmp_path / "data", {"train": 40, "test": 4}, 3)
     own = RECIPES["plain34_photographs"].recipe
     recipe = small("plain34_photographs", tmp_path / "data", batch_size=12, width=4, epochs=5, warmup_steps=own.warmup_steps)
-    run(recipe, tmp_path / "run", log=silent)
+    run(recipe, tmp_path / "run", log=(lines := []).append)
+    assert [line for line in lines if line.startswith("one penalty in ")]  # at 32 pixels, as a run decides by itself
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     losses, penalties = ([epoch[name] for epoch in history] for name in ("loss", "penalty"))
     assert history[-1]["step"] == 50 and losses[0] > losses[2] > losses[-1] and losses[-1] < 0.7 * losses[0]

@@ -108,12 +108,13 @@ def test_slowdown_is_the_ratio_of_the_shortest_times(monkeypatch):
     assert runtime.slowdown("bfloat16") == 3 / 2
 
 
-@pytest.mark.parametrize(("regularizer", "smoothing"), [("orthonormal", 0.0), ("l2", 0.2)])
-def test_training_step_equals_a_plain_loop(tmp_path, regularizer, smoothing):
+@pytest.mark.parametrize(("regularizer", "smoothing", "every"), [("orthonormal", 0.0, 2), ("l2", 0.2, 0)])
+def test_training_step_equals_a_plain_loop(tmp_path, regularizer, smoothing, every):
     recipe = dataclasses.replace(
         RECIPE,
         regularizer=regularizer,
         factor=0.1,
+        penalty_every=every,
         label_smoothing=smoothing,
         crop_border=2,
         cutout=3,
@@ -128,17 +129,20 @@ def test_training_step_equals_a_plain_loop(tmp_path, regularizer, smoothing):
     trainer = Trainer(model, recipe, data, tmp_path, total_steps, log=silent)
     (row,) = trainer.run()
     crossentropies, smoothed = [], []
-    for images, labels in training_batches(data.train, trainer.settings, 0, 3):
+    penalties = [every or 1, 0 if every else 1, every or 1]  # with `every` 2, the second step has none
+    for (images, labels), times in zip(training_batches(data.train, trainer.settings, 0, 3), penalties):
         with tf.GradientTape() as tape:
             logits = plain(images, training=True)
             targets = (1 - smoothing) * tf.one_hot(labels, 10) + smoothing / 10
             losses = -tf.reduce_sum(targets * tf.math.log(tf.nn.softmax(logits)), -1)
             smoothed.append(float(tf.reduce_mean(losses)))
             crossentropies.append(-np.mean(np.log(tf.nn.softmax(logits).numpy()[range(len(labels)), labels])))
-            loss = tf.reduce_mean(losses) + sum(plain.losses)
+            penalty = sum(plain.losses)
+            loss = tf.reduce_mean(losses) + times * penalty
         gradients = tape.gradient(loss, plain.trainable_variables)
         plain.optimizer.apply(gradients, plain.trainable_variables)
     assert row["crossentropy"] == pytest.approx(np.mean(crossentropies), rel=1e-4)
+    assert row["penalty"] == pytest.approx(float(penalty), rel=1e-4)
     assert row["loss"] - row["penalty"] == pytest.approx(np.mean(smoothed), rel=1e-4)
     for mine, expected in zip(model.get_weights(), plain.get_weights()):
         np.testing.assert_allclose(mine, expected, rtol=1e-3, atol=1e-5)

@@ -89,12 +89,13 @@ def test_the_same_by_xla_and_on_replicas(kind, deterministic, request):
             model = modulate(keras.Sequential(model), 1.01, reference="neighbour", synchronized=replicas > 1)
             model.compile(keras.optimizers.Adam(0.01))
             model.optimizer.build(model.trainable_variables)
-        train, rows = train_function(model, 64, 0.1, runtime), []
+        train, rows = train_function(model, 64, 0.1, runtime, penalty_every=2), []
         own = iter(batches(None) if replicas == 1 else runtime.strategy.distribute_datasets_from_function(batches))
         for count in counts:
             rows += [*train(own, count, 0.0, 3.0).numpy()]
         found.append([np.array(rows), *(variable.numpy() for variable in model.variables)])
     assert all(map(np.array_equal, *found)) and (found[0][0][:, -1] == 3 * replicas).all()
+    assert list(found[0][0][:, 3] > 0) == [True, False] * 3  # the penalty in the loss of each second step
 
 
 def test_the_first_step_with_a_loss_that_is_not_finite_is_found_within_a_call(tmp_path, monkeypatch):

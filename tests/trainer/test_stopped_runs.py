@@ -24,6 +24,7 @@ def test_a_run_stopped_at_any_point_equals_one_that_was_not(tmp_path):
     recipe = dataclasses.replace(
         RECIPE, width=2, epochs=3, optimizer="adamw", precision="mixed_float16", learning_rate=0.002, augment="crop_flip"
     )
+    recipe = dataclasses.replace(recipe, factor=0.1, penalty_every=3)  # of which a stop comes in between
     whole = run(recipe, tmp_path / "whole", log=silent)
     stops = {2: "stopped after step 4 of 30", 8: "stopped after step 10 of 30"}  # within an epoch, and in its last step
     for step, message in stops.items():
