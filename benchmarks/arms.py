@@ -14,7 +14,7 @@ from ortho_keras import (
     plain_cnn,
     plain_imagenet,
 )
-from ortho_keras.method.kernels import as_matrices, at_least_float32
+from ortho_keras.method.kernels import as_matrices, at_least_float32, gram_deviations, matrix_shape, model_kernels
 from ortho_keras.method.regularizers import REGULARIZERS, KernelRegularizer
 from ortho_keras.trainer.penalty import lazy_penalty
 
@@ -162,3 +162,14 @@ def training_step(model, callbacks=(), alone=False, every=1):
 
     step.trace = compiled.get_concrete_function
     return step
+
+
+def residual(model):
+    """The mean of `||W^T W - I||_F` over the kernels for which it can be 0."""
+    norms = []
+    for kernel in model_kernels(model):
+        _, f_in, f_out = matrix_shape(kernel.variable.shape, kernel.layout, kernel.groups)
+        if f_out <= f_in:
+            (deviation,) = gram_deviations(kernel.variable, kernel.layout, kernel.groups)
+            norms.append(float(tf.norm(deviation)))
+    return sum(norms) / len(norms)

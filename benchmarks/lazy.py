@@ -4,25 +4,21 @@ python benchmarks/lazy.py --net=plain101_imagenet --data_dir=PATH
 
 Nets of one start train on the same batches of CIFAR-10, enlarged where the net is for photographs: with L2, and with the
 penalty at each step, each fourth and each tenth, 4 and 10 times as large. They take turns, ten steps each; the ratio is that of
-ten steps to ten of L2 in the same turn. The residual is that of `orthogonality.py`, after all steps. Goes to
+ten steps to ten of L2 in the same turn. The residual is the mean of `||W^T W - I||_F` after all steps. Goes to
 `results/lazy/<net>-<size>-<batch>-cores<cores>.json`.
 """
 
+import os
 import pathlib
-import sys
 import time
 
-from absl import app, flags
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as train.py does, before TensorFlow starts
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import ortho_train  # noqa: F401 - TensorFlow's settings as in train.py
-
-# isort: split
 import keras
 import numpy as np
-from arms import SEED, training_step
+from absl import app, flags
+from arms import SEED, residual, training_step
 from measured import write_result
-from orthogonality import residual
 from runs import ROOT
 
 from ortho_keras import OrthonormalRegularizer, plain_cnn, plain_imagenet
@@ -44,7 +40,7 @@ flags.DEFINE_string("dataset", "cifar10", "Which images.")
 flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS data; by default TFDS's own.")
 flags.DEFINE_integer("turns", 20, "Turns of ten steps of each arm.", lower_bound=2)
 flags.DEFINE_float("penalty_factor", 0.01, "Strength of the penalty; L2 takes a hundredth.")
-flags.FLAGS.set_default("results", str(ROOT / "benchmarks" / "results" / "lazy"))
+flags.DEFINE_string("results", str(ROOT / "benchmarks" / "results" / "lazy"), "Folder of the result files.")
 
 
 def main(_):

@@ -11,14 +11,12 @@ import pathlib
 
 import keras
 import numpy as np
-import tensorflow as tf
 from absl import app, flags
-from arms import penalty_arms, training_step
+from arms import penalty_arms, residual, training_step
 from measured import write_result
 from runs import ROOT
 
 from ortho_keras import BatchNormalizationEstimator, plain_cnn
-from ortho_keras.method.kernels import gram_deviations, matrix_shape, model_kernels
 from ortho_keras.trainer.data import BatchSettings, load_data, training_batches
 
 FLAGS = flags.FLAGS
@@ -31,17 +29,6 @@ flags.DEFINE_list("arms", list(penalty_arms(None)), "Which penalties.")
 flags.DEFINE_list("factors", ["1e-3", "1e-2", "1e-1", "1"], "Strengths to train with; L2 takes a hundredth of each.")
 flags.DEFINE_list("seeds", ["0", "1"], "Seeds of start and order.")
 flags.DEFINE_string("results", str(RESULTS), "Folder of the result file.")
-
-
-def residual(model):
-    """The mean of `||W^T W - I||_F` over the kernels for which it can be 0."""
-    norms = []
-    for kernel in model_kernels(model):
-        _, f_in, f_out = matrix_shape(kernel.variable.shape, kernel.layout, kernel.groups)
-        if f_out <= f_in:
-            (deviation,) = gram_deviations(kernel.variable, kernel.layout, kernel.groups)
-            norms.append(float(tf.norm(deviation)))
-    return sum(norms) / len(norms)
 
 
 def train(arm, factor, seed, data):
