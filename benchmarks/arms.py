@@ -97,8 +97,8 @@ def penalty_arms(net, factor=1e-4):
     return arms
 
 
-def modulation_arms(net, factor=1e-4):
-    """L2, the penalty, and the penalty with modulation by each reference, as it is and as one would write it first."""
+def modulation_arms(net, factor=1e-4, forms=(False, True)):
+    """L2, the penalty, and the penalty with modulation by each reference, as it is and as one would write it first: `forms`."""
 
     def modulated(reference, straight):
         model = modulate(net(OrthonormalRegularizer(factor)), reference=reference)
@@ -106,7 +106,7 @@ def modulation_arms(net, factor=1e-4):
 
     arms = {name: lambda made=PENALTIES[name]: (net(made(factor)), []) for name in ("L2", "OrthonormalRegularizer")}
     for reference in ("neighbour", "anchor"):
-        for straight in (False, True):
+        for straight in forms:
             name = f"OrthonormalRegularizer and modulation by the {reference}{', straightforward' * straight}"
             arms[name] = lambda reference=reference, straight=straight: modulated(reference, straight)
     return arms
@@ -125,10 +125,15 @@ def layer_arms(net, factor=1e-4):
     }
 
 
-ARMS = {"layers": layer_arms, "regularizers": penalty_arms, "modulation": modulation_arms}
+ARMS = {
+    "layers": layer_arms,
+    "regularizers": penalty_arms,
+    "modulation": modulation_arms,
+    "method": lambda net: modulation_arms(net, forms=(False,)),
+}
 
 
-def training_step(model, callbacks=(), alone=False, every=1):
+def training_step(model, callbacks=(), alone=False, every=1, jit_compile=False):
     """A function of images and labels that trains `model` by one step and returns the loss; its `trace` only traces.
 
     `alone` trains the kernels by their penalty alone: nothing of the net is computed. `every` is that of `lazy_penalty`.
@@ -141,7 +146,7 @@ def training_step(model, callbacks=(), alone=False, every=1):
         callback.set_model(model)
         callback.on_train_begin()
 
-    @tf.function
+    @tf.function(jit_compile=jit_compile)
     def compiled(images, labels):
         with tf.GradientTape() as tape:
             loss = 0.0

@@ -31,30 +31,35 @@ def load(results, benchmark):
     return [(path.stem, json.loads(path.read_text())) for path in sorted((results / benchmark).glob("*.json"))]
 
 
+def where(result):
+    return result.get("gpu") or f"{result['cpu_cores']} cores"
+
+
 def quartiles(values):
     low, median, high = values
     return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
 def step_time_parts(stem):
-    """Returns `(compared, net, image size, batch, precision, cores)` of a result file's name."""
-    return re.fullmatch(r"(\w+)-(\w+)-(\d+)-(\d+)-(\w+)-cores(\d+)", stem).groups()
+    """Returns `(compared, net, image size, batch, precision, device)` of a result file's name."""
+    *parts, precision, device = re.fullmatch(r"(\w+)-(\w+)-(\d+)-(\d+)-(\w+)-(\w+)", stem).groups()
+    return *parts, precision.replace("_xla", ", XLA"), device
 
 
 def step_time_table(results):
     rows = []
     for stem, result in load(results, "step_time"):
-        compared, net, size, batch, precision, cores = step_time_parts(stem)
+        compared, net, size, batch, precision, _ = step_time_parts(stem)
         for name, arm in result["arms"].items():
             trained = f"{net}'s penalties alone" if compared == "penalties" else f"{net}, {size} pixels, batch {batch}"
-            place = [trained, precision, cores]
+            place = [trained, precision, where(result)]
             figures = [f"{1000 * arm['median_seconds']:.3g}", quartiles(arm["ratio_quartiles"]), arm["first_step_seconds"]]
             rows.append([name, *place, *figures])
-    return table(["arm", "net", "precision", "cores", "step, ms", "ratio (quartiles)", "first step, s"], rows)
+    return table(["arm", "net", "precision", "device", "step, ms", "ratio (quartiles)", "first step, s"], rows)
 
 
 def summary_table(results):
-    """The method's own arms, each against L2, one line for each net, precision and number of cores."""
+    """The method's own arms, each against L2, one line for each net, precision and device."""
     wanted = {
         "penalty": "OrthonormalRegularizer",
         "neighbour": "OrthonormalRegularizer and modulation by the neighbour",
@@ -62,33 +67,33 @@ def summary_table(results):
     }
     rows = []
     for stem, result in load(results, "step_time"):
-        compared, net, size, batch, precision, cores = step_time_parts(stem)
-        if compared == "modulation":
+        compared, net, size, batch, precision, _ = step_time_parts(stem)
+        if compared in ("modulation", "method"):
             ratios = [quartiles(result["arms"][arm]["ratio_quartiles"]) for arm in wanted.values()]
-            rows.append([f"{net}, {size} pixels, batch {batch}", precision, cores, *ratios])
-    header = ["net", "precision", "cores", "penalty", "penalty and modulation by the neighbour", "... by the anchor"]
+            rows.append([f"{net}, {size} pixels, batch {batch}", precision, where(result), *ratios])
+    header = ["net", "precision", "device", "penalty", "penalty and modulation by the neighbour", "... by the anchor"]
     return table(header, rows)
 
 
 def memory_table(results):
     rows = []
     for stem, result in load(results, "memory"):
-        net, size, batch, precision, cores = re.fullmatch(r"(\w+)-(\d+)-(\d+)-(\w+)-cores(\d+)", stem).groups()
+        net, size, batch, precision, _ = re.fullmatch(r"(\w+)-(\d+)-(\d+)-(\w+)-(\w+)", stem).groups()
         for name, arm in result["arms"].items():
             low, high = (f"{value / 2**20:.0f}" for value in (min(arm["peak_bytes"]), max(arm["peak_bytes"])))
             median = f"{statistics.median(arm['peak_bytes']) / 2**20:.0f} ({low} to {high})"
-            rows.append([name, f"{net}, {size} pixels, batch {batch}", precision, cores, median, f"{arm['ratio']:.3f}"])
-    return table(["arm", "net", "precision", "cores", "peak, MiB (least to most)", "ratio of medians"], rows)
+            rows.append([name, f"{net}, {size} pixels, batch {batch}", precision, where(result), median, f"{arm['ratio']:.3f}"])
+    return table(["arm", "net", "precision", "device", "peak, MiB (least to most)", "ratio of medians"], rows)
 
 
 def onednn_table(results):
     rows = []
     for stem, result in load(results, "onednn"):
-        net, size, batch, precision, cores = re.fullmatch(r"(\w+)-(\d+)-(\d+)-(\w+)-cores(\d+)", stem).groups()
+        net, size, batch, precision, _ = re.fullmatch(r"(\w+)-(\d+)-(\d+)-(\w+)-(\w+)", stem).groups()
         for name, arm in result["arms"].items():
             figures = [f"{1000 * arm['median_seconds']:.3g}", quartiles(arm["ratio_quartiles"])]
-            rows.append([name, f"{net}, {size} pixels, batch {batch}", precision, cores, *figures])
-    return table(["arm", "net", "precision", "cores", "step, ms", "ratio (quartiles)"], rows)
+            rows.append([name, f"{net}, {size} pixels, batch {batch}", precision, where(result), *figures])
+    return table(["arm", "net", "precision", "device", "step, ms", "ratio (quartiles)"], rows)
 
 
 def scaling_table(results):
@@ -122,9 +127,9 @@ def lazy_table(results):
     for stem, result in load(results, "lazy"):
         net, size, batch, _ = stem.split("-")
         for name, arm in result["arms"].items():
-            place = [name, f"{net}, {size} pixels, batch {batch}", result["cpu_cores"], result["arithmetic_share"]]
+            place = [name, f"{net}, {size} pixels, batch {batch}", where(result), result["arithmetic_share"]]
             rows.append([*place, f"{1000 * arm['median_seconds']:.3g}", quartiles(arm["ratio_quartiles"]), arm["residual"]])
-    return table(["penalty", "net", "cores", "arithmetic", "step, ms", "ratio (quartiles)", "residual"], rows)
+    return table(["penalty", "net", "device", "arithmetic", "step, ms", "ratio (quartiles)", "residual"], rows)
 
 
 def loop_table(results):
@@ -133,8 +138,8 @@ def loop_table(results):
         net, size, batch, _ = stem.split("-")
         ratios = [quartiles(figures["ratio_quartiles"]) for figures in result["ratios"].values()]
         speed = next(iter(result["ratios"].values()))["loop_images_per_second"]
-        rows.append([f"{net}, {size} pixels, batch {batch}", result["cpu_cores"], f"{speed:.0f}", *ratios])
-    header = ["net", "cores", "images/s", "over one call of a graph for the epoch (quartiles)", "over Keras's fit (quartiles)"]
+        rows.append([f"{net}, {size} pixels, batch {batch}", where(result), f"{speed:.0f}", *ratios])
+    header = ["net", "device", "images/s", "over one call of a graph for the epoch (quartiles)", "over Keras's fit (quartiles)"]
     return table(header, rows)
 
 
@@ -145,17 +150,17 @@ def input_table(results):
         for name, figures in result["pipelines"].items():
             rates = [figures[f"{part}_images_per_second"] for part in ("pipeline", "step")]
             rates = [f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}" for rate in rates]
-            rows.append([name, net, result["cpu_cores"], *rates, quartiles(figures["ratio_quartiles"])])
-        rows.append(["a folder, read and decoded once", "", result["cpu_cores"], result["files_decoded_per_second"], "", ""])
-    return table(["images in", "net", "cores", "pipeline, images/s", "step, images/s", "ratio (quartiles)"], rows)
+            rows.append([name, net, where(result), *rates, quartiles(figures["ratio_quartiles"])])
+        rows.append(["a folder, read and decoded once", "", where(result), result["files_decoded_per_second"], "", ""])
+    return table(["images in", "net", "device", "pipeline, images/s", "step, images/s", "ratio (quartiles)"], rows)
 
 
 def photographs_table(results):
     rows = []
     for _, result in load(results, "photographs"):
         for way, figures in result["ways"].items():
-            rows.append([way, result["cpu_cores"], figures["images_per_second"], quartiles(figures["ratio_quartiles"])])
-    return table(["photographs of 500 x 375 pixels", "cores", "images/s", "over decoding alone (quartiles)"], rows)
+            rows.append([way, where(result), figures["images_per_second"], quartiles(figures["ratio_quartiles"])])
+    return table(["photographs of 500 x 375 pixels", "device", "images/s", "over decoding alone (quartiles)"], rows)
 
 
 def inference_table(results):
@@ -164,8 +169,8 @@ def inference_table(results):
         for row in result["rows"]:
             memory = f"{row['peak_activation_bytes'] / 2**20:.3g}"
             figures = [f"{row['median_milliseconds']:.3g}", quartiles(row["ratio_quartiles"]), memory]
-            rows.append([row["arm"], row["batch"], result["cpu_cores"], *figures])
-    return table(["net", "images", "cores", "latency, ms", "ratio (quartiles)", "peak activations, MiB"], rows)
+            rows.append([row["arm"], row["batch"], where(result), *figures])
+    return table(["net", "images", "device", "latency, ms", "ratio (quartiles)", "peak activations, MiB"], rows)
 
 
 def command_table(results):
@@ -185,6 +190,7 @@ def command_table(results):
     ):
         for stem, result in load(results, kind):
             versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-            place = [f"{result['cpu_cores']} of {result['processor']}", versions, result["commit"][:10]]
+            machine = result.get("gpu") or f"{result['cpu_cores']} of {result['processor']}"
+            place = [machine, versions, result["commit"][:10]]
             rows.append([f"`{result['command']}`", f"`{kind}/{stem}.json`", *place])
-    return table(["command", "result file", "cores", "versions", "commit"], rows)
+    return table(["command", "result file", "device", "versions", "commit"], rows)

@@ -16,12 +16,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
-from measured import write_result
+from measured import device, write_result
 from runs import ROOT
 
 from ortho_keras import ShiftedReLU, fold_batchnorm, plain_cnn, residual_cnn
 from ortho_keras.method.graphs import Graph
-from ortho_keras.trainer.runtime import cpu_cores
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "inference"
@@ -107,7 +106,7 @@ def main(_):
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
-    path = pathlib.Path(FLAGS.results, f"{FLAGS.depth}-{FLAGS.image_size}-cores{cpu_cores()}.json")
+    path = pathlib.Path(FLAGS.results, f"{FLAGS.depth}-{FLAGS.image_size}-{device()}.json")
     write_result(path, depth=FLAGS.depth, rounds=FLAGS.rounds, seed=SEED, rows=rows)
 
 

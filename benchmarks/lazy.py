@@ -5,7 +5,7 @@ python benchmarks/lazy.py --net=plain101_imagenet --data_dir=PATH
 Nets of one start train on the same batches of CIFAR-10, enlarged where the net is for photographs: with L2, and with the
 penalty at each step, each fourth and each tenth, 4 and 10 times as large. They take turns, ten steps each; the ratio is that of
 ten steps to ten of L2 in the same turn. The residual is the mean of `||W^T W - I||_F` after all steps. Goes to
-`results/lazy/<net>-<size>-<batch>-cores<cores>.json`.
+`results/lazy/<net>-<size>-<batch>-<device>.json`.
 """
 
 import os
@@ -18,13 +18,12 @@ import keras
 import numpy as np
 from absl import app, flags
 from arms import SEED, residual, training_step
-from measured import write_result
+from measured import device, write_result
 from runs import ROOT
 
 from ortho_keras import OrthonormalRegularizer, plain_cnn, plain_imagenet
 from ortho_keras.trainer.data import BatchSettings, load_data, training_batches
 from ortho_keras.trainer.penalty import arithmetic_share
-from ortho_keras.trainer.runtime import cpu_cores
 
 FLAGS = flags.FLAGS
 NETS = {  # depth, function, pixels, images of a step
@@ -69,7 +68,7 @@ def main(_):
             "residual": round(residual(models[name]), 5),
         }
         print(name, arms[name], flush=True)
-    path = pathlib.Path(FLAGS.results, f"{FLAGS.net}-{size}-{batch_size}-cores{cpu_cores()}.json")
+    path = pathlib.Path(FLAGS.results, f"{FLAGS.net}-{size}-{batch_size}-{device()}.json")
     share = round(arithmetic_share(models["L2"], batch_size), 4)
     write_result(path, steps=TURN * FLAGS.turns, seed=SEED, arithmetic_share=share, arms=arms)
 

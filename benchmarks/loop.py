@@ -3,7 +3,7 @@
 python benchmarks/loop.py --depth=8 --image_size=8 --batch_size=16 --images=1280
 
 Three models of one recipe train on random pixels in one process, an epoch each in turn. The ratio is that of the loop to
-another in the same round; its median and quartiles go to `results/loop/plain<depth>-<size>-<batch>-cores<cores>.json`. What a
+another in the same round; its median and quartiles go to `results/loop/plain<depth>-<size>-<batch>-<device>.json`. What a
 run does between epochs (checkpoints, evaluations, plots) is not counted.
 """
 
@@ -16,14 +16,14 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 from arms import SEED
-from measured import write_result
+from measured import device, write_result
 from runs import ROOT
 
 from ortho_keras.trainer.build import compiled_model
 from ortho_keras.trainer.data import BatchSettings, ImageData, MemorySplit, training_batches
 from ortho_keras.trainer.loop import Trainer
 from ortho_keras.trainer.recipe import Recipe
-from ortho_keras.trainer.runtime import Runtime, cpu_cores
+from ortho_keras.trainer.runtime import Runtime
 from ortho_keras.trainer.steps import train_function
 
 FLAGS = flags.FLAGS
@@ -82,7 +82,7 @@ def main(_):
             "ratio_quartiles": [round(float(ratio), 3) for ratio in ratios],
         }
         print(f"over {name}: {ratios[1]:.3f} ({ratios[0]:.3f} to {ratios[2]:.3f})")
-    kind = f"plain{FLAGS.depth}-{FLAGS.image_size}-{FLAGS.batch_size}-cores{cpu_cores()}.json"
+    kind = f"plain{FLAGS.depth}-{FLAGS.image_size}-{FLAGS.batch_size}-{device()}.json"
     write_result(pathlib.Path(FLAGS.results, kind), rounds=FLAGS.rounds, seed=SEED, ratios=figures)
 
 

@@ -4,7 +4,7 @@ python benchmarks/memory.py --depth=44 --repeats=5
 
 Peak memory is the largest resident size of the whole process (`ru_maxrss`). Larger tensors are mapped and unmapped one by one
 (glibc's MALLOC_MMAP_THRESHOLD_), or holes in the heap would make more spread than the arms do. The peaks of `--repeats`
-processes, and the ratio of medians, go to `results/memory/plain<depth>-<size>-<batch>-<precision>-cores<cores>.json`.
+processes, and the ratio of medians, go to `results/memory/plain<depth>-<size>-<batch>-<precision>-<device>.json`.
 """
 
 import os
@@ -15,13 +15,12 @@ import sys
 
 import keras
 import numpy as np
+import tensorflow as tf
 from absl import app, flags
-from arms import modulation_arms, penalty_arms, training_step
-from measured import write_result
+from arms import ARMS, modulation_arms, penalty_arms, training_step
+from measured import device, gpu_name, write_result
 from runs import ROOT
 from step_time import data, net
-
-from ortho_keras.trainer.runtime import cpu_cores
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "memory"
@@ -32,14 +31,16 @@ flags.FLAGS.set_default("results", str(RESULTS))
 
 
 def arms():
-    return penalty_arms(net()) | modulation_arms(net())
+    return ARMS["method"](net()) if FLAGS.compare == "method" else penalty_arms(net()) | modulation_arms(net())
 
 
 def peak():
-    """The largest resident size of this process, in bytes, after some steps."""
+    """The largest resident size of this process after some steps, in bytes; on a GPU the most of its memory that was in use."""
     step, batch = training_step(*arms()[FLAGS.arm]()), data()
     for _ in range(4):
         step(*batch)
+    if gpu_name():
+        return tf.config.experimental.get_memory_info("GPU:0")["peak"]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -59,7 +60,7 @@ def main(_):
         name: {"peak_bytes": sorted(found), "ratio": round(float(np.median(found) / base), 3)} for name, found in peaks.items()
     }
     path = pathlib.Path(
-        FLAGS.results, f"plain{FLAGS.depth}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-cores{cpu_cores()}.json"
+        FLAGS.results, f"plain{FLAGS.depth}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-{device()}.json"
     )
     write_result(path, arms=figures)
     for name, arm in figures.items():

@@ -3,7 +3,7 @@
 python benchmarks/scaling.py --depths=20,44,110,200,302,500,1004
 
 Each depth in a process of its own. The time to build the net, to trace a training step, of the first step with tracing in it,
-and the median of the steps after it go to `results/scaling/<size>-<batch>-cores<cores>.json`, with the exponent b of a fit
+and the median of the steps after it go to `results/scaling/<size>-<batch>-<device>.json`, with the exponent b of a fit
 `seconds = a * depth^b` over the depths up to 500, by least squares of the logarithms.
 """
 
@@ -18,11 +18,10 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 from arms import SEED, plain_net, training_step
-from measured import write_result
+from measured import device, write_result
 from runs import ROOT
 
 from ortho_keras import OrthonormalRegularizer, modulate
-from ortho_keras.trainer.runtime import cpu_cores
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "scaling"
@@ -81,7 +80,7 @@ def main(_):
             print(name, rows[-1], flush=True)
         arms[name] = {"rows": rows, "exponents": {figure: exponent(rows, figure) for figure in FIGURES}}
         print(name, arms[name]["exponents"], flush=True)
-    path = pathlib.Path(FLAGS.results, f"{FLAGS.image_size}-{FLAGS.batch_size}-cores{cpu_cores()}.json")
+    path = pathlib.Path(FLAGS.results, f"{FLAGS.image_size}-{FLAGS.batch_size}-{device()}.json")
     write_result(path, fitted_up_to=FITTED, arms=arms)
 
 

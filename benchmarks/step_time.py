@@ -3,7 +3,7 @@
 python benchmarks/step_time.py --compare=regularizers --net=plain --depth=44 --precision=float32 --rounds=20
 
 Each round runs one step of each arm, in an order that alternates. The ratio is that of an arm to the first in the same
-round; its median and quartiles go to `results/step_time/<compare>-<net>-<size>-<batch>-<precision>-cores<cores>.json`.
+round; its median and quartiles go to `results/step_time/<compare>-<net>-<size>-<batch>-<precision>-<device>.json`.
 The first step is the one that traces the graph. Peak memory is of processes of their own: `memory.py`.
 """
 
@@ -15,10 +15,8 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 from arms import ARMS, SEED, plain_net, training_step, wide_net
-from measured import write_result
+from measured import device, write_result
 from runs import ROOT
-
-from ortho_keras.trainer.runtime import cpu_cores
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "step_time"
@@ -30,6 +28,7 @@ flags.DEFINE_integer("depth", 44, "Layers of the plain net.", lower_bound=8)
 flags.DEFINE_integer("image_size", 32, "Pixels a side.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 128, "Images a step.", lower_bound=1)
 flags.DEFINE_enum("precision", "float32", ["float32", "mixed_bfloat16", "mixed_float16"], "Type of the arithmetic.")
+flags.DEFINE_bool("jit_compile", False, "Compiles the steps by XLA.")
 flags.DEFINE_integer("rounds", 20, "Steps of each arm that count.", lower_bound=1)
 flags.DEFINE_string("results", str(RESULTS), "Folder of the result files.")
 
@@ -53,7 +52,7 @@ def main(_):
         arms.pop("OrthonormalDecay(every=1)")  # it has no penalty
     steps, first, seconds = {}, {}, {name: [] for name in arms}
     for name, make in arms.items():
-        steps[name] = training_step(*make(), FLAGS.alone)
+        steps[name] = training_step(*make(), FLAGS.alone, jit_compile=FLAGS.jit_compile)
         started = time.perf_counter()
         steps[name](*batch)
         first[name] = time.perf_counter() - started
@@ -74,7 +73,8 @@ def main(_):
     }
     kind = f"plain{FLAGS.depth}" if FLAGS.net == "plain" else "plain101_imagenet"
     compared = "penalties" if FLAGS.alone else FLAGS.compare
-    name = f"{compared}-{kind}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-cores{cpu_cores()}.json"
+    precision = FLAGS.precision + "_xla" * FLAGS.jit_compile
+    name = f"{compared}-{kind}-{FLAGS.image_size}-{FLAGS.batch_size}-{precision}-{device()}.json"
     path = pathlib.Path(FLAGS.results, name)
     write_result(path, rounds=FLAGS.rounds, seed=SEED, arms=figures)
     for name, arm in figures.items():

@@ -3,7 +3,8 @@
 import gc
 import os
 
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # a GPU rounds otherwise from one call to the next; for the runs started here too
+if "ORTHO_KERAS_TEST_GPU" not in os.environ:  # as `benchmarks/gpu.py` runs the tests marked `gpu`
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # a GPU rounds otherwise from one call to the next; for the runs started here too
 
 import ortho_train  # noqa: F401 - the commands' settings of TensorFlow: a run in this process rounds as one in its own
 

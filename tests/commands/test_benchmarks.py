@@ -134,14 +134,20 @@ def test_onednn_serves_a_step_for_each_line(monkeypatch, capsys):
     assert len([float(line) for line in capsys.readouterr().out.splitlines()]) == 2
 
 
-def test_memory_of_two_arms_and_their_ratio(tmp_path, monkeypatch, in_process):
-    with script(monkeypatch, "benchmarks/memory.py", *ONE, "--repeats=1", f"--results={tmp_path}") as module:
-        every = module.arms
-        module.arms = lambda: dict(list(every().items())[:2])
-        module.main(None)
-    (path,) = tmp_path.iterdir()
-    first, second = json.loads(path.read_text())["arms"].values()
-    assert first["ratio"] == 1 and all(1e8 < arm["peak_bytes"][0] < 1e11 for arm in (first, second))
+def test_the_measurements_of_a_gpu_run_at_small_sizes_on_a_processor(tmp_path, monkeypatch, in_process):
+    with script(monkeypatch, "benchmarks/gpu.py", "--small", f"--results={tmp_path}") as module:
+        assert not module.main(None)
+    keras.config.set_dtype_policy("float32")
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json"))
+    step = "step_time/method-plain8-8-4-float32"
+    device = found[-1].removeprefix(f"{step}_xla-")
+    names = ["inference/8-8", "loop/plain8-8-4", "memory/plain8-8-4-float32", step, f"{step}_xla"]
+    assert found == [f"{name}-{device}" for name in names]
+    with script(monkeypatch, "benchmarks/costs.py") as module:
+        assert "float32, XLA" in module.summary_table(tmp_path)
+        assert len(module.step_time_table(tmp_path).splitlines()) == 2 + 2 * 4
+    first, *others = json.loads((tmp_path / f"memory/plain8-8-4-float32-{device}").read_text())["arms"].values()
+    assert first["ratio"] == 1 and all(1e8 < arm["peak_bytes"][0] < 1e11 for arm in others)
 
 
 def test_scaling_fits_an_exponent(tmp_path, monkeypatch, in_process):

@@ -23,6 +23,7 @@ from ortho_keras import ErrorModulation, ShiftedReLU, modulate
 every_reference = pytest.mark.parametrize("reference", ["neighbour", "anchor"])
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("run", "policy", "reference", "tolerance"),
     [
@@ -102,6 +103,7 @@ MAGNITUDES = {
 }
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("run", "reference", "dtype"),
     [("eager", "anchor", "float16"), ("graph", "neighbour", "bfloat16"), ("xla", "anchor", "float32")],
@@ -130,6 +132,7 @@ def test_moment_of_a_large_tensor():
     np.testing.assert_allclose(scaled, [root_mean_square(error)], 1e-6)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("run", "reference"), [("graph", "anchor"), ("xla", "neighbour")])
 def test_unusable_errors_pass_and_leave_the_reference(run, reference):
     values = [[0.0, -0.0], [-np.inf, 1.0], [np.nan, np.inf]]

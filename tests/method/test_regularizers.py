@@ -11,6 +11,7 @@ from chains import dense_chain
 from ortho_keras import OrthonormalRegularizer, modulate, orthonormality_error, orthonormalize
 
 
+@pytest.mark.gpu
 def test_value_and_gradient_equal_the_oracle():
     rng = np.random.default_rng(2)
     for _ in range(40):
@@ -59,6 +60,7 @@ def test_cases_done_by_hand():
     np.testing.assert_allclose(OrthonormalRegularizer(1.0)(kernel), 0.5 * 8, rtol=1e-5)  # 8 off-diagonal ones
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_kernels_are_computed_in_float32(dtype):
     kernel = tf.cast(np.random.default_rng(7).normal(size=(60, 50)) * 90, dtype)  # squares overflow float16

@@ -31,6 +31,7 @@ def outcome(layer, x, cotangent, training=True, **arguments):
     return [np.asarray(tf.cast(v, tf.float64)) for v in (y, *gradients, layer.moving_mean, layer.moving_variance)]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(6, 5, 4, 3), (1, 3, 1, 1), (1, 1, 1, 4)])
 def test_training_equals_the_oracle(shape):
     rng = np.random.default_rng(4)
@@ -83,6 +84,7 @@ def fused_operations(layer, x, **arguments):
     return sum(operation.type == "FusedBatchNormV3" for operation in traced.graph.get_operations())
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
 @pytest.mark.parametrize("arguments", [{}, {"scale": False}, {"center": False}, {"axis": 3}])
 def test_one_operation_equals_keras_own_layer_up_to_rounding(policy, arguments):

@@ -84,6 +84,7 @@ def test_half_precision_on_two_replicas(tmp_path, two_replicas):
     assert relative(results[1][2], results[0][2]) < 0.2  # half precision rounds each replica's sums apart
 
 
+@pytest.mark.gpu
 def test_jit_compile_trains_the_same():
     batch = next(iter(training_batches(load_data("digits").train, BatchSettings(64))))
     results = []

@@ -108,6 +108,7 @@ def test_slowdown_is_the_ratio_of_the_shortest_times(monkeypatch):
     assert runtime.slowdown("bfloat16") == 3 / 2
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("regularizer", "smoothing", "every"), [("orthonormal", 0.0, 2), ("l2", 0.2, 0)])
 def test_training_step_equals_a_plain_loop(tmp_path, regularizer, smoothing, every):
     recipe = dataclasses.replace(
@@ -155,6 +156,7 @@ def test_l2_factor_is_that_of_weight_decay():
     assert float(sum(model.losses)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_lowers_the_loss(name):
     rate = {"adadelta": 20.0, "adagrad": 0.05, "sgd": 0.1, "nesterov": 0.1, "muon": 0.1}.get(name, 0.01)
