@@ -1,4 +1,4 @@
-"""Orthonormality and error modulation for very deep networks without shortcuts, on Keras 3 and TensorFlow."""
+"""Orthonormality and error modulation for very deep networks without shortcuts, on Keras 3."""
 
 import os
 
@@ -7,18 +7,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # whatever Keras's configu
 import ortho_keras.method.console  # noqa: F401 - before Keras imports TensorFlow
 
 # isort: split
-import keras
-
-if keras.config.backend() != "tensorflow":
-    raise ImportError(
-        "ortho_keras needs Keras's TensorFlow backend: set the environment variable KERAS_BACKEND=tensorflow. "
-        f"Received: backend={keras.config.backend()!r}"
-    )
-
-from ortho_keras.diagnosis.features import compare_features, compare_filters, plot_features, plot_filters
-from ortho_keras.diagnosis.monitor import SignalMonitor
-from ortho_keras.diagnosis.signal_report import signal_report
-from ortho_keras.diagnosis.signals import LayerSignal, SignalReport
+from ortho_keras.method.backend import NAME
 from ortho_keras.method.chain import ModulationSwitch, modulate, switch_modulation
 from ortho_keras.method.decay import OrthonormalDecay
 from ortho_keras.method.design import DesignReport, check_design
@@ -34,17 +23,24 @@ from ortho_keras.method.related_regularizers import (
     MutualCoherenceRegularizer,
     SRIPRegularizer,
 )
-from ortho_keras.nets.batchnorm import BatchNormalizationEstimator, FusedBatchNormalization
+from ortho_keras.nets.batchnorm import FusedBatchNormalization
+from ortho_keras.nets.fold import fold_batchnorm
 from ortho_keras.nets.growth import grow
 from ortho_keras.nets.networks import plain_cnn, plain_imagenet, residual_cnn, residual_imagenet
 from ortho_keras.nets.patch_pca import PatchPCAInitializer
 from ortho_keras.nets.shifted_relu import ShiftedReLU, error_growth, shift_for_depth
-from ortho_keras.trainer.export import fold_batchnorm
-from ortho_keras.trainer.optimizers import AllReplicaLossScaleOptimizer, LearningRate, Muon
-from ortho_keras.trainer.recipe import Recipe
-from ortho_keras.trainer.recipes import find_preset
-from ortho_keras.trainer.run import run
 from ortho_keras.version import __version__
+
+if NAME == "tensorflow":
+    from ortho_keras.diagnosis.features import compare_features, compare_filters, plot_features, plot_filters
+    from ortho_keras.diagnosis.monitor import SignalMonitor
+    from ortho_keras.diagnosis.signal_report import signal_report
+    from ortho_keras.diagnosis.signals import LayerSignal, SignalReport
+    from ortho_keras.nets.batchnorm import BatchNormalizationEstimator
+    from ortho_keras.trainer.optimizers import AllReplicaLossScaleOptimizer, LearningRate, Muon
+    from ortho_keras.trainer.recipe import Recipe
+    from ortho_keras.trainer.recipes import find_preset
+    from ortho_keras.trainer.run import run
 
 __all__ = [
     "AllReplicaLossScaleOptimizer",
@@ -95,3 +91,9 @@ __all__ = [
     "signal_report",
     "switch_modulation",
 ]
+
+
+def __getattr__(name):
+    if NAME != "tensorflow" and name in __all__:
+        raise ImportError(f"ortho_keras.{name} needs Keras's TensorFlow backend. Received: KERAS_BACKEND={NAME}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,7 @@
-"""Two logical CPUs for the strategy tests, before anything touches a device; the same seeds for every test."""
+"""Two logical CPUs for the strategy tests, before anything touches a device; the same seeds for every test.
+
+Under another of Keras's backends, for `tests/test_backends.py`, nothing of TensorFlow is needed or imported.
+"""
 
 import gc
 import os
@@ -6,18 +9,25 @@ import os
 if "ORTHO_KERAS_TEST_GPU" not in os.environ:  # as `benchmarks/gpu.py` runs the tests marked `gpu`
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # a GPU rounds otherwise from one call to the next; for the runs started here too
 
-import ortho_train  # noqa: F401 - the commands' settings of TensorFlow: a run in this process rounds as one in its own
+TENSORFLOW = os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow"
+if TENSORFLOW:
+    import ortho_train  # noqa: F401 - the commands' settings of TensorFlow: a run in this process rounds as one in its own
 
 # isort: split
+import contextlib
+
 import keras
 import pytest
-import tensorflow as tf
 
-from ortho_keras.trainer.runtime import graphs_freed
+graphs_freed = contextlib.nullcontext
+if TENSORFLOW:
+    import tensorflow as tf
 
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
-)
+    from ortho_keras.trainer.runtime import graphs_freed
+
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+    )
 
 
 def pytest_collection_finish():

@@ -2,9 +2,7 @@
 
 import itertools
 
-import keras
 import numpy as np
-import tensorflow as tf
 
 
 def kernel_columns(kernel, layout):
@@ -50,36 +48,6 @@ def largest_deviation(kernel, layout, gain=1.0):
     return max(np.abs(w.T @ w - gain**2 * np.eye(w.shape[1])).max() for w in sets)
 
 
-def modulated_gradients(model, x, y, names, tolerance, max_scale, reference):
-    """Kernel gradients under the rule, by hand: one layer's vector-Jacobian product at a time, top to bottom, q in float64.
-
-    `model` is a chain without modulation, `names` its modulated layers. Returns ({kernel path: gradient}, {name: scale}).
-    """
-    chain = [layer for layer in model.layers if not isinstance(layer, keras.layers.InputLayer)]
-    activations = [tf.convert_to_tensor(x)]
-    for layer in chain:
-        activations.append(call(layer, activations[-1]))
-    with tf.GradientTape() as tape:
-        tape.watch(activations[-1])
-        loss = mean_crossentropy(y, activations[-1])
-    error = tape.gradient(loss, activations[-1])
-    above, gradients, scales = None, {}, {}
-    for layer, inputs in zip(reversed(chain), reversed(activations[:-1])):
-        if layer.name in names:
-            own = np.sqrt(np.mean(np.asarray(error, np.float64) ** 2))
-            scale, above = scale_and_reference(own, above, tolerance, max_scale, reference)
-            scales[layer.name] = scale
-            error = tf.cast(np.asarray(error, np.float64) * scale, error.dtype)
-        with tf.GradientTape() as tape:
-            tape.watch(inputs)
-            outputs = call(layer, inputs)
-        variables = [v.value for v in layer.trainable_variables]
-        down, own_gradients = tape.gradient(outputs, (inputs, variables), output_gradients=error)
-        gradients |= {v.path: np.asarray(g, np.float64) for v, g in zip(layer.trainable_variables, own_gradients)}
-        error = down
-    return gradients, scales
-
-
 def scale_and_reference(own, above, tolerance, max_scale, reference):
     """One layer's scale, and the magnitude handed down, from its own magnitude and the one from above (None: none)."""
     if own == 0 or not np.isfinite(own):
@@ -89,11 +57,3 @@ def scale_and_reference(own, above, tolerance, max_scale, reference):
     scale = above / own
     scale = float(np.clip(scale, 1 / max_scale, max_scale)) if not 1 / tolerance <= scale <= tolerance else 1.0
     return scale, own * scale if reference == "neighbour" else above
-
-
-def call(layer, inputs):
-    return layer(inputs, training=True) if isinstance(layer, keras.layers.BatchNormalization) else layer(inputs)
-
-
-def mean_crossentropy(y, logits):
-    return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(y, tf.cast(logits, tf.float32)))

@@ -37,7 +37,7 @@ def test_imports_run_downward_only():
 
 def test_a_model_saved_before_the_packages_loads():
     """The file was written when all modules lay flat in the package: layers are found by their registered names."""
-    model = ortho_keras.load_model(SAVED / "every_class.keras")
+    model = ortho_keras.load_model(SAVED / "every_class.keras", compile=False)  # Muon is not on all backends
     kept = np.load(SAVED / "every_class.npz")
     np.testing.assert_allclose(model.predict(kept["images"], verbose=0), kept["outputs"], rtol=1e-4, atol=1e-5)
     losses = np.array([float(loss) for loss in model.losses])

@@ -5,6 +5,7 @@ import warnings
 
 import keras
 
+from ortho_keras.method.backend import retrace, scope
 from ortho_keras.method.checks import check_built, check_number
 from ortho_keras.method.errors import first_line
 from ortho_keras.method.graphs import Graph
@@ -46,7 +47,7 @@ def modulate(model, tolerance=2.0, max_scale=1000.0, reference="anchor", enabled
     if layers is not None and (isinstance(layers, str) or not list(layers)):
         raise ValueError(f"`layers` must be a list of at least one layer's name, or None for all. Received: layers={layers!r}")
     settings = (tolerance, max_scale, reference, enabled, synchronized)
-    with model.distribute_strategy.scope():
+    with scope(model):
         chain = _Chain(settings, layers)
         first = model.inputs[0]
         inputs = keras.Input(batch_shape=first.shape, dtype=first.dtype, name=first.name)
@@ -122,6 +123,7 @@ def switch_modulation(model, enabled):
         raise ValueError(f"`model` must have ErrorModulation layers: call modulate first. Received: model={model!r}")
     for layer in found:
         layer.enabled = enabled
+    retrace(model)
 
 
 class ModulationSwitch(keras.callbacks.Callback):

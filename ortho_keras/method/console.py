@@ -1,4 +1,4 @@
-"""What is written to the terminal. Importing this module imports TensorFlow without the notes that it begins with."""
+"""What is written to the terminal. Importing this module imports TensorFlow, if it is the backend, without its first notes."""
 
 import contextlib
 import os
@@ -54,7 +54,9 @@ def say(line, stream=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-if "tensorflow" in sys.modules:
+if os.environ.get("KERAS_BACKEND") in ("jax", "torch"):
+    pass  # TensorFlow is neither needed nor imported
+elif "tensorflow" in sys.modules:
     import tensorflow as tf
 else:
     with without_notes():

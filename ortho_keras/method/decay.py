@@ -3,8 +3,9 @@
 import contextlib
 
 import keras
-import tensorflow as tf
+from keras import ops
 
+from ortho_keras.method import backend
 from ortho_keras.method.checks import check_number
 from ortho_keras.method.kernels import model_kernels
 from ortho_keras.method.regularizers import find_regularizer
@@ -67,12 +68,13 @@ class OrthonormalDecay(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         self._counter.end(batch)
-        if self._counter.idle or self.model.optimizer is None:
+        due = self._multiple(self._counter.steps) > self._last
+        if self.model.optimizer is None or ((due or backend.NAME != "jax") and self._counter.idle):
             raise ValueError(
                 "OrthonormalDecay needs the learning rate of the model's optimizer, and this model trains by others. "
                 f"Received: model={self.model.name!r} with optimizer={self.model.optimizer!r}"
             )
-        if self._multiple(self._counter.steps) > self._last:
+        if due:
             self._catch_up()
 
     def steps_to_due(self, step):
@@ -91,8 +93,9 @@ class OrthonormalDecay(keras.callbacks.Callback):
         steps = self._counter.steps - self._last
         if steps:
             self._last += steps
+            backend.sync(self.model)
             rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
-            self._update(tf.constant(self.factor * rate * steps, tf.float32))
+            self._update(ops.convert_to_tensor(self.factor * rate * steps, "float32"))
 
     def _make_update(self):
         """Returns a compiled function of a step size that moves all trainable kernels of the model."""
@@ -108,16 +111,12 @@ class OrthonormalDecay(keras.callbacks.Callback):
 
         def update(step):
             for kernel, regularizer in found:
-                value = tf.convert_to_tensor(kernel)
-                with tf.GradientTape() as tape:
-                    tape.watch(value)
-                    penalty = regularizer.penalty(value)
-                size = tf.minimum(tf.cast(step, penalty.dtype), regularizer.largest_step(penalty))
-                value -= tf.cast(size, value.dtype) * tape.gradient(penalty, value)
+                penalty, gradient = backend.value_and_gradient(regularizer.penalty, kernel)
+                size = ops.minimum(ops.cast(step, penalty.dtype), regularizer.largest_step(penalty))
+                value = kernel.value - ops.cast(size, kernel.dtype) * gradient
                 kernel.assign(value if kernel.constraint is None else kernel.constraint(value))
 
-        strategy = self.model.distribute_strategy
-        return tf.function(lambda step: strategy.run(update, args=(step,)))
+        return backend.compiled(self.model, update)
 
     def __deepcopy__(self, memo):
         return type(self)(self.factor, self.every, self.regularizer)

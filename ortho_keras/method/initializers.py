@@ -3,8 +3,10 @@
 import random
 
 import keras
-import tensorflow as tf
+import numpy as np
+from keras import ops
 
+from ortho_keras.method.backend import normal_float64
 from ortho_keras.method.checks import check_number
 from ortho_keras.method.kernels import as_kernel, matrix_shape, standardize_layout
 
@@ -48,10 +50,10 @@ class OrthonormalInitializer(keras.initializers.Initializer):
     def __call__(self, shape, dtype=None):
         count, f_in, f_out = matrix_shape(shape, self.layout, self.groups)
         seed = random.randrange(2**31) if self.seed is None else self.seed
-        normal = keras.random.normal((count, f_in, f_out), dtype="float64", seed=seed)
+        normal = normal_float64((count, f_in, f_out), seed)
         parts = [_haar(normal[..., start : start + f_in]) for start in range(0, f_out, f_in)]
-        kernel = as_kernel(self.gain * tf.concat(parts, axis=-1), tuple(shape), self.layout, self.groups)
-        return tf.cast(kernel, keras.backend.standardize_dtype(dtype))
+        kernel = as_kernel(self.gain * ops.concatenate(parts, axis=-1), tuple(shape), self.layout, self.groups)
+        return ops.cast(kernel, keras.backend.standardize_dtype(dtype))
 
     def get_config(self):
         seed = keras.saving.serialize_keras_object(self.seed)
@@ -112,9 +114,9 @@ class DiracInitializer(DeltaOrthonormalInitializer):
         count, f_in, f_out = matrix_shape(_center_shape(shape), self.layout, self.groups)
         if f_in != f_out:
             return OrthonormalInitializer.__call__(self, shape, dtype)
-        identities = self.gain * tf.eye(f_in, batch_shape=(count,), dtype="float64")
+        identities = self.gain * np.tile(np.eye(f_in), (count, 1, 1))
         center = as_kernel(identities, _center_shape(shape), self.layout, self.groups)
-        return _around_center(tf.cast(center, keras.backend.standardize_dtype(dtype)), shape)
+        return _around_center(ops.cast(center, keras.backend.standardize_dtype(dtype)), shape)
 
 
 def _center_shape(shape):
@@ -123,10 +125,10 @@ def _center_shape(shape):
 
 def _around_center(center, shape):
     """Pads the one tap of a kernel with zeros to the kernel's shape."""
-    return tf.pad(center, [((size - 1) // 2, size // 2) for size in shape[:-2]] + [(0, 0), (0, 0)])
+    return ops.pad(center, [((size - 1) // 2, size // 2) for size in shape[:-2]] + [(0, 0), (0, 0)])
 
 
 def _haar(normal):
     """Turns Gaussian matrices into Haar-distributed orthonormal ones: QR with the signs of R's diagonal (Mezzadri 2007)."""
-    q, r = tf.linalg.qr(normal)
-    return tf.where(tf.linalg.diag_part(r)[:, tf.newaxis, :] < 0, -q, q)
+    q, r = ops.qr(normal) if ops.is_tensor(normal) else np.linalg.qr(normal)
+    return ops.where(ops.diagonal(r, 0, -2, -1)[:, None, :] < 0, -q, q)

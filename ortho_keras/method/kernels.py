@@ -7,8 +7,10 @@ import dataclasses
 import math
 
 import keras
-import tensorflow as tf
-from keras import layers
+import numpy as np
+from keras import layers, ops
+
+from ortho_keras.method.backend import gram
 
 # Layout name -> (shared axes, output axes), counted from the end; every other axis is an input axis.
 LAYOUTS = {
@@ -66,9 +68,9 @@ def as_matrices(kernel, layout="standard", groups=1):
     """Returns a kernel of rank 2 to 5 as matrices `(count, f_in, f_out)`; each group of a grouped convolution is a matrix."""
     count, f_in, f_out = matrix_shape(kernel.shape, layout, groups)
     shared, inputs, outputs = kernel_axes(layout, len(kernel.shape))
-    matrices = tf.transpose(kernel, shared + inputs + outputs)
-    matrices = tf.reshape(matrices, (count // groups, f_in, groups, f_out))
-    return tf.reshape(tf.transpose(matrices, (0, 2, 1, 3)), (count, f_in, f_out))
+    matrices = ops.transpose(kernel, shared + inputs + outputs)
+    matrices = ops.reshape(matrices, (count // groups, f_in, groups, f_out))
+    return ops.reshape(ops.transpose(matrices, (0, 2, 1, 3)), (count, f_in, f_out))
 
 
 def as_kernel(matrices, shape, layout="standard", groups=1):
@@ -76,9 +78,9 @@ def as_kernel(matrices, shape, layout="standard", groups=1):
     count, f_in, f_out = matrix_shape(shape, layout, groups)
     shared, inputs, outputs = kernel_axes(layout, len(shape))
     order = shared + inputs + outputs
-    kernel = tf.reshape(matrices, (count // groups, groups, f_in, f_out))
-    kernel = tf.reshape(tf.transpose(kernel, (0, 2, 1, 3)), [shape[axis] for axis in order])
-    return tf.transpose(kernel, [order.index(axis) for axis in range(len(shape))])
+    kernel = ops.reshape(matrices, (count // groups, groups, f_in, f_out))
+    kernel = ops.reshape(ops.transpose(kernel, (0, 2, 1, 3)), [shape[axis] for axis in order])
+    return ops.transpose(kernel, [order.index(axis) for axis in range(len(shape))])
 
 
 def column_sets(kernel, layout="standard", groups=1):
@@ -90,18 +92,18 @@ def column_sets(kernel, layout="standard", groups=1):
     """
     count, f_in, f_out = matrix_shape(kernel.shape, layout, groups)
     if count == 1 and f_out <= f_in and layout == "standard":
-        return [tf.reshape(kernel, (f_in, f_out))]  # most kernels: one node of a graph
+        return [ops.reshape(kernel, (f_in, f_out))]  # most kernels: one node of a graph
     sets = [as_matrices(kernel, layout, groups)]
     if f_out > f_in:
         full, rest = divmod(f_out, f_in)
         square = as_matrices(sets[0][..., : full * f_in], ((0,), (2,)), full)
         sets = [square, sets[0][..., full * f_in :]] if rest else [square]
-    return [tf.squeeze(columns, 0) if columns.shape[0] == 1 else columns for columns in sets]
+    return [ops.squeeze(columns, 0) if columns.shape[0] == 1 else columns for columns in sets]
 
 
 def gram_deviation(columns):
     """Returns `W^T W - I` of matrices of shape `(..., rows, columns)`."""
-    return tf.matmul(columns, columns, transpose_a=True) - tf.eye(columns.shape[-1], dtype=columns.dtype)
+    return gram(columns) - ops.eye(columns.shape[-1], dtype=columns.dtype)
 
 
 def gram_deviations(kernel, layout="standard", groups=1):
@@ -110,8 +112,9 @@ def gram_deviations(kernel, layout="standard", groups=1):
 
 
 def at_least_float32(kernel):
-    kernel = tf.convert_to_tensor(kernel)
-    return tf.cast(kernel, tf.float32) if kernel.dtype.size < 4 else kernel
+    kernel = ops.convert_to_tensor(kernel)
+    wide = keras.backend.standardize_dtype(kernel.dtype) in ("float32", "float64")
+    return kernel if wide else ops.cast(kernel, "float32")
 
 
 def orthonormality_error(kernel, layout="standard", groups=1):
@@ -124,8 +127,8 @@ def orthonormality_error(kernel, layout="standard", groups=1):
     Raises:
         ValueError: If the kernel has another rank, or does not fit the layout or groups.
     """
-    largest = [tf.reduce_max(tf.abs(deviation)) for deviation in gram_deviations(kernel, layout, groups)]
-    return float(tf.reduce_max(largest))  # Python's max would lose a NaN
+    largest = [float(ops.max(ops.abs(deviation))) for deviation in gram_deviations(kernel, layout, groups)]
+    return float(np.max(largest))  # Python's max would lose a NaN
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,20 @@
 """Error modulation: one layer that rescales the backpropagated gradient."""
 
 import math
-import weakref
 
 import keras
-import tensorflow as tf
+from keras import ops
 
+from ortho_keras.method.backend import (
+    LiveScalar,
+    custom_gradient,
+    either,
+    half_square,
+    mean_over_replicas,
+    one_node,
+    wide_root_mean_square,
+)
 from ortho_keras.method.checks import check_number
-from ortho_keras.method.state import LiveScalar
 
 
 @keras.saving.register_keras_serializable(package="ortho_keras")
@@ -76,7 +83,7 @@ class ErrorModulation(keras.layers.Layer):
         self._enabled.value = bool(enabled)
 
     def call(self, inputs, token=None):
-        @tf.custom_gradient
+        @custom_gradient
         def modulated(inputs, token, enabled):
             def backward(error, above):  # `above` is `sqrt(q_upper)`
                 own = root_mean_square(error, self.synchronized)
@@ -84,7 +91,7 @@ class ErrorModulation(keras.layers.Layer):
 
             return (inputs, token), backward
 
-        token = tf.zeros((), tf.float32) if token is None else token
+        token = ops.zeros((), "float32") if token is None else token
         # The switch is read here, because the gradient function of a graph must not read a variable.
         return modulated(inputs, token, self._enabled.read())
 
@@ -106,66 +113,37 @@ class ErrorModulation(keras.layers.Layer):
         return super().get_config() | {name: getattr(self, name) for name in names}
 
 
-def _either(condition, then, otherwise):
-    """Returns the tensors of one of two functions; an accelerator runs both and selects, as a branch would have to wait."""
-    if any(device.device_type != "CPU" for device in tf.config.list_logical_devices()):
-        return tf.where(condition, then(), otherwise())
-    return tf.cond(condition, then, otherwise)
-
-
-def _one_node(function):
-    """Makes a call one node of a graph, where thirty per layer cost memory, and time before the first step."""
-    kept = weakref.WeakKeyDictionary()  # of each graph: a second derivative rewrites `tf.cond`, and others cannot use that
-
-    def call(*args):
-        if tf.executing_eagerly():
-            return function(*args)
-        graph = tf.compat.v1.get_default_graph()
-        if graph not in kept:
-            kept[graph] = tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
-        return kept[graph](*args)
-
-    return call
-
-
-@_one_node
+@one_node
 def _rescaled(error, own, above, enabled, tolerance, max_scale, reference):
     """Returns the gradient, rescaled where the rule says so, and the `above` of the layer below."""
     scale, fires, down = _decide(own, above, enabled, tolerance, max_scale, reference)
 
     def rescaled():
-        wide = error if error.dtype.size > 4 else tf.cast(error, tf.float32)
-        return tf.cast(wide * tf.cast(scale, wide.dtype), error.dtype)
+        wide = "float64" if keras.backend.standardize_dtype(error.dtype) == "float64" else "float32"
+        return ops.cast(ops.cast(error, wide) * ops.cast(scale, wide), error.dtype)
 
-    return _either(fires, rescaled, lambda: error), down  # not 1 * x, which flushes subnormals
+    return either(fires, rescaled, lambda: error), down  # not 1 * x, which flushes subnormals
 
 
 def _decide(own, above, enabled, tolerance, max_scale, reference):
     usable = (own > 0) & (own < math.inf)
     scale = above / own
     fires = usable & (above > 0) & ((scale > tolerance) | (scale < 1 / tolerance)) & (enabled > 0)
-    scale = tf.where(fires, tf.clip_by_value(scale, 1 / max_scale, max_scale), 1.0)
-    replaces = usable if reference == "neighbour" else usable & tf.equal(above, 0)
-    return scale, fires, tf.where(replaces, own * scale, above)
+    scale = ops.where(fires, ops.clip(scale, 1 / max_scale, max_scale), 1.0)
+    replaces = usable if reference == "neighbour" else usable & ops.equal(above, 0)
+    return scale, fires, ops.where(replaces, own * scale, above)
 
 
-@_one_node
+@one_node
 def _root_mean_square(error):
-    """The sum is taken in float64, which takes twice the time, only where float32 overflows or underflows."""
-    half = tf.nn.l2_loss(tf.cast(error, tf.float32))
-    size = tf.cast(tf.size(error), tf.float32)
-    return _either(
-        tf.logical_and(half > 1e-30 * size, half < 1e37),
-        lambda: tf.sqrt(2 * half / size),
-        lambda: tf.cast(tf.sqrt(2 * tf.nn.l2_loss(tf.cast(error, tf.float64)) / tf.cast(size, tf.float64)), tf.float32),
-    )
+    """The sum is taken in a wider range, which takes twice the time, only where float32 overflows or underflows."""
+    error = ops.cast(error, "float32")
+    half, size = half_square(error), ops.cast(ops.size(error), "float32")
+    in_range = ops.logical_and(half > 1e-30 * size, half < 1e37)
+    return either(in_range, lambda: ops.sqrt(2 * half / size), lambda: wide_root_mean_square(error))
 
 
 def root_mean_square(error, synchronized):
     """Returns the root of the second-order moment, float32; with `synchronized`, over the gradients of all replicas."""
     root = _root_mean_square(error)
-    replica = tf.distribute.get_replica_context()
-    if synchronized and replica is not None and replica.num_replicas_in_sync > 1:
-        moment = replica.all_reduce(tf.distribute.ReduceOp.MEAN, tf.square(tf.cast(root, tf.float64)))
-        root = tf.cast(tf.sqrt(moment), tf.float32)
-    return root
+    return mean_over_replicas(root) if synchronized else root

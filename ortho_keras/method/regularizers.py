@@ -1,18 +1,19 @@
 """The orthonormal regularizer, which takes the place of weight decay, and the base class of all penalties on kernels."""
 
+import functools
 import math
 
 import keras
-import tensorflow as tf
+from keras import ops
 
+from ortho_keras.method.backend import LiveScalar, Trackable, closed_form, half_square
 from ortho_keras.method.checks import check_number
 from ortho_keras.method.kernels import at_least_float32, column_sets, gram_deviation, standardize_layout
-from ortho_keras.method.state import LiveScalar
 
 REGULARIZERS = {}  # name -> subclass of KernelRegularizer
 
 
-class KernelRegularizer(keras.regularizers.Regularizer, tf.__internal__.tracking.Trackable):
+class KernelRegularizer(keras.regularizers.Regularizer, Trackable):
     """Base class of regularizers that read a kernel as matrices.
 
     A subclass defines `penalty(kernel)`, the scalar that the factor multiplies. With a `name`, Keras saves and loads it, and it
@@ -70,9 +71,9 @@ class KernelRegularizer(keras.regularizers.Regularizer, tf.__internal__.tracking
 
     def __call__(self, x):
         penalty = self.penalty(x)
-        penalty = tf.cast(self._factor.read(), penalty.dtype) * penalty
-        half = penalty.dtype == tf.float32 and keras.config.floatx() in ("float16", "bfloat16")
-        return tf.cast(penalty, keras.config.floatx()) if half else penalty  # Keras adds losses in its own floatx
+        penalty = ops.cast(self._factor.read(), penalty.dtype) * penalty
+        half = keras.backend.standardize_dtype(penalty.dtype) == "float32" and keras.config.floatx() in ("float16", "bfloat16")
+        return ops.cast(penalty, keras.config.floatx()) if half else penalty  # Keras adds losses in its own floatx
 
     def get_config(self):
         return {"factor": self.factor, "layout": self.layout, "groups": self.groups}
@@ -120,15 +121,19 @@ class OrthonormalRegularizer(KernelRegularizer, name="orthonormal"):
 
     def penalty(self, kernel):
         sets = column_sets(at_least_float32(kernel), self.layout, self.groups)
-        return tf.add_n([_half_square_deviation(columns) for columns in sets])
+        return add_all([_half_square_deviation(columns) for columns in sets])
 
     def largest_step(self, penalty):
         # A step t turns a singular value s into s (1 - 2 t (s^2 - 1)): at least s / 2 where t * ||W^T W - I|| <= 1 / 4.
-        return tf.minimum(tf.ones_like(penalty), tf.math.rsqrt(2 * penalty)) / 4
+        return ops.minimum(ops.ones_like(penalty), ops.rsqrt(2 * penalty)) / 4
 
 
-@tf.custom_gradient
+def add_all(tensors):
+    return functools.reduce(ops.add, tensors)
+
+
+@closed_form
 def _half_square_deviation(columns):
     """1 / 2 * ||W^T W - I||^2 with its gradient in closed form, 2 W (W^T W - I): one product, where autodiff makes two."""
     deviation = gram_deviation(columns)
-    return tf.nn.l2_loss(deviation), lambda upstream: 2 * upstream * tf.matmul(columns, deviation)
+    return half_square(deviation), lambda upstream: 2 * upstream * ops.matmul(columns, deviation)

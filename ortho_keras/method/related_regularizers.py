@@ -4,11 +4,11 @@ import math
 import warnings
 
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from ortho_keras.method.checks import check_number
 from ortho_keras.method.kernels import as_matrices, at_least_float32, gram_deviation, gram_deviations, matrix_shape
-from ortho_keras.method.regularizers import KernelRegularizer
+from ortho_keras.method.regularizers import KernelRegularizer, add_all
 
 
 class DoubleSoftOrthogonalRegularizer(KernelRegularizer, name="double_soft_orthogonal"):
@@ -27,8 +27,8 @@ class DoubleSoftOrthogonalRegularizer(KernelRegularizer, name="double_soft_ortho
         matrices = as_matrices(at_least_float32(kernel), self.layout, self.groups)
         count, f_in, f_out = matrices.shape
         # ||W W^T - I||^2 = ||W^T W - I||^2 + f_in - f_out for each matrix: the smaller Gram matrix gives both.
-        small = gram_deviation(matrices if f_out <= f_in else tf.linalg.matrix_transpose(matrices))
-        return 2 * tf.reduce_sum(tf.square(small)) + count * abs(f_in - f_out)
+        small = gram_deviation(matrices if f_out <= f_in else ops.swapaxes(matrices, -1, -2))
+        return 2 * ops.sum(ops.square(small)) + count * abs(f_in - f_out)
 
 
 class MutualCoherenceRegularizer(KernelRegularizer, name="mutual_coherence"):
@@ -45,7 +45,7 @@ class MutualCoherenceRegularizer(KernelRegularizer, name="mutual_coherence"):
 
     def penalty(self, kernel):
         deviations = gram_deviations(kernel, self.layout, self.groups)
-        return tf.add_n([tf.reduce_sum(tf.reduce_max(tf.abs(deviation), axis=(-2, -1))) for deviation in deviations])
+        return add_all([ops.sum(ops.max(ops.abs(deviation), axis=(-2, -1))) for deviation in deviations])
 
 
 class SRIPRegularizer(KernelRegularizer, name="srip"):
@@ -72,24 +72,28 @@ class SRIPRegularizer(KernelRegularizer, name="srip"):
         self.seed = check_number("seed", seed, least=0, integer=True)
 
     def penalty(self, kernel):
-        return tf.add_n([self._norms(deviation) for deviation in gram_deviations(kernel, self.layout, self.groups)])
+        return add_all([self._norms(deviation) for deviation in gram_deviations(kernel, self.layout, self.groups)])
 
     def _norms(self, deviation):
-        fixed = tf.stop_gradient(deviation)
+        fixed = ops.stop_gradient(deviation)
         start = np.random.default_rng(self.seed).normal(size=(deviation.shape[-1], 1))  # XLA would draw other numbers
-        vector = tf.broadcast_to(tf.constant(start, deviation.dtype), (*deviation.shape[:-1], 1))
+        vector = ops.broadcast_to(ops.cast(start, deviation.dtype), (*deviation.shape[:-1], 1))
         for _ in range(self.iterations):
-            image = tf.matmul(fixed, vector)
-            length = tf.norm(image, axis=(-2, -1), keepdims=True)
-            vector = tf.where(length > 0, tf.math.divide_no_nan(image, length), vector)
+            image = ops.matmul(fixed, vector)
+            length = _length(image)
+            vector = ops.where(length > 0, ops.divide_no_nan(image, length), vector)
         # |D v| / |v|, whose derivative by D is (D v) v^T / (|D v| |v|). The signed v^T D v would cancel where D, as near an
         # orthonormal kernel, has eigenvalues of both signs.
-        image = tf.matmul(deviation, vector)
-        direction = tf.stop_gradient(tf.math.divide_no_nan(image, tf.norm(image, axis=(-2, -1), keepdims=True)))
-        return tf.reduce_sum(image * direction)  # v has length 1, or D v is 0
+        image = ops.matmul(deviation, vector)
+        direction = ops.stop_gradient(ops.divide_no_nan(image, _length(image)))
+        return ops.sum(image * direction)  # v has length 1, or D v is 0
 
     def get_config(self):
         return {**super().get_config(), "iterations": self.iterations, "seed": self.seed}
+
+
+def _length(vectors):
+    return ops.sqrt(ops.sum(ops.square(vectors), axis=(-2, -1), keepdims=True))
 
 
 class ConvOrthogonalRegularizer(KernelRegularizer, name="conv_orthogonal"):
@@ -153,17 +157,17 @@ class ConvOrthogonalRegularizer(KernelRegularizer, name="conv_orthogonal"):
         if obstacle:
             warnings.warn(f"ConvOrthogonalRegularizer: a convolution with {obstacle}", stacklevel=2)
         window, strides = self._window(kernel.shape)
-        kernel = tf.reshape(kernel, (*window, *kernel.shape[-2:]))
+        kernel = ops.reshape(kernel, (*window, *kernel.shape[-2:]))
         cin, own = kernel.shape[-2], kernel.shape[-1] // self.groups
         unshifted = [(size - 1) // stride for size, stride in zip(window, strides)]
         padding = [(0, 0), *((index * stride, index * stride) for index, stride in zip(unshifted, strides)), (0, 0)]
-        total = -tf.cast(self.groups * max(0, own - cin * math.prod(strides)), kernel.dtype)
-        for filters in tf.split(kernel, self.groups, axis=-1):
-            images = tf.pad(tf.transpose(filters, (len(window) + 1, *range(len(window) + 1))), padding)
-            products = tf.nn.convolution(images, filters, strides, "VALID")  # (own, *shifts, own)
+        total = -float(self.groups * max(0, own - cin * math.prod(strides)))
+        for filters in ops.split(kernel, self.groups, axis=-1):
+            images = ops.pad(ops.transpose(filters, (len(window) + 1, *range(len(window) + 1))), padding)
+            products = ops.conv(images, filters, strides, "valid", "channels_last")  # (own, *shifts, own)
             places = [[index, *unshifted, index] for index in range(own)]
-            identity = tf.scatter_nd(places, tf.ones(own, kernel.dtype), products.shape)
-            total += tf.reduce_sum(tf.square(products - identity))
+            identity = ops.scatter(np.array(places), ops.ones(own, kernel.dtype), tuple(products.shape))
+            total += ops.sum(ops.square(products - identity))
         return total
 
     def get_config(self):

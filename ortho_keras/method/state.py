@@ -1,51 +1,20 @@
-"""The state of layers and models: settings that compiled graphs read anew, variables, and what Keras keeps besides weights."""
+"""The state of layers and models: steps, variables, and what Keras keeps besides weights."""
 
 import contextlib
 import tempfile
 
 import keras
-import tensorflow as tf
+from keras import ops
 
+from ortho_keras.method import backend
 from ortho_keras.method.kernels import walk_layers
-
-
-class LiveScalar(tf.__internal__.tracking.Trackable):  # what Keras's own layers and variables derive from
-    """A float that can be set between steps and is read by graphs that were traced before.
-
-    A Python float would be frozen into a graph, and a Keras variable would be one of the model's weights. A SavedModel has its
-    value. A checkpoint does not: it is a setting, such as the factor of `keras.regularizers.L2`.
-    """
-
-    def __init__(self, value):
-        self._value = float(value)
-        aggregation = tf.VariableAggregation.ONLY_FIRST_REPLICA
-        with tf.init_scope():
-            self._variable = tf.Variable(self._value, trainable=False, dtype=tf.float32, aggregation=aggregation)
-
-    @property
-    def value(self):
-        return self._value
-
-    @value.setter
-    def value(self, value):
-        self._value = float(value)
-        self._variable.assign(self._value)
-
-    def read(self):
-        """Returns the current value, a float32 tensor of shape `()`; in a graph, the value at run time."""
-        return self._variable.read_value()
-
-    def _trackable_children(self, save_type="checkpoint", **kwargs):
-        return {"variable": self._variable} if save_type == "savedmodel" else {}
-
-    def __reduce__(self):  # for copies, too
-        return LiveScalar, (self._value,)
 
 
 def steps_taken(model):
     """Returns the number of training steps of a model: its optimizer's, and those before the net grew (`first_step`)."""
+    backend.sync(model)
     optimizer = model.optimizer
-    return 0 if optimizer is None else int(optimizer.iterations.numpy()) + getattr(optimizer, "first_step", 0)
+    return 0 if optimizer is None else int(ops.convert_to_numpy(optimizer.iterations)) + getattr(optimizer, "first_step", 0)
 
 
 class StepCounter:
@@ -76,6 +45,8 @@ class StepCounter:
 
     @property
     def steps(self):
+        if backend.NAME == "jax":  # where to ask the optimizer takes as long as a step
+            return self.before + self.batches
         return self.batches if self.idle else steps_taken(self.model)
 
     @property
@@ -116,12 +87,12 @@ def unchanged(model):
     """
     recurrent = [layer for layer, _ in walk_layers(model) if isinstance(layer, keras.layers.RNN) and layer.stateful]
     states = [state for layer in recurrent for state in keras.tree.flatten(layer.states)]
-    before = [(variable, tf.identity(variable.value)) for variable in (*model.variables, *states, *_counters(model))]
+    before = [(variable, ops.copy(variable.value)) for variable in (*model.variables, *states, *_counters(model))]
     try:
         yield
     finally:
         known = {id(variable) for variable, _ in before}
-        before += [(new, tf.zeros_like(new.value)) for new in _counters(model) if id(new) not in known]
+        before += [(new, ops.zeros_like(new.value)) for new in _counters(model) if id(new) not in known]
         for variable, value in before:
             variable.assign(value)
 

@@ -3,11 +3,14 @@
 import contextlib
 
 import keras
-import tensorflow as tf
 
+from ortho_keras.method import backend
 from ortho_keras.method.checks import check_built
 from ortho_keras.method.errors import first_line
 from ortho_keras.method.kernels import walk_layers
+
+if backend.NAME == "tensorflow":
+    import tensorflow as tf
 
 
 @keras.saving.register_keras_serializable(package="ortho_keras")
@@ -18,11 +21,14 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
     to 0.7 of the time (`benchmarks/step_time.py`), with AVX2 alone about the same: Keras 3 (3.15) casts half-precision
     activations to float32 and writes several tensors of their size. Statistics are float32 here too. An empty batch, as a
     replica may get at the end of an epoch, leaves the moving averages as they are; Keras's become NaN. Keras's computation
-    is used where the fused operation does not apply: with `synchronized=True`, `renorm=True`, a mask, an `axis` other than
-    the last, inputs that are not of rank 4 or not of the layer's compute dtype, and variables that are not float32.
+    is used on other backends, and where the fused operation does not apply: with `synchronized=True`, `renorm=True`, a
+    mask, an `axis` other than the last, inputs that are not of rank 4 or not of the layer's compute dtype, and variables
+    that are not float32.
     """
 
     def call(self, inputs, training=None, mask=None):
+        if backend.NAME != "tensorflow":
+            return super().call(inputs, training=training, mask=mask)
         standard = not (self.synchronized or self.renorm) and mask is None and len(inputs.shape) == 4 and self.axis in (-1, 3)
         if not standard or inputs.dtype != self.compute_dtype or self.variable_dtype != "float32":
             return super().call(inputs, training=training, mask=mask)

@@ -2,7 +2,7 @@
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from ortho_keras.method.checks import check_number
 
@@ -93,7 +93,7 @@ class PatchPCAInitializer(keras.initializers.Initializer):
             )
         turn, component = np.divmod(np.arange(shape[-1]), count)
         kernel = self.components[..., component] * np.where(turn % 2, -1.0, 1.0)
-        return tf.cast(kernel, keras.backend.standardize_dtype(dtype))
+        return ops.cast(kernel, keras.backend.standardize_dtype(dtype))
 
     def get_config(self):
         return {"components": self.components.tolist()}

@@ -3,8 +3,9 @@
 import math
 
 import keras
-import tensorflow as tf
+from keras import ops
 
+from ortho_keras.method import backend
 from ortho_keras.method.checks import check_number
 
 
@@ -39,7 +40,7 @@ class ShiftedReLU(keras.layers.Layer):
         self.built = True  # it has no state, so custom layers that hold it can be quantized
 
     def call(self, inputs):
-        return _cut_below(inputs, tf.cast(-self.shift, inputs.dtype))
+        return _cut_below(inputs, ops.cast(-self.shift, inputs.dtype))
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -48,19 +49,27 @@ class ShiftedReLU(keras.layers.Layer):
         return {**super().get_config(), "shift": self.shift}
 
 
-@tf.custom_gradient
-def _cut_below(inputs, corner):
-    """`max(x, corner)` with a gradient that reads only the output, which the next layer keeps in memory anyway.
+if backend.NAME == "tensorflow":
+    import tensorflow as tf
 
-    TensorFlow's own reads the input, and selects with a broadcast, which is slow on a CPU (`benchmarks/step_time.py`).
-    The gradient at the corner itself is 0, as in TensorFlow's ReLU.
-    """
-    outputs = tf.maximum(inputs, corner)
+    @tf.custom_gradient
+    def _cut_below(inputs, corner):
+        """`max(x, corner)` with a gradient that reads only the output, which the next layer keeps in memory anyway.
 
-    def gradient(upstream):
-        return tf.raw_ops.Select(condition=outputs > corner, x=upstream, y=tf.zeros_like(upstream)), None
+        TensorFlow's own reads the input, and selects with a broadcast, which is slow on a CPU (`benchmarks/step_time.py`).
+        The gradient at the corner itself is 0, as in TensorFlow's ReLU.
+        """
+        outputs = tf.maximum(inputs, corner)
 
-    return outputs, gradient
+        def gradient(upstream):
+            return tf.raw_ops.Select(condition=outputs > corner, x=upstream, y=tf.zeros_like(upstream)), None
+
+        return outputs, gradient
+
+else:
+
+    def _cut_below(inputs, corner):
+        return ops.where(inputs <= corner, corner, inputs)  # NaN for NaN, and a gradient of 0 at the corner
 
 
 def error_growth(shift):

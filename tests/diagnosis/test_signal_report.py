@@ -3,10 +3,10 @@
 import dataclasses
 import math
 
+import chains
 import keras
 import numpy as np
 import pytest
-import references
 import tensorflow as tf
 from keras import layers
 from reports import LOGITS, batch, report_of
@@ -46,7 +46,7 @@ def test_what_modulation_would_do_is_what_it_does(tolerance, reference):
         for found, other in ((layer.error_to_next, after), (layer.error_to_top, report.layers[-1])):
             assert found == pytest.approx(math.sqrt(layer.backward_moment / other.backward_moment))
     names = {layer.name for layer in report.layers}
-    gradients, scales = references.modulated_gradients(model, x, y, names, tolerance, 1000.0, reference)
+    gradients, scales = chains.modulated_gradients(model, x, y, names, tolerance, 1000.0, reference)
     modulated = ortho_keras.modulate(model, tolerance, reference=reference)
     did = ortho_keras.signal_report(modulated, x, y, LOGITS, singular_values=False)
     assert did.modulated and not report.modulated and any(layer.fired for layer in did.layers)

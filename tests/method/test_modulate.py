@@ -2,10 +2,10 @@
 
 import copy
 
+import chains
 import keras
 import numpy as np
 import pytest
-import references
 import tensorflow as tf
 from chains import NAMES, assert_same_bits, batch, dense_chain, gradients, mismatched_chain, modulations
 from keras import layers
@@ -92,7 +92,7 @@ def test_only_the_named_layers():
     modulated = modulate(model, tolerance=1.0, layers=names)
     assert [layer.name for layer in modulations(modulated)] == [f"{name}_modulation" for name in names]
     x, y = batch(8, 12)
-    expected, _ = references.modulated_gradients(model, x, y, names, 1.0, 1000.0, "anchor")
+    expected, _ = chains.modulated_gradients(model, x, y, names, 1.0, 1000.0, "anchor")
     for path, gradient in gradients(modulated, x, y).items():
         np.testing.assert_allclose(gradient, expected[path], 1e-4, 1e-5 * np.abs(expected[path]).max(), err_msg=path)
 
@@ -104,7 +104,7 @@ def test_a_layer_that_the_chain_calls_twice():
     unrolled.set_weights([*shared.get_weights(), *model.get_weights()])
     modulated = modulate(model, tolerance=1.0)
     x, y = batch(8, 6)
-    expected, _ = references.modulated_gradients(unrolled, x, y, [layer.name for layer in unrolled.layers], 1.0, 1e3, "anchor")
+    expected, _ = chains.modulated_gradients(unrolled, x, y, [layer.name for layer in unrolled.layers], 1.0, 1e3, "anchor")
     first, second, _ = (expected[layer.kernel.path] for layer in unrolled.layers)
     assert len(modulations(modulated)) == 3
     np.testing.assert_allclose(gradients(modulated, x, y)[shared.kernel.path], first + second, 1e-4, 1e-6)

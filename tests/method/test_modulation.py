@@ -1,9 +1,9 @@
 """The rule: what one ErrorModulation does to an error, and a chain of them against the oracle."""
 
+import chains
 import keras
 import numpy as np
 import pytest
-import references
 import tensorflow as tf
 from chains import (
     NAMES,
@@ -39,7 +39,7 @@ def test_gradients_and_scales_equal_the_oracle(run, policy, reference, tolerance
     model = mismatched_chain()
     modulated = modulate(model, **rule)
     x, y = batch(8, 12)
-    expected, scales = references.modulated_gradients(model, x, y, NAMES, **rule)
+    expected, scales = chains.modulated_gradients(model, x, y, NAMES, **rule)
     fired = {1.0: set(NAMES) - {"top"}, 2.0: {"dense2", "dense3"} | ({"dense1"} if reference == "neighbour" else set())}
     assert {name for name, scale in scales.items() if scale != 1} == fired[tolerance]
 

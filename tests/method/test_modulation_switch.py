@@ -2,10 +2,10 @@
 
 import contextlib
 
+import chains
 import keras
 import numpy as np
 import pytest
-import references
 import tensorflow as tf
 from chains import batch, dense_chain, modulations
 
@@ -27,7 +27,7 @@ def assert_steps_follow(steps, model, batches, tolerances):
     """Each SGD step of rate 1 is the mean of the oracle's gradients over that step's per-replica batches."""
     for before, after, tolerance in zip(steps, steps[1:], tolerances):
         model.set_weights(before)
-        found = [references.modulated_gradients(model, x, y, "abc", tolerance, 1000.0, "anchor")[0] for x, y in batches]
+        found = [chains.modulated_gradients(model, x, y, "abc", tolerance, 1000.0, "anchor")[0] for x, y in batches]
         for variable, old, new in zip(model.trainable_variables, before, after, strict=True):
             expected = np.mean([gradient[variable.path] for gradient in found], axis=0)
             np.testing.assert_allclose(old - new, expected, 1e-4, 5e-6, err_msg=variable.path)  # weights up to 20
@@ -41,7 +41,7 @@ def test_switch_during_fit(settings):
 
     def loss(y, logits):
         traces.append(1)
-        return references.mean_crossentropy(tf.cast(y, tf.int64), logits)
+        return chains.mean_crossentropy(tf.cast(y, tf.int64), logits)
 
     modulated.compile(keras.optimizers.SGD(1.0), loss, **settings)
     x, y = batch(8, 6)
