@@ -133,12 +133,12 @@ ARMS = {
 }
 
 
-def training_step(model, callbacks=(), alone=False, every=1, jit_compile=False):
+def training_step(model, callbacks=(), alone=False, every=1, jit_compile=False, rate=0.01):
     """A function of images and labels that trains `model` by one step and returns the loss; its `trace` only traces.
 
     `alone` trains the kernels by their penalty alone: nothing of the net is computed. `every` is that of `lazy_penalty`.
     """
-    model.compile(keras.optimizers.SGD(0.01, 0.9))
+    model.compile(keras.optimizers.SGD(rate, 0.9))
     optimizer = model.optimizer
     trained = [variable for variable in model.trainable_variables if len(variable.shape) > 1 or not alone]
     optimizer.build(trained)

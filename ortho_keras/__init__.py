@@ -7,7 +7,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # whatever Keras's configu
 import ortho_keras.method.console  # noqa: F401 - before Keras imports TensorFlow
 
 # isort: split
-from ortho_keras.method.backend import NAME
+from ortho_keras.method.backend import NAME, require_tensorflow
 from ortho_keras.method.chain import ModulationSwitch, modulate, switch_modulation
 from ortho_keras.method.decay import OrthonormalDecay
 from ortho_keras.method.design import DesignReport, check_design
@@ -94,6 +94,6 @@ __all__ = [
 
 
 def __getattr__(name):
-    if NAME != "tensorflow" and name in __all__:
-        raise ImportError(f"ortho_keras.{name} needs Keras's TensorFlow backend. Received: KERAS_BACKEND={NAME}")
+    if name in __all__:
+        require_tensorflow(f"ortho_keras.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

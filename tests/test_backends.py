@@ -1,5 +1,6 @@
 """The method on each of Keras's backends: `KERAS_BACKEND=jax python -m pytest tests/test_backends.py`, and test_packages.py."""
 
+import importlib
 import json
 import pathlib
 import subprocess
@@ -44,6 +45,9 @@ def test_what_needs_tensorflow_says_so():
             ImportError, match=f"^ortho_keras.{name} needs Keras's TensorFlow backend. Received: KERAS_BACKEND="
         ):
             getattr(ok, name)
+    for package in ("trainer.report", "diagnosis.signals"):
+        with pytest.raises(ImportError, match=f"^ortho_keras.{package.partition('.')[0]} needs Keras's TensorFlow backend"):
+            importlib.import_module(f"ortho_keras.{package}")
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         ok.nothing  # noqa: B018
 

@@ -14,6 +14,13 @@ NAME = keras.config.backend()
 if NAME not in ("tensorflow", "jax", "torch"):
     raise ImportError(f"ortho_keras needs Keras's backend tensorflow, jax or torch. Received: KERAS_BACKEND={NAME!r}")
 
+
+def require_tensorflow(what):
+    """Raises `ImportError` in one line where another backend is used."""
+    if NAME != "tensorflow":
+        raise ImportError(f"{what} needs Keras's TensorFlow backend. Received: KERAS_BACKEND={NAME}")
+
+
 if NAME == "tensorflow":
     import tensorflow as tf
 

@@ -112,7 +112,7 @@ class _Chain:
 
 
 def switch_modulation(model, enabled):
-    """Switches every `ErrorModulation` of a model on or off, from the next training step on, without retracing.
+    """Switches every `ErrorModulation` of a model on or off, from the next training step on, without retracing (but on JAX).
 
     Args:
         model: A Keras model with at least one `ErrorModulation`, or a `ValueError` is raised.
