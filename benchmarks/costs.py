@@ -14,6 +14,7 @@ def cost_tables(results):
         "cost summary": summary_table,
         "memory": memory_table,
         "onednn": onednn_table,
+        "backends": backends_table,
         "lazy": lazy_table,
         "scaling": scaling_table,
         "orthogonality": orthogonality_table,
@@ -122,6 +123,18 @@ def orthogonality_table(results):
     return table(header, rows)
 
 
+def backends_table(results):
+    rows = []
+    for stem, result in load(results, "backends"):
+        backend, net, size, batch, _ = stem.split("-")
+        for name, arm in result["arms"].items():
+            place = [name, backend, f"{net}, {size} pixels, batch {batch}", where(result)]
+            rows.append(
+                [*place, f"{1000 * arm['median_seconds']:.3g}", quartiles(arm["ratio_quartiles"]), arm["first_step_seconds"]]
+            )
+    return table(["arm", "backend", "net", "device", "step, ms", "ratio (quartiles)", "first step, s"], rows)
+
+
 def lazy_table(results):
     rows = []
     for stem, result in load(results, "lazy"):
@@ -180,6 +193,7 @@ def command_table(results):
         "step_time",
         "memory",
         "onednn",
+        "backends",
         "lazy",
         "scaling",
         "orthogonality",

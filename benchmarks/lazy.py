@@ -2,10 +2,10 @@
 
 python benchmarks/lazy.py --net=plain101_imagenet --data_dir=PATH
 
-Nets that start as identities, with the shifted ReLU, train on the same batches of CIFAR-10, enlarged where the net is for photographs: with L2, and with the
-penalty at each step, each fourth and each tenth, 4 and 10 times as large. They take turns, ten steps each; the ratio is that of
-ten steps to ten of L2 in the same turn. The residual is the mean of `||W^T W - I||_F` after all steps. Goes to
-`results/lazy/<net>-<size>-<batch>-<device>.json`.
+Nets that start as identities, with the shifted ReLU, train on the same batches of CIFAR-10, enlarged where the net is for
+photographs: with L2, and with the penalty at each step, each fourth and each tenth, 4 and 10 times as large. They take turns,
+ten steps each; the ratio is that of ten steps to ten of L2 in the same turn. The residual is the mean of `||W^T W - I||_F`
+after all steps. Goes to `results/lazy/<net>-<size>-<batch>-<device>.json`.
 """
 
 import os

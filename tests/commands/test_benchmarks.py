@@ -172,6 +172,12 @@ def test_input_pipeline_writes_its_rates(tmp_path, monkeypatch):
         assert abs(rates["ratio_quartiles"][1] / ratio - 1) < 0.05
 
 
+def test_backends_writes_its_ratios(tmp_path, monkeypatch, in_process):
+    result = results(monkeypatch, "backends", *ONE, "--backends=tensorflow", folder=tmp_path)
+    assert result["backend"] == "tensorflow" and result["arms"]["L2"]["ratio_quartiles"] == [1, 1, 1]
+    assert len(result["arms"]) == 4 and all(arm["median_seconds"] > 0 for arm in result["arms"].values())
+
+
 def test_lazy_writes_times_and_residuals(tmp_path, monkeypatch):
     given = ["--net=plain8", "--dataset=digits", "--turns=3", "--penalty_factor=1"]
     result = results(monkeypatch, "lazy", *given, folder=tmp_path)
