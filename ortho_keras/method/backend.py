@@ -225,7 +225,9 @@ if NAME == "torch":
         return lambda *args: function(*args)[0]
 
     def either(condition, then, otherwise):
-        return ops.where(condition, then(), otherwise()) if condition.is_cuda else then() if condition else otherwise()
+        if condition.device.type != "cpu":
+            return ops.where(condition, then(), otherwise())
+        return then() if condition else otherwise()
 
     def value_and_gradient(function, value):
         value = ops.convert_to_tensor(value).detach().requires_grad_()

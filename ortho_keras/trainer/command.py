@@ -26,6 +26,7 @@ from ortho_keras.trainer.run import run
 from ortho_keras.version import __version__
 
 DEFAULT_RECIPE = "digits"
+MOST_OF_AN_ERROR = 1000  # characters
 LONGEST_NAME = 200  # bytes of a folder's name; file systems allow 255
 
 FLAGS = flags.FLAGS
@@ -83,7 +84,9 @@ def parse_flags(argv, program=None):
             raise flags.Error(f"every argument must be a flag, --name=value. Received: {' '.join(rest[1:])}")
         return rest
     except (flags.Error, ValueError) as error:  # ValueError: --noname=value
-        print(f"{program or program_of(argv)}: {' '.join(str(error).split())} (--help lists the flags)", file=sys.stderr)
+        text = " ".join(str(error).split())
+        text = text if len(text) < MOST_OF_AN_ERROR else f"{text[:MOST_OF_AN_ERROR]} ..."  # of a value of thousands of digits
+        print(f"{program or program_of(argv)}: {text} (--help lists the flags)", file=sys.stderr)
         sys.exit(2)
 
 
