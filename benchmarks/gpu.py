@@ -3,8 +3,8 @@
 python benchmarks/gpu.py
 python benchmarks/gpu.py --small --results=DIRECTORY     the same on any machine, with a small net
 
-The parts are processes in turn, the most wanted first; one that fails is named at the end and does not stop the others. On an
-H100 they should take about ten minutes. Result files carry the GPU's name, and `pages.py` writes their tables.
+The parts are processes in turn, the most wanted first; one that fails is named at the end and does not stop the others.
+Result files carry the GPU's name, and `pages.py` writes their tables.
 """
 
 import os

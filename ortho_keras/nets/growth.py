@@ -4,6 +4,7 @@ import itertools
 
 import keras
 import numpy as np
+from keras import ops
 
 from ortho_keras.method.checks import check_built
 from ortho_keras.method.errors import first_line
@@ -139,7 +140,9 @@ def _make_identity(unit, inputs):
     if layer.use_bias:
         layer.bias.assign(np.zeros(layer.bias.shape))
     for one in normalizations:
-        values = np.moveaxis(np.asarray(inputs, np.float64), one.axis, -1).reshape(-1, inputs.shape[one.axis])
+        values = np.moveaxis(np.asarray(ops.convert_to_numpy(inputs), np.float64), one.axis, -1).reshape(
+            -1, inputs.shape[one.axis]
+        )
         mean, variance = values.mean(0), values.var(0)
         one.set_weights([np.sqrt(variance + one.epsilon), mean, mean, variance])
 
@@ -147,7 +150,8 @@ def _make_identity(unit, inputs):
 def _check_outputs(model, deeper, x):
     def outputs(net):
         slices = (x[start : start + _SLICE] for start in range(0, len(x), _SLICE))
-        return np.concatenate([np.asarray(keras.tree.flatten(net(inputs, training=False))[0], np.float64) for inputs in slices])
+        found = (ops.convert_to_numpy(keras.tree.flatten(net(inputs, training=False))[0]) for inputs in slices)
+        return np.concatenate([np.asarray(one, np.float64) for one in found])
 
     wanted, made = outputs(model), outputs(deeper)
     error, largest = np.abs(made - wanted).max(), np.abs(wanted).max()
