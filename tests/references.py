@@ -57,3 +57,37 @@ def scale_and_reference(own, above, tolerance, max_scale, reference):
     scale = above / own
     scale = float(np.clip(scale, 1 / max_scale, max_scale)) if not 1 / tolerance <= scale <= tolerance else 1.0
     return scale, own * scale if reference == "neighbour" else above
+
+
+def related_penalties(kernel, layout="standard"):
+    """Bansal et al.'s: double soft orthogonality, mutual coherence, and the exact spectral norm that SRIP estimates."""
+    kernel = np.asarray(kernel, np.float64)
+    sets = [kernel.ravel()[index] for index in kernel_columns(kernel, layout)]
+    deviations = [w.T @ w - np.eye(w.shape[1]) for w in sets]
+    whole = sets if layout == "depthwise" else [np.concatenate(sets, axis=1)]  # the sets of one matrix, side by side again
+    grams = [gram for w in whole for gram in (w.T @ w, w @ w.T)]
+    return {
+        "double_soft": sum(np.sum((gram - np.eye(len(gram))) ** 2) for gram in grams),
+        "coherence": sum(np.abs(deviation).max() for deviation in deviations),
+        "spectral": sum(np.linalg.norm(deviation, 2) for deviation in deviations),
+    }
+
+
+def circular_matrix(kernel, sizes, strides):
+    """The convolution with periodic borders as a matrix (outputs, inputs), one entry at a time."""
+    *window, cin, cout = kernel.shape
+    folded = [size // stride for size, stride in zip(sizes, strides)]
+    matrix = np.zeros((*folded, cout, *sizes, cin))
+    for place in itertools.product(*map(range, folded)):
+        for tap in itertools.product(*map(range, window)):
+            source = tuple((p * s + t) % size for p, s, t, size in zip(place, strides, tap, sizes))
+            matrix[(*place, slice(None), *source)] += kernel[tap].T
+    return matrix.reshape(np.prod(folded) * cout, -1)
+
+
+def convolutional_penalty(kernel, sizes, strides):
+    """For each output pixel: ||A A^T - I||^2, or ||A^T A - I||^2 where there are more outputs than inputs (Achour et al.)."""
+    matrix = circular_matrix(kernel, sizes, strides)
+    outputs, inputs = matrix.shape
+    gram = matrix @ matrix.T if outputs <= inputs else matrix.T @ matrix
+    return np.sum((gram - np.eye(len(gram))) ** 2) / (outputs / kernel.shape[-1])

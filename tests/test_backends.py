@@ -67,6 +67,30 @@ def test_penalty_and_gradient_equal_the_oracle(run):
             np.testing.assert_allclose(as_array(one), other, rtol=2e-5, atol=2e-5 * np.abs(other).max(), err_msg=f"{shape}")
 
 
+@pytest.mark.parametrize("run", RUNS)
+def test_related_penalties_equal_their_formulas_and_the_formulas_slopes(run):
+    rng = np.random.default_rng(5)
+    kernel = np.linalg.qr(rng.normal(size=(18, 4)))[0].reshape(3, 3, 2, 4) * [1.5, 1.1, 0.9, 0.8]  # the norm is well apart
+    direction = rng.normal(size=kernel.shape)
+
+    def formulas(kernel):
+        return {**references.related_penalties(kernel), "conv": references.convolutional_penalty(kernel, (6, 7), (1, 1))}
+
+    ahead, exact, behind = (formulas(kernel + step * direction) for step in (1e-6, 0, -1e-6))
+    regularizers = {
+        "double_soft": ok.DoubleSoftOrthogonalRegularizer(0.5),
+        "coherence": ok.MutualCoherenceRegularizer(0.5),
+        "spectral": ok.SRIPRegularizer(0.5, iterations=20),
+        "conv": ok.ConvOrthogonalRegularizer(0.5),
+    }
+    for name, regularizer in regularizers.items():
+        step = RUNS[run](lambda value, of=regularizer: backend.value_and_gradient(of, value))
+        penalty, gradient = step(ops.convert_to_tensor(kernel.astype("float32")))
+        np.testing.assert_allclose(float(penalty), 0.5 * exact[name], rtol=1e-5, err_msg=name)
+        slope = 0.5 * (ahead[name] - behind[name]) / 2e-6
+        np.testing.assert_allclose(np.sum(as_array(gradient) * direction), slope, rtol=1e-4, err_msg=name)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_kernels_have_float32_penalties(dtype):
     kernel = ops.cast(np.random.default_rng(7).normal(size=(60, 50)).astype("float32") * 90, dtype)  # squares overflow float16

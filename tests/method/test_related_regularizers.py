@@ -1,7 +1,5 @@
 """The named variants against their formulas in float64 NumPy; the convolutional one against the convolution's own matrix."""
 
-import itertools
-
 import keras
 import numpy as np
 import pytest
@@ -31,17 +29,15 @@ def random_kernel(shape, seed=0):
 )
 def test_mutual_coherence_spectral_norm_and_double_soft_orthogonality_equal_their_formulas(shape, layout):
     kernel = random_kernel(shape)
-    sets = [kernel.ravel()[index] for index in references.kernel_columns(kernel, layout)]
-    deviations = [w.T @ w - np.eye(w.shape[1]) for w in sets]
+    expected = references.related_penalties(kernel, layout)
     coherence = MutualCoherenceRegularizer(0.25, layout)(tf.constant(kernel))
-    np.testing.assert_allclose(coherence, 0.25 * sum(np.abs(d).max() for d in deviations), rtol=1e-10)
+    np.testing.assert_allclose(coherence, 0.25 * expected["coherence"], rtol=1e-10)
     spectral = SRIPRegularizer(0.25, layout, iterations=2000)(tf.constant(kernel))
-    np.testing.assert_allclose(spectral, 0.25 * sum(np.linalg.norm(d, 2) for d in deviations), rtol=1e-6)
+    np.testing.assert_allclose(spectral, 0.25 * expected["spectral"], rtol=1e-6)
     few = SRIPRegularizer(0.25, layout)(tf.constant(kernel))
     assert 0 < few <= spectral * (1 + 1e-9)
-    whole = sets if layout == "depthwise" else [np.concatenate(sets, axis=1)]  # the sets of one matrix, side by side again
-    expected = sum(np.sum((w.T @ w - np.eye(w.shape[1])) ** 2) + np.sum((w @ w.T - np.eye(w.shape[0])) ** 2) for w in whole)
-    np.testing.assert_allclose(DoubleSoftOrthogonalRegularizer(0.25, layout)(tf.constant(kernel)), 0.25 * expected, rtol=1e-10)
+    double = DoubleSoftOrthogonalRegularizer(0.25, layout)(tf.constant(kernel))
+    np.testing.assert_allclose(double, 0.25 * expected["double_soft"], rtol=1e-10)
 
 
 def test_two_steps_of_the_power_iteration_by_hand():
@@ -75,18 +71,6 @@ def test_the_spectral_norm_where_eigenvalues_have_both_signs(iterations):
     assert penalty == 0 and not np.any(tape.gradient(penalty, flat))  # and no NaN
 
 
-def circular_matrix(kernel, sizes, strides):
-    """The convolution with periodic borders as a matrix (outputs, inputs), one entry at a time."""
-    *window, cin, cout = kernel.shape
-    folded = [size // stride for size, stride in zip(sizes, strides)]
-    matrix = np.zeros((*folded, cout, *sizes, cin))
-    for place in itertools.product(*map(range, folded)):
-        for tap in itertools.product(*map(range, window)):
-            source = tuple((p * s + t) % size for p, s, t, size in zip(place, strides, tap, sizes))
-            matrix[(*place, slice(None), *source)] += kernel[tap].T
-    return matrix.reshape(np.prod(folded) * cout, -1)
-
-
 @pytest.mark.parametrize(
     ("shape", "strides", "sizes"),
     [
@@ -99,15 +83,9 @@ def circular_matrix(kernel, sizes, strides):
     ],
 )
 def test_the_convolutional_penalty_is_that_of_the_convolutions_matrix(shape, strides, sizes):
-    """For each output pixel: ||A A^T - I||^2, or ||A^T A - I||^2 where there are more outputs than inputs (Achour et al.)."""
     kernel = random_kernel(shape)
-    matrix = circular_matrix(kernel, sizes, strides)
-    outputs, inputs = matrix.shape
-    gram = matrix @ matrix.T if outputs <= inputs else matrix.T @ matrix
-    pixels = outputs / shape[-1]
-    expected = np.sum((gram - np.eye(len(gram))) ** 2) / pixels
     penalty = ConvOrthogonalRegularizer(0.75, strides)(tf.constant(kernel))
-    np.testing.assert_allclose(penalty, 0.75 * expected, rtol=1e-10)
+    np.testing.assert_allclose(penalty, 0.75 * references.convolutional_penalty(kernel, sizes, strides), rtol=1e-10)
     if len(set(strides)) == 1:
         assert float(ConvOrthogonalRegularizer(0.75, strides[0])(tf.constant(kernel))) == float(penalty)
 
