@@ -30,7 +30,8 @@ MOST_OF_AN_ERROR = 1000  # characters
 LONGEST_NAME = 200  # bytes of a folder's name; file systems allow 255
 
 FLAGS = flags.FLAGS
-RESULTS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "recipes"
+RESULTS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+SHORTER = ("epochs", "max_steps", "evaluate_every", "learning_rate", "precision")  # what a shorter run of a recipe may change
 
 flags.DEFINE_string("recipe", None, f"Name of a recipe, {DEFAULT_RECIPE} by default. The flags below override its values.")
 flags.DEFINE_string("recipe_file", None, "JSON file with a recipe: a search's best.json, a run's run.json or result.json.")
@@ -117,28 +118,40 @@ def default_workdir(name, given):
 
 
 def list_recipes():
-    """Prints three lines for each recipe: purpose, accuracy in the paper and measured, and what differs from its base."""
+    """Prints two or three lines for each recipe: purpose, accuracy in the paper and measured, and its flags."""
     for name, preset in RECIPES.items():
-        base = name.removesuffix("_l2")
-        base, own = (base, RECIPES[base]) if base != name else ("the defaults", Preset(Recipe(), ""))
+        if name.endswith("_l2"):
+            continue
         reached = [f"paper, %: {preset.paper}"] if preset.paper else []
         if RESULTS.is_dir():  # an installed package is without the results
             reached.append(f"measured: {measured(name, preset)}")
+            baseline = RECIPES.get(f"{name}_l2")
+            reached += [f"{name}_l2: {measured(f'{name}_l2', baseline)}"] if baseline else []
         say(f"{name}: {preset.about}")
         if reached:
             say(f"    {'; '.join(reached)}")
-        say(f"    differs from {base} in {' '.join(own.changes(preset.recipe))}")
+        say(f"    differs from the defaults in {' '.join(Preset(Recipe(), '').changes(preset.recipe))}")
+    say("NAME_l2 is a recipe's baseline, with the same data and steps: He initialization, L2 and SGD (not of an _anchor).")
 
 
 def measured(name, preset):
-    """Returns the mean test accuracy and time of a recipe's committed results, as text."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-seed*.json"))]
-    results = [result for result in results if preset.gave(result)]
-    if not results:
-        return "not yet"
-    accuracy, seconds = (statistics.mean(result[key] for result in results) for key in ("test_accuracy", "seconds"))
-    device = hardware(results[0]["device"])
-    return f"{100 * accuracy:.2f} % test accuracy, mean of {len(results)} seed(s), {seconds:.0f} s of training on {device}"
+    """Returns the mean test accuracy and time of a recipe's committed results, or the accuracy of a shorter run, as text."""
+
+    def committed(pattern, but=()):
+        results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+        return [result for result in results if preset.gave(result, but)]
+
+    results = committed(f"recipes/{name}-seed*.json")
+    if results:
+        accuracy, seconds = (statistics.mean(result[key] for result in results) for key in ("test_accuracy", "seconds"))
+        device = hardware(results[0]["device"])
+        return f"{100 * accuracy:.2f} % test accuracy, mean of {len(results)} seed(s), {seconds:.0f} s of training on {device}"
+    shorter = committed("paper/*-seed?.json", SHORTER) if preset.recipe.max_steps else []
+    if shorter:
+        longest = max(shorter, key=lambda result: result["steps"])
+        accuracy, share = 100 * longest["test_accuracy"], f"{longest['steps']:,} of {preset.recipe.max_steps:,} steps"
+        return f"not yet at this length; {accuracy:.2f} % test accuracy after {share}, one seed"
+    return "not yet"
 
 
 def train(program):

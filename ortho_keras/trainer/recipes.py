@@ -15,9 +15,13 @@ class Preset:
     about: str
     paper: str = ""
 
-    def gave(self, result):
-        """Whether a result, the content of a `result.json`, is of this recipe with any seed; missing values have defaults."""
-        return Recipe.from_json(result["recipe"]) == dataclasses.replace(self.recipe, seed=result["seed"])
+    def gave(self, result, but=()):
+        """Whether a result, the content of a `result.json`, is of this recipe with any seed, and any values named in `but`.
+
+        Values that the result does not have are the defaults.
+        """
+        recipe = Recipe.from_json(result["recipe"])
+        return recipe == dataclasses.replace(self.recipe, **{name: getattr(recipe, name) for name in ("seed", *but)})
 
     def changes(self, recipe):
         """Returns the flags of `train.py` that turn this recipe into another: `["--depth=20", "--nobn_sync"]`, say."""

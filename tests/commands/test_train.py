@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import signal
+import statistics
 import subprocess
 import sys
 
@@ -97,14 +98,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_list_recipes(capsys):
+def test_list_recipes(capsys, monkeypatch):
     status, out, _ = invoke(capsys, "--list_recipes")
-    lines = out.splitlines()
-    assert status == 0 and len(lines) == 3 * len(RECIPES)
-    at = 3 * list(RECIPES).index("plain110_cifar10")
-    assert lines[at].startswith("plain110_cifar10: ") and lines[at + 1].startswith("    paper, %: 81.6") and "measured: " in out
-    assert "--depth=110" in lines[at + 2] and "--width" not in lines[at + 2]
-    assert lines[at + 5].startswith("    differs from plain110_cifar10 in --initializer=he_normal ")
+    names = [name for name in RECIPES if not name.endswith("_l2")]
+    *lines, last = out.splitlines()
+    assert status == 0 and len(lines) == 3 * len(names) and last.startswith("NAME_l2 is a recipe's baseline")
+    shown = {name: lines[3 * at : 3 * at + 3] for at, name in enumerate(names)}
+    assert all(first.startswith(f"{name}: ") for name, (first, *_) in shown.items())
+    _, reached, differs = shown["plain110_cifar10"]
+    assert reached.startswith("    paper, %: 81.6") and "--depth=110" in differs and "--width" not in differs
+    paths = sorted((command.RESULTS / "recipes").glob("digits-seed*.json"))
+    mean = statistics.mean(json.loads(path.read_text())["test_accuracy"] for path in paths)
+    assert f"measured: {100 * mean:.2f} % test accuracy, mean of {len(paths)} seed(s)" in shown["digits"][1]
+    assert "; digits_l2: " in shown["digits"][1] and "_l2" not in shown["plain110_cifar10_anchor"][1]
+    part = json.loads((command.RESULTS / "paper" / "neighbour-depth44-factor0.0001-rate0.1-steps8000-seed0.json").read_text())
+    expected = f"not yet at this length; {100 * part['test_accuracy']:.2f} % test accuracy after 8,000 of 64,000 steps"
+    assert expected in shown["plain44_cifar10"][1] and "measured: not yet; " in shown["plain34_imagenet"][1]
+    monkeypatch.setattr(command, "RESULTS", command.RESULTS / "none")  # as in an installed package
+    assert "measured" not in invoke(capsys, "--list_recipes")[1]
     _, out, _ = invoke(capsys, "--list_recipes=plain110_cifar10")
     with flagsaver.flagsaver():
         command.parse_flags(["train.py", *out.split()])
