@@ -20,12 +20,34 @@ if backend.NAME == "tensorflow":
     import tensorflow as tf
 
     RUNS = {"eager": lambda function: function, "compiled": tf.function}
+
+    def slope_of_the_gradient(function, value, direction):
+        """The derivative of the gradient along a direction: a product with the Hessian."""
+        with tf.GradientTape() as outer:
+            outer.watch(value)
+            with tf.GradientTape() as inner:
+                inner.watch(value)
+                result = function(value)
+            along = tf.reduce_sum(inner.gradient(result, value) * direction)
+        return outer.gradient(along, value)
+
 elif backend.NAME == "jax":
     import jax
 
     RUNS = {"eager": lambda function: function, "compiled": jax.jit}
+
+    def slope_of_the_gradient(function, value, direction):
+        return jax.grad(lambda x: ops.sum(jax.grad(function)(x) * direction))(value)
+
 else:
+    import torch
+
     RUNS = {"eager": lambda function: function}
+
+    def slope_of_the_gradient(function, value, direction):
+        value.requires_grad_()
+        (gradient,) = torch.autograd.grad(function(value), value, create_graph=True)
+        return torch.autograd.grad((gradient * direction).sum(), value)[0]
 
 
 def as_array(tensor, dtype="float64"):
@@ -65,6 +87,15 @@ def test_penalty_and_gradient_equal_the_oracle(run):
         expected = references.penalty_and_gradient(kernel, layout, 0.37)
         for one, other in zip(found, expected):
             np.testing.assert_allclose(as_array(one), other, rtol=2e-5, atol=2e-5 * np.abs(other).max(), err_msg=f"{shape}")
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (2, 5)])
+def test_the_second_derivative_of_the_penalty(shape):
+    kernel, direction = np.random.default_rng(4).normal(size=(2, *shape))
+    ahead, behind = (references.penalty_and_gradient(kernel + s * 1e-5 * direction, "standard", 0.37)[1] for s in (1, -1))
+    value, along = (ops.convert_to_tensor(array.astype("float32")) for array in (kernel, direction))
+    found = slope_of_the_gradient(ok.OrthonormalRegularizer(0.37), value, along)
+    np.testing.assert_allclose(as_array(found), (ahead - behind) / 2e-5, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("run", RUNS)
