@@ -263,3 +263,13 @@ def test_those_losses_need_each_callback(monkeypatch, without):
     name = {"switch": "ModulationSwitch", "decay": "OrthonormalDecay"}[without]
     monkeypatch.setattr(ok, name, lambda *_, **__: callback())
     assert abs(losses()[2] / json.loads(SAVED.read_text())[2] - 1) > 1e-3
+
+
+@pytest.mark.skipif(backend.NAME != "jax", reason="the others keep a model's variables current")
+def test_the_state_of_a_step_is_written_back_for_updates_only(monkeypatch):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3)])
+    model.compile("sgd", "mse")
+    written, sync = [], model.jax_state_sync
+    monkeypatch.setattr(model, "jax_state_sync", lambda: (written.append(not model._jax_state_synced), sync()))
+    model.fit(np.ones((12, 3)), np.ones((12, 3)), 1, verbose=0, callbacks=[ok.OrthonormalDecay(0.1, every=6)])
+    assert sum(written) <= 3  # two updates, and the end of the epoch

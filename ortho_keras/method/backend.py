@@ -106,8 +106,8 @@ if NAME == "tensorflow":
             result = function(value)
         return result, tape.gradient(result, value)
 
-    def compiled(model, function):
-        """Returns `function` of one scalar as one graph on all replicas of the model."""
+    def compiled(model, function, variables):
+        """Returns `function` of one scalar, which sets these variables of the model, as one graph on all replicas."""
         strategy = model.distribute_strategy
         return tf.function(lambda scalar: strategy.run(function, args=(scalar,)))
 
@@ -155,9 +155,6 @@ else:
     def normal_float64(shape, seed):
         return np.asarray(ops.convert_to_numpy(keras.random.normal(shape, dtype="float32", seed=seed)), np.float64)
 
-    def compiled(model, function):
-        return function
-
     def scope(model):
         return contextlib.nullcontext()
 
@@ -190,6 +187,19 @@ if NAME == "jax":
 
     def value_and_gradient(function, value):
         return jax.value_and_grad(function)(ops.convert_to_tensor(value))
+
+    def compiled(model, function, variables):
+        @jax.jit
+        def pure(values, scalar):
+            with keras.StatelessScope(zip(variables, values)) as scope:
+                function(scalar)
+            return [scope.get_current_value(variable) for variable in variables]
+
+        def call(scalar):
+            for variable, value in zip(variables, pure([variable.value for variable in variables], scalar)):
+                variable.assign(value)
+
+        return call
 
     def retrace(model):
         """Has the next training step compiled anew, with the settings as they are now."""
@@ -235,6 +245,9 @@ if NAME == "torch":
             result = function(value)
             (gradient,) = torch.autograd.grad(result, value)
         return result.detach(), gradient
+
+    def compiled(model, function, variables):
+        return function
 
     def retrace(model):
         pass

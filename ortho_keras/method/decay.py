@@ -69,10 +69,11 @@ class OrthonormalDecay(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         self._counter.end(batch)
         due = self._multiple(self._counter.steps) > self._last
-        if self.model.optimizer is None or ((due or backend.NAME != "jax") and self._counter.idle):
+        model = self._counter.model  # on JAX, `self.model` would have Keras write the step's state back to all variables
+        if model.optimizer is None or ((due or backend.NAME != "jax") and self._counter.idle):
             raise ValueError(
                 "OrthonormalDecay needs the learning rate of the model's optimizer, and this model trains by others. "
-                f"Received: model={self.model.name!r} with optimizer={self.model.optimizer!r}"
+                f"Received: model={model.name!r} with optimizer={model.optimizer!r}"
             )
         if due:
             self._catch_up()
@@ -93,7 +94,6 @@ class OrthonormalDecay(keras.callbacks.Callback):
         steps = self._counter.steps - self._last
         if steps:
             self._last += steps
-            backend.sync(self.model)
             rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
             self._update(ops.convert_to_tensor(self.factor * rate * steps, "float32"))
 
@@ -116,7 +116,7 @@ class OrthonormalDecay(keras.callbacks.Callback):
                 value = kernel.value - ops.cast(size, kernel.dtype) * gradient
                 kernel.assign(value if kernel.constraint is None else kernel.constraint(value))
 
-        return backend.compiled(self.model, update)
+        return backend.compiled(self.model, update, [kernel for kernel, _ in found])
 
     def __deepcopy__(self, memo):
         return type(self)(self.factor, self.every, self.regularizer)
