@@ -23,7 +23,7 @@ from ortho_keras.method.related_regularizers import (
     MutualCoherenceRegularizer,
     SRIPRegularizer,
 )
-from ortho_keras.nets.batchnorm import FusedBatchNormalization
+from ortho_keras.nets.batchnorm import BatchNormalizationEstimator, FusedBatchNormalization
 from ortho_keras.nets.fold import fold_batchnorm
 from ortho_keras.nets.growth import grow
 from ortho_keras.nets.networks import plain_cnn, plain_imagenet, residual_cnn, residual_imagenet
@@ -36,7 +36,6 @@ if NAME == "tensorflow":
     from ortho_keras.diagnosis.monitor import SignalMonitor
     from ortho_keras.diagnosis.signal_report import signal_report
     from ortho_keras.diagnosis.signals import LayerSignal, SignalReport
-    from ortho_keras.nets.batchnorm import BatchNormalizationEstimator
     from ortho_keras.trainer.optimizers import AllReplicaLossScaleOptimizer, LearningRate, Muon
     from ortho_keras.trainer.recipe import Recipe
     from ortho_keras.trainer.recipes import find_preset

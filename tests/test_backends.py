@@ -62,7 +62,7 @@ def test_the_import_brings_tensorflow_only_as_the_backend():
 
 @pytest.mark.skipif(backend.NAME == "tensorflow", reason="it has all of the package")
 def test_what_needs_tensorflow_says_so():
-    for name in ("signal_report", "SignalMonitor", "Muon", "run", "BatchNormalizationEstimator"):
+    for name in ("signal_report", "SignalMonitor", "Muon", "run"):
         with pytest.raises(
             ImportError, match=f"^ortho_keras.{name} needs Keras's TensorFlow backend. Received: KERAS_BACKEND="
         ):

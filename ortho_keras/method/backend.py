@@ -107,9 +107,17 @@ if NAME == "tensorflow":
         return result, tape.gradient(result, value)
 
     def compiled(model, function, variables):
-        """Returns `function` of one scalar, which sets these variables of the model, as one graph on all replicas."""
+        """Returns `function` of one argument, which reads and sets these variables, as one graph on all replicas of the model."""
         strategy = model.distribute_strategy
-        return tf.function(lambda scalar: strategy.run(function, args=(scalar,)))
+        return tf.function(lambda argument: strategy.run(function, args=(argument,)), reduce_retracing=True)
+
+    def sums_over_replicas(model, shapes):
+        """Returns variables of zeros to which each replica adds its own, and which are read as the total."""
+        replica_local = {"synchronization": tf.VariableSynchronization.ON_READ, "aggregation": tf.VariableAggregation.SUM}
+        with scope(model):
+            return [tf.Variable(tf.zeros(shape, tf.float64), trainable=False, **replica_local) for shape in shapes]
+
+    INPUT_ERRORS = (ValueError, TypeError, tf.errors.InvalidArgumentError)  # not a device that was lost
 
     def scope(model):
         return model.distribute_strategy.scope()
@@ -155,6 +163,9 @@ else:
     def normal_float64(shape, seed):
         return np.asarray(ops.convert_to_numpy(keras.random.normal(shape, dtype="float32", seed=seed)), np.float64)
 
+    def sums_over_replicas(model, shapes):
+        return [keras.Variable(np.zeros(shape), dtype="float32", trainable=False) for shape in shapes]
+
     def scope(model):
         return contextlib.nullcontext()
 
@@ -188,15 +199,17 @@ if NAME == "jax":
     def value_and_gradient(function, value):
         return jax.value_and_grad(function)(ops.convert_to_tensor(value))
 
+    INPUT_ERRORS = (ValueError, TypeError)
+
     def compiled(model, function, variables):
         @jax.jit
-        def pure(values, scalar):
+        def pure(values, argument):
             with keras.StatelessScope(zip(variables, values)) as scope:
-                function(scalar)
+                function(argument)
             return [scope.get_current_value(variable) for variable in variables]
 
-        def call(scalar):
-            for variable, value in zip(variables, pure([variable.value for variable in variables], scalar)):
+        def call(argument):
+            for variable, value in zip(variables, pure([variable.value for variable in variables], argument)):
                 variable.assign(value)
 
         return call
@@ -246,8 +259,10 @@ if NAME == "torch":
             (gradient,) = torch.autograd.grad(result, value)
         return result.detach(), gradient
 
+    INPUT_ERRORS = (ValueError, TypeError, RuntimeError)
+
     def compiled(model, function, variables):
-        return function
+        return torch.no_grad()(function)
 
     def retrace(model):
         pass

@@ -3,6 +3,8 @@
 import contextlib
 
 import keras
+import numpy as np
+from keras import ops
 
 from ortho_keras.method import backend
 from ortho_keras.method.checks import check_built
@@ -89,23 +91,13 @@ class BatchNormalizationEstimator:
         found = [layer for layer, _ in walk_layers(model) if isinstance(layer, keras.layers.BatchNormalization)]
         self.layers = [layer for layer in found if layer.built and layer.trainable]
         self.averages = [v for layer in self.layers for v in (layer.moving_mean, layer.moving_variance)]
-        strategy = model.distribute_strategy
-        replica_local = {"synchronization": tf.VariableSynchronization.ON_READ, "aggregation": tf.VariableAggregation.SUM}
-        with strategy.scope():  # of each layer, the sums over its calls of the batch's mean, its variance, and 1
-            zeros = [tf.zeros((3, *layer.moving_mean.shape), tf.float64) for layer in self.layers]
-            self._sums = [tf.Variable(zero, trainable=False, **replica_local) for zero in zeros]
+        # Of each layer, the sums over its calls of the batch's mean, its variance, and 1.
+        self._sums = backend.sums_over_replicas(model, [(3, *layer.moving_mean.shape) for layer in self.layers])
 
         def observe(images):
             model(images, training=True)
 
-        @tf.function(reduce_retracing=True)
-        def observe_all(images):
-            with contextlib.ExitStack() as stack:  # only while it is traced
-                for layer, sums in zip(self.layers, self._sums):
-                    stack.enter_context(_recorded(layer, sums))
-                strategy.run(observe, (images,))
-
-        self._observe = observe_all
+        self._observe = backend.compiled(model, observe, [*model.variables, *self._sums])
 
     def __call__(self, batches):
         """Re-estimates the averages.
@@ -119,11 +111,11 @@ class BatchNormalizationEstimator:
         """
         if not self.layers:
             return
-        before = [tf.identity(variable.value) for variable in self.averages]
+        before = [ops.copy(variable.value) for variable in self.averages]
         for variable in self.averages:
-            variable.assign(tf.where(tf.math.is_finite(variable.value), variable.value, 0))  # 0 times NaN would be NaN
+            variable.assign(ops.where(ops.isfinite(variable.value), variable.value, 0.0))  # 0 times NaN would be NaN
         for sums in self._sums:
-            sums.assign(tf.zeros_like(sums))
+            sums.assign(np.zeros(sums.shape))
         received = False
         try:
             for images in batches:
@@ -135,15 +127,18 @@ class BatchNormalizationEstimator:
             for variable, value in zip(self.averages, before):
                 variable.assign(value)
         for layer, sums in zip(self.layers, self._sums):
-            mean, variance, calls = tf.unstack(sums)
+            mean, variance, calls = ops.unstack(ops.convert_to_tensor(sums))
             if calls[0]:
                 layer.moving_mean.assign(mean / calls)
                 layer.moving_variance.assign(variance / calls)
 
     def _add(self, images):
         try:
-            self._observe(images)
-        except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:  # not a device that was lost
+            with contextlib.ExitStack() as stack:
+                for layer, sums in zip(self.layers, self._sums):
+                    stack.enter_context(_recorded(layer, sums))
+                self._observe(images)
+        except backend.INPUT_ERRORS as error:
             shapes = keras.tree.map_structure(lambda tensor: tuple(getattr(tensor, "shape", ())), images)
             raise ValueError(
                 f"`batches` must hold what the model takes. Received: one of shape {shapes} ({first_line(error)})"
@@ -158,8 +153,8 @@ def _recorded(layer, sums):
     def recorded_call(*args, training=None, **kwargs):
         outputs = call(*args, training=training, **kwargs)
         if training:  # with a momentum of 0, the moving averages are the batch's own
-            mean, variance = (tf.cast(v.value, tf.float64) for v in (layer.moving_mean, layer.moving_variance))
-            sums.assign_add(tf.stack([mean, variance, tf.ones_like(mean)]))
+            mean, variance = (ops.cast(v.value, sums.dtype) for v in (layer.moving_mean, layer.moving_variance))
+            sums.assign_add(ops.stack([mean, variance, ops.ones_like(mean)]))
         return outputs
 
     layer.call, layer.momentum = recorded_call, 0.0

@@ -3,12 +3,16 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras import layers
 
 from ortho_keras import BatchNormalizationEstimator, FusedBatchNormalization
+from ortho_keras.method import backend
+
+if backend.NAME == "tensorflow":
+    import tensorflow as tf
 
 NAMES = ("bn1", "bn2")
+tensorflow_only = pytest.mark.skipif(backend.NAME != "tensorflow", reason="of TensorFlow alone")
 
 
 def batches_of(*sizes, seed=0):
@@ -62,7 +66,11 @@ def assert_averages_are_those_of(model, batches):
         ((1, 5, 2), list),
         ((4, 4, 4), np.stack),
         ((4, 4, 2), iter),
-        ((4, 4, 2), lambda batches: tf.data.Dataset.from_tensor_slices(np.concatenate(batches)).batch(4)),
+        pytest.param(
+            (4, 4, 2),
+            lambda batches: tf.data.Dataset.from_tensor_slices(np.concatenate(batches)).batch(4),
+            marks=tensorflow_only,
+        ),
     ],
 )
 def test_averages_equal_the_oracle(kind, sizes, given):
@@ -137,6 +145,7 @@ def test_an_error_leaves_the_averages_unchanged(given, kind, message):
     assert_averages_are_those_of(model, batches)
 
 
+@tensorflow_only
 def test_a_lost_device_is_not_reported_as_a_wrong_batch(monkeypatch):
     def lost(images):
         raise tf.errors.UnavailableError(None, None, "a device went away")
@@ -201,6 +210,7 @@ def test_half_precision_averages_are_summed_exactly():
     np.testing.assert_array_equal(model.layers[0].moving_variance, [1, 1, 1])
 
 
+@tensorflow_only
 def test_the_mean_over_replicas(two_replicas):
     with two_replicas.scope():
         model = two_normalizations()
