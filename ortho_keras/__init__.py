@@ -1,8 +1,13 @@
 """Orthonormality and error modulation for very deep networks without shortcuts, on Keras 3."""
 
+import importlib.util
 import os
+import sys
 
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # whatever Keras's configuration file says
+if "keras" in sys.modules:
+    os.environ.setdefault("KERAS_BACKEND", sys.modules["keras"].config.backend())
+elif importlib.util.find_spec("tensorflow"):
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # whatever Keras's configuration file says
 
 import ortho_keras.method.console  # noqa: F401 - before Keras imports TensorFlow
 

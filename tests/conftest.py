@@ -1,6 +1,6 @@
 """Two logical CPUs for the strategy tests, before anything touches a device; the same seeds for every test.
 
-Under another of Keras's backends, for `tests/test_backends.py`, nothing of TensorFlow is needed or imported.
+Under another of Keras's backends, the files with the mark `every_backend` run, and TensorFlow is neither needed nor imported.
 """
 
 import gc
@@ -20,6 +20,12 @@ import keras
 import pytest
 
 graphs_freed = contextlib.nullcontext
+if keras.config.backend() == "torch":
+    import torch
+
+    as_numpy = torch.Tensor.numpy
+    torch.Tensor.numpy = lambda tensor: as_numpy(tensor.detach())  # as the other backends' results
+
 if TENSORFLOW:
     import tensorflow as tf
 
@@ -28,6 +34,14 @@ if TENSORFLOW:
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
     )
+
+
+def pytest_ignore_collect(collection_path):
+    if TENSORFLOW:
+        return None
+    if collection_path.name.startswith("test_"):
+        return "pytest.mark.every_backend\n" not in collection_path.read_text()
+    return collection_path.name in ("commands", "diagnosis", "trainer") or None
 
 
 def pytest_collection_finish():

@@ -1,4 +1,4 @@
-"""The method on each of Keras's backends: `KERAS_BACKEND=jax python -m pytest tests/test_backends.py`, and test_packages.py."""
+"""What the method computes on each of Keras's backends, as `KERAS_BACKEND` says: the same."""
 
 import importlib
 import json
@@ -14,6 +14,8 @@ from keras import ops
 
 import ortho_keras as ok
 from ortho_keras.method import backend
+
+pytestmark = pytest.mark.every_backend
 
 SAVED = pathlib.Path(__file__).parent / "saved" / "plain8_losses.json"
 if backend.NAME == "tensorflow":
@@ -230,6 +232,30 @@ def test_shifted_relu():
     assert float(outputs) == -2 - 4 - 3 + 8
     np.testing.assert_array_equal(as_array(slope), [0, 0, 3, 4])  # 0 at the corner
     assert np.isnan(as_array(layer(np.array([np.nan], "float32")))).all()
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        regularizer = ok.OrthonormalRegularizer(0.0)
+        self.dense = keras.layers.Dense(3, kernel_initializer=ok.OrthonormalInitializer(), kernel_regularizer=regularizer)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def test_a_model_that_fit_builds_and_settings_that_change_between_steps():
+    model, x, y = Subclassed(), np.ones((4, 5), "float32"), np.ones((4, 3), "float32")
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    model.fit(x, y, verbose=0)
+    assert ok.orthonormality_error(model.dense.kernel) < 1e-6
+    model.dense.kernel.assign(2 * model.dense.kernel)  # |W^T W - I|^2 = 9 * 3
+    before = model.evaluate(x, y, verbose=0)
+    for factor in (1.0, 2.0, 0.0):
+        model.dense.kernel_regularizer.factor = factor
+        history = model.fit(x, y, validation_data=(x, y), verbose=0).history
+        found = [*history["loss"], *history["val_loss"], model.evaluate(x, y, verbose=0)]
+        np.testing.assert_allclose(found, before + factor / 2 * 27, rtol=1e-5)
 
 
 def losses(folder=None):

@@ -4,8 +4,11 @@ import ast
 import pathlib
 
 import numpy as np
+import pytest
 
 import ortho_keras
+
+pytestmark = pytest.mark.every_backend
 
 PACKAGE = pathlib.Path(ortho_keras.__file__).parent
 ORDER = ("method", "nets", "diagnosis", "trainer")  # each imports itself and those before it

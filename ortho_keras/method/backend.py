@@ -1,10 +1,11 @@
 """Where Keras's backends differ: gradients written by hand, branches, settings that compiled steps read, float64, replicas.
 
-What `keras.ops` does on every backend alike is not here. On JAX, a compiled step has its settings as constants, so that a
-change needs `retrace`; and variables are current only after `sync`, as `fit` keeps them in its own state.
+What `keras.ops` does on every backend alike is not here. On JAX, variables are current only after `sync`, as `fit` keeps them
+in its own state.
 """
 
 import contextlib
+import functools
 import weakref
 
 import keras
@@ -107,7 +108,7 @@ if NAME == "tensorflow":
         return result, tape.gradient(result, value)
 
     def compiled(model, function, variables):
-        """Returns `function` of one argument, which reads and sets these variables, as one graph on all replicas of the model."""
+        """Returns `function` of one argument, which reads and sets these variables, as one graph on all replicas."""
         strategy = model.distribute_strategy
         return tf.function(lambda argument: strategy.run(function, args=(argument,)), reduce_retracing=True)
 
@@ -122,9 +123,6 @@ if NAME == "tensorflow":
     def scope(model):
         return model.distribute_strategy.scope()
 
-    def retrace(model):
-        pass
-
     def sync(model):
         pass
 
@@ -134,10 +132,20 @@ else:
     Trackable = object
 
     class LiveScalar:
-        """A float that is a setting: see TensorFlow's."""
+        """A float that is a setting: see TensorFlow's. What JAX compiled has it as a constant, so a change discards that."""
 
         def __init__(self, value):
-            self.value = float(value)
+            self._value = float(value)
+
+        @property
+        def value(self):
+            return self._value
+
+        @value.setter
+        def value(self, value):
+            if float(value) != self._value:
+                self._value = float(value)
+                forget_compiled()
 
         def read(self):
             return ops.convert_to_tensor(self.value, "float32")
@@ -159,9 +167,6 @@ else:
 
     def mean_over_replicas(root):
         return root  # a distributed step sees the whole batch
-
-    def normal_float64(shape, seed):
-        return np.asarray(ops.convert_to_numpy(keras.random.normal(shape, dtype="float32", seed=seed)), np.float64)
 
     def sums_over_replicas(model, shapes):
         return [keras.Variable(np.zeros(shape), dtype="float32", trainable=False) for shape in shapes]
@@ -191,6 +196,10 @@ if NAME == "jax":
 
     closed_form = custom_gradient
 
+    def normal_float64(shape, seed):
+        with jax.ensure_compile_time_eval():  # where Keras traces a model that `fit` builds
+            return np.asarray(keras.random.normal(shape, dtype="float32", seed=seed), np.float64)
+
     def either(condition, then, otherwise):
         if jax.default_backend() != "cpu":
             return ops.where(condition, then(), otherwise())
@@ -214,10 +223,7 @@ if NAME == "jax":
 
         return call
 
-    def retrace(model):
-        """Has the next training step compiled anew, with the settings as they are now."""
-        if model.train_function is not None:
-            model.make_train_function(force=True)
+    forget_compiled = jax.clear_caches
 
     def sync(model):
         """Gives the model's variables the values that they have in `fit`."""
@@ -231,17 +237,21 @@ if NAME == "torch":
     def custom_gradient(function):
         """As TensorFlow's: `function` returns its outputs and a function from their gradients to those of its arguments."""
 
-        class Function(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, *args):
-                outputs, ctx.gradients = function(*args)
-                return outputs
+        return functools.partial(_WithGradient.apply, function)
 
-            @staticmethod
-            def backward(ctx, *upstream):
-                return ctx.gradients(*upstream)
+    class _WithGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, function, *args):
+            outputs, ctx.gradients = function(*args)
+            return outputs
 
-        return Function.apply
+        @staticmethod
+        def backward(ctx, *upstream):
+            found = ctx.gradients(*upstream)
+            return None, *(found if isinstance(found, tuple) else (found,))
+
+    def normal_float64(shape, seed):
+        return ops.convert_to_numpy(keras.random.normal(shape, dtype="float32", seed=seed)).astype(np.float64)
 
     def closed_form(function):
         """The value alone: the gradients of what a function keeps from its forward pass would lack a second derivative."""
@@ -264,7 +274,7 @@ if NAME == "torch":
     def compiled(model, function, variables):
         return torch.no_grad()(function)
 
-    def retrace(model):
+    def forget_compiled():
         pass
 
     def sync(model):

@@ -5,7 +5,7 @@ import warnings
 
 import keras
 
-from ortho_keras.method.backend import retrace, scope
+from ortho_keras.method.backend import scope
 from ortho_keras.method.checks import check_built, check_number
 from ortho_keras.method.errors import first_line
 from ortho_keras.method.graphs import Graph
@@ -123,7 +123,6 @@ def switch_modulation(model, enabled):
         raise ValueError(f"`model` must have ErrorModulation layers: call modulate first. Received: model={model!r}")
     for layer in found:
         layer.enabled = enabled
-    retrace(model)
 
 
 class ModulationSwitch(keras.callbacks.Callback):
@@ -154,7 +153,8 @@ class ModulationSwitch(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         self._counter.end(batch)
-        self._switch(self._counter.steps)
+        if self._enabled and self._counter.reached(self.steps):
+            self._switch(self.steps)
 
     def steps_to_due(self, step):
         """Returns how many more steps a loop may take in one call, after `step` of them."""

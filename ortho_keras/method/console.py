@@ -54,7 +54,7 @@ def say(line, stream=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-if os.environ.get("KERAS_BACKEND") in ("jax", "torch"):
+if os.environ.get("KERAS_BACKEND") != "tensorflow":
     pass  # TensorFlow is neither needed nor imported
 elif "tensorflow" in sys.modules:
     import tensorflow as tf

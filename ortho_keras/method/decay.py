@@ -68,7 +68,7 @@ class OrthonormalDecay(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         self._counter.end(batch)
-        due = self._multiple(self._counter.steps) > self._last
+        due = self._counter.reached(self._multiple(self._last) + self.every)
         model = self._counter.model  # on JAX, `self.model` would have Keras write the step's state back to all variables
         if model.optimizer is None or ((due or backend.NAME != "jax") and self._counter.idle):
             raise ValueError(
@@ -84,6 +84,7 @@ class OrthonormalDecay(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         if self._counter:
+            self._counter.ask()
             self._catch_up()
             self._finished = (self.model.optimizer, self._counter.steps)
 

@@ -127,7 +127,9 @@ def orthonormality_error(kernel, layout="standard", groups=1):
     Raises:
         ValueError: If the kernel has another rank, or does not fit the layout or groups.
     """
-    largest = [float(ops.max(ops.abs(deviation))) for deviation in gram_deviations(kernel, layout, groups)]
+    largest = [
+        float(ops.convert_to_numpy(ops.max(ops.abs(deviation)))) for deviation in gram_deviations(kernel, layout, groups)
+    ]
     return float(np.max(largest))  # Python's max would lose a NaN
 
 

@@ -36,7 +36,7 @@ class ErrorModulation(keras.layers.Layer):
         max_scale: float, at least 1. `scale` is clipped to `[1 / max_scale, max_scale]`.
         reference: `"neighbour"`: `q_upper` is the moment of the next parametric layer towards the output, after its own
             modulation, as in the paper. `"anchor"`: that of the topmost parametric layer, so that small drifts add up.
-        enabled: bool. Setting `layer.enabled = False` takes effect at the next training step, without retracing.
+        enabled: bool. Setting `layer.enabled = False` takes effect at the next training step, without retracing (but on JAX).
         synchronized: bool. Under a `tf.distribute` strategy, whether the moment is taken over the gradients of all replicas.
 
     Call arguments:

@@ -64,7 +64,8 @@ def orthonormalize(model, factor=1e-4, verbose=True, regularizer="orthonormal", 
     Covers the kernels of Dense, EinsumDense, Conv1D/2D/3D and of transposed, depthwise and separable convolutions, in nested
     models and composite layers too, each with the layout that fits it. A kernel's previous regularizer (L1, L2) is replaced;
     other weights, such as biases, keep theirs. Weights and outputs do not change, unless `initialize` is True. A compiled model
-    stays compiled, and its next training step uses the penalty. Kernels of one layout share one regularizer.
+    stays compiled, and its next training step uses the penalty; another compiled model that shares its layers must be compiled
+    again. Kernels of one layout share one regularizer.
 
     Args:
         model: A built `keras.Model` (for instance from `keras.applications`).

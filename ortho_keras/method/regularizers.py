@@ -99,8 +99,8 @@ class OrthonormalRegularizer(KernelRegularizer, name="orthonormal"):
 
     Args:
         factor: float, at least 0. The strength, lambda in Eq. 3 (the paper's value is not known to us; 1e-4 is common for
-            weight decay). Setting `regularizer.factor = 1e-3` takes effect at the next training step, without retracing;
-            on JAX after `model.make_train_function(force=True)`.
+            weight decay). Setting `regularizer.factor = 1e-3` takes effect at the next training step, without retracing (but on
+            JAX, where what was compiled is compiled again).
         layout: How the kernel's axes are read. `"standard"`: `(..., in, out)`, as in Dense and Conv. `"transposed"`:
             `(..., out, in)`, as in Conv2DTranspose. `"depthwise"`: `(..., channels, multiplier)`, one matrix for each channel.
             A tuple of ints: the output axes, as in EinsumDense; all others are input axes. A pair of tuples: the axes that

@@ -27,27 +27,45 @@ class StepCounter:
     def __init__(self, model):
         self.model = model
         self.before, self.batches, self.begun = steps_taken(model), 0, 0
+        self._asked = self.before, 0  # steps, after how many batches
 
     def begin(self, batch):
         self.begun = batch
+        if batch == 0:
+            self.ask()
 
     def end(self, batch):
         self.batches += batch - self.begun + 1  # with `steps_per_execution`, a call takes several steps
 
+    def ask(self):
+        """On JAX, asks the optimizer: with `steps_per_execution`, an epoch's last call says more batches than there were."""
+        if backend.NAME == "jax" and self.interval > 1 and steps_taken(self.model) > self.before:
+            self._asked = steps_taken(self.model), self.batches
+
+    @property
+    def _accumulated(self):
+        return getattr(self.model.optimizer, "gradient_accumulation_steps", None) or 1
+
     @property
     def idle(self):
         """Whether the model's optimizer has had a batch, and took no step."""
-        optimizer = self.model.optimizer
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        if isinstance(self.model.optimizer, keras.optimizers.LossScaleOptimizer):
             return False  # it may skip steps
-        accumulated = getattr(optimizer, "gradient_accumulation_steps", None) or 1
-        return self.batches >= accumulated and steps_taken(self.model) == self.before
+        return self.batches >= self._accumulated and steps_taken(self.model) == self.before
 
     @property
     def steps(self):
         if backend.NAME == "jax":  # where to ask the optimizer takes as long as a step
-            return self.before + self.batches
+            steps, batches = self._asked
+            return steps + (self.batches - batches) // self._accumulated
         return self.batches if self.idle else steps_taken(self.model)
+
+    def reached(self, steps):
+        """Whether so many steps were taken; on JAX, the optimizer is asked where the batches say so."""
+        if self.steps < steps:
+            return False
+        self.ask()
+        return self.steps >= steps
 
     @property
     def interval(self):

@@ -9,6 +9,8 @@ from keras import layers
 
 from ortho_keras import OrthonormalRegularizer, check_design, orthonormalize, plain_cnn
 
+pytestmark = pytest.mark.every_backend
+
 
 def model_of(*stack, shape=(8, 8, 3)):
     return keras.Sequential([keras.Input(shape), *stack])

@@ -18,6 +18,8 @@ from ortho_keras.method.files import (
     write_json,
 )
 
+pytestmark = pytest.mark.every_backend
+
 
 def test_a_file_takes_the_place_of_the_old_one_at_the_end_and_a_link_stays(tmp_path):
     path, link = tmp_path / "report.csv", tmp_path / "link.csv"

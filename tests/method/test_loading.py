@@ -9,6 +9,8 @@ import pytest
 
 from ortho_keras import OrthonormalRegularizer, load_model, modulate, orthonormalize, plain_cnn
 
+pytestmark = pytest.mark.every_backend
+
 
 def test_our_models_load(tmp_path):
     model = modulate(plain_cnn(8, input_shape=(8, 8, 3), seed=0))

@@ -9,6 +9,8 @@ from layout_models import FACTOR, LAYOUTS, images, oracle, small_model, weights
 
 from ortho_keras import OrthonormalRegularizer, modulate, orthonormalize
 
+pytestmark = pytest.mark.every_backend
+
 
 def model_of(*stack, shape=(4,)):
     return keras.Sequential([keras.Input(shape), *stack])

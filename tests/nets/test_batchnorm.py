@@ -8,6 +8,8 @@ from keras import layers
 from ortho_keras import BatchNormalizationEstimator, FusedBatchNormalization
 from ortho_keras.method import backend
 
+pytestmark = pytest.mark.every_backend
+
 if backend.NAME == "tensorflow":
     import tensorflow as tf
 

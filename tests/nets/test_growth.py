@@ -3,10 +3,11 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras import layers
 
 from ortho_keras import BatchNormalizationEstimator, grow, modulate, plain_cnn
+
+pytestmark = pytest.mark.every_backend
 
 
 def disturbed(model, rng):
@@ -37,7 +38,7 @@ def test_outputs_and_penalty_stay_what_they_were(seed):
     x = rng.normal(size=(40, *settings["input_shape"])).astype("float32")
     BatchNormalizationEstimator(model)([x])
     before = model.get_weights()
-    grow(model, deeper, tf.constant(x))
+    grow(model, deeper, keras.ops.convert_to_tensor(x))
     for mine, expected in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(mine, expected)
     new = rng.normal(size=(5, *settings["input_shape"])).astype("float32")
