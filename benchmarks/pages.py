@@ -49,9 +49,10 @@ def load_recipes():
     """Returns `{recipe: [result of each seed]}`; a result of values that the recipe has no longer ends the script."""
     runs = {}
     for path, result in result_files("recipes"):
-        if not RECIPES[result["recipe_name"]].gave(result):
+        name = path.stem.rpartition("-seed")[0]
+        if not RECIPES[name].gave(result):
             sys.exit(f"{path.relative_to(ROOT)} is of other values than the recipe has: measure it again, or delete it")
-        runs.setdefault(result["recipe_name"], []).append(result)
+        runs.setdefault(name, []).append(result)
     return runs
 
 
@@ -87,13 +88,10 @@ def recipes_table(runs):
                 f"`{name}`",
                 results[0]["recipe"]["depth"],
                 *test_cells(results),
-                f"{statistics.mean(result['seconds'] for result in results):.0f}",
-                f"{statistics.mean(result['images_per_second'] for result in results):.0f}",
                 f"{error:.2g}",
             ]
         )
-    header = ["recipe", "layers", *TEST_HEADER, "training, s", "images/s"]
-    return table([*header, "largest \\|WᵀW − I\\|"], rows)
+    return table(["recipe", "layers", *TEST_HEADER, "largest \\|WᵀW − I\\|"], rows)
 
 
 def trials_table():
@@ -128,7 +126,7 @@ def conditions(runs):
     commits = sorted({r["commit"][:10] for r in every})
     return (
         f"Measured on {'; '.join(sorted(devices))}; {'; '.join(sorted(versions))}; commits {', '.join(commits)}. "
-        "Each row's command is in its result file, `benchmarks/results/recipes/<recipe>-seed<seed>.json`."
+        "Each row's command and time are in its result file, `benchmarks/results/recipes/<recipe>-seed<seed>.json`."
     )
 
 

@@ -125,13 +125,12 @@ def list_recipes():
         reached = [f"paper, %: {preset.paper}"] if preset.paper else []
         if RESULTS.is_dir():  # an installed package is without the results
             reached.append(f"measured: {measured(name, preset)}")
-            baseline = RECIPES.get(f"{name}_l2")
-            reached += [f"{name}_l2: {measured(f'{name}_l2', baseline)}"] if baseline else []
+            reached.append(f"{name}_l2: {measured(f'{name}_l2', RECIPES[f'{name}_l2'])}")
         say(f"{name}: {preset.about}")
         if reached:
             say(f"    {'; '.join(reached)}")
         say(f"    differs from the defaults in {' '.join(Preset(Recipe(), '').changes(preset.recipe))}")
-    say("NAME_l2 is a recipe's baseline, with the same data and steps: He initialization, L2 and SGD (not of an _anchor).")
+    say("NAME_l2 is a recipe's baseline, with the same data and steps: He initialization, L2 and SGD.")
 
 
 def measured(name, preset):

@@ -11,7 +11,7 @@ from ortho_keras.trainer.optimizers import LearningRate
 from ortho_keras.trainer.recipe import Recipe, read_recipe
 from ortho_keras.trainer.recipes import RECIPES, Preset, find_preset
 
-METHODS = [name for name in RECIPES if not name.endswith(("_l2", "_anchor"))]
+METHODS = [name for name in RECIPES if not name.endswith("_l2")]
 METHOD = {"initializer", "stem_initializer", "regularizer", "factor", "modulation", "tolerance"}
 METHOD |= {"relu_shift", "start_depth", "grow_epoch"}
 OPTIMIZER = {"optimizer", "learning_rate", "rate_depth"}
@@ -45,8 +45,7 @@ def test_every_recipe_is_sound_and_named_by_network_depth_and_data():
 
 
 def test_every_recipe_has_a_baseline_with_the_same_data_steps_and_schedule():
-    named = [name for name in RECIPES if not name.endswith("_anchor")]
-    assert named == [name for method in METHODS for name in (method, f"{method}_l2")]
+    assert list(RECIPES) == [name for method in METHODS for name in (method, f"{method}_l2")]
     for name in METHODS:
         method, baseline = RECIPES[name].recipe, RECIPES[f"{name}_l2"].recipe
         changed = differences(name, f"{name}_l2")
@@ -61,18 +60,15 @@ def test_residual_counterparts_differ_in_the_shortcuts():
     for name in METHODS:
         if name.startswith("resnet"):
             allowed = {"network", "modulation", "tolerance", "learning_rate"} | (
-                METHOD | OPTIMIZER if name.endswith("_fast") else set()
+                METHOD | OPTIMIZER if name.endswith("_30epochs") else set()
             )
             assert {"network"} <= differences(name, name.replace("resnet", "plain")) <= allowed
             assert RECIPES[name].recipe.modulation == "off"
 
 
-def test_the_papers_recipes_have_its_rule_of_modulation_and_ours_another_name():
+def test_the_papers_recipes_have_its_rule_of_modulation():
     for name in ("plain44_cifar10", "plain110_cifar10", "plain101_imagenet"):
         assert (RECIPES[name].recipe.modulation, RECIPES[name].recipe.tolerance) == ("neighbour", 1.1)
-    for name in ("plain110_cifar10", "plain101_imagenet"):
-        assert differences(name, f"{name}_anchor") == {"modulation", "tolerance"}
-        assert RECIPES[f"{name}_anchor"].recipe.modulation == "anchor"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +96,7 @@ def test_paper_recipes_have_the_papers_steps_and_drops(names, steps_per_epoch, s
 
 
 def test_changes_are_the_flags_that_make_one_recipe_of_another():
-    preset = RECIPES["plain44_cifar10_fast"]
+    preset = RECIPES["plain44_cifar10_30epochs"]
     assert preset.changes(preset.recipe) == []
     other = dataclasses.replace(preset.recipe, hold_out=True, bn_sync=False, depth=20, factor=1e-3)
     assert set(preset.changes(other)) == {"--hold_out", "--nobn_sync", "--depth=20", "--factor=0.001"}
