@@ -134,7 +134,7 @@ def run(arm, depth, rate, seed, cores):
         values["modulation_steps"] = STEPS[FLAGS.rung] // 3
     given = [*RUNGS[FLAGS.rung], *(f"--{name}={value}" for name, value in values.items())]
     workdir = pathlib.Path(FLAGS.runs, FLAGS.rung, path.stem).absolute()
-    result = run_to_file(given, path, workdir, FLAGS.data_dir, cores, diverged_ok=True, quiet=True)
+    result = run_to_file(given, path, workdir, FLAGS.data_dir, cores, quiet=True)
     forget(workdir)
     figures = result.get("diverged") or (
         f"validation {result['validation_accuracy']:.4f}, test {result['test_accuracy']:.4f}, {result['seconds']:.0f} s"

@@ -82,15 +82,12 @@ def test_cells(results):
 def recipes_table(runs):
     rows = []
     for name, results in runs.items():
+        depth, diverged = results[0]["recipe"]["depth"], [result["diverged"] for result in results if "diverged" in result]
+        if diverged:
+            rows.append([f"`{name}`", depth, f"diverged: {diverged[0]} ({len(diverged)})", "", ""])
+            continue
         error = max(max(result["orthonormality_error"].values()) for result in results)
-        rows.append(
-            [
-                f"`{name}`",
-                results[0]["recipe"]["depth"],
-                *test_cells(results),
-                f"{error:.2g}",
-            ]
-        )
+        rows.append([f"`{name}`", depth, *test_cells(results), f"{error:.2g}"])
     return table(["recipe", "layers", *TEST_HEADER, "largest \\|WᵀW − I\\|"], rows)
 
 
@@ -120,7 +117,7 @@ def trials_table():
 
 
 def conditions(runs):
-    every = [result for results in runs.values() for result in results]
+    every = [result for results in runs.values() for result in results if "diverged" not in result]
     devices = {hardware(r["device"]) for r in every}
     versions = {f"TensorFlow {r['versions']['tensorflow']}, Keras {r['versions']['keras']}" for r in every}
     commits = sorted({r["commit"][:10] for r in every})
@@ -189,16 +186,6 @@ def initialization_table(shown=lambda row: True):
         if shown(row)
     ]
     return table(["data", "layers", "net", "gradient's growth per layer", "over the network", "lowest image share"], rows)
-
-
-def depth_table():
-    rows = []
-    for path in sorted((RESULTS / "depth").glob("*.json")):
-        r = json.loads(path.read_text())
-        figures = [f"{100 * r['test_accuracy']:.2f}", f"{r['seconds']:.0f}", f"{r['process_seconds']:.0f}"]
-        rows.append([r["recipe"]["depth"], r["steps"], r["seed"], *figures, r["device"]["cpu_cores"], r["commit"][:10]])
-    header = ["layers", "steps", "seed", "test accuracy, %", "training, s", "whole process, s", "cores", "commit"]
-    return table(header, sorted(rows))
 
 
 def search_tables():
@@ -302,7 +289,7 @@ def main(_):
     contents = {"recipes": recipes_table(recipes), "conditions": conditions(recipes)}
     contents |= {"all initializations": initialization_table()}
     contents |= {"initialization": initialization_table(lambda row: row["depth"] == 110 and row["net"] in TELLING_STARTS)}
-    contents |= {"trials": trials_table(), "depth": depth_table(), "paper": Table().by_depth(), "paper runs": Table().runs()}
+    contents |= {"trials": trials_table(), "paper": Table().by_depth(), "paper runs": Table().runs()}
     contents |= cost_tables(RESULTS)
     contents |= search_tables() if (RESULTS / "search").exists() else {}
     folders = {rung: RESULTS / "ablation" / rung for rung in RUNGS}

@@ -24,8 +24,10 @@ def commit():
     return head + "-dirty" * bool(changed.returncode)
 
 
-def run_to_file(flags, path, workdir, data_dir=None, cores=None, diverged_ok=False, quiet=False):
+def run_to_file(flags, path, workdir, data_dir=None, cores=None, quiet=False):
     """Runs `train.py`, or takes up the run that is in `workdir`, and writes its result with command and commit to `path`.
+
+    A loss that is not finite is a result too: `{"diverged": message, "recipe": {...}}`.
 
     Args:
         flags: List of flags that decide what the run computes; they are the command that the result file names.
@@ -33,7 +35,6 @@ def run_to_file(flags, path, workdir, data_dir=None, cores=None, diverged_ok=Fal
         workdir: Path of the run's folder.
         data_dir: See `train.py`.
         cores: Set of CPU cores that the run may use, or `None` for all.
-        diverged_ok: bool. Whether a loss that is not finite is a result too: `{"diverged": message}` instead of figures.
         quiet: bool. Whether the run's lines go to `workdir.log` instead of the screen.
 
     Returns:
@@ -61,8 +62,9 @@ def run_to_file(flags, path, workdir, data_dir=None, cores=None, diverged_ok=Fal
         history = json.loads((workdir / "history.json").read_text())
         result["process_seconds"] = round(time.perf_counter() - started, 1)  # with building and evaluations; since a resumption
         result["history"] = {name: [row.get(name) for row in history] for name in KEPT}
-    elif done.returncode == 1 and diverged_ok and "the loss became" in message:
-        result = {"diverged": message.removeprefix("train.py: ")}
+    elif done.returncode == 1 and "the loss became" in message:
+        recipe = json.loads((workdir / "run.json").read_text())["recipe"]
+        result = {"diverged": message.removeprefix("train.py: ").partition(": try")[0], "recipe": recipe}
     else:
         raise RuntimeError(f"{shlex.join(command)} ended with status {done.returncode}: {message}")
     path.parent.mkdir(parents=True, exist_ok=True)

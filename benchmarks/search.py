@@ -63,7 +63,7 @@ def main(_):
                 if kept.exists():
                     continue
                 workdir = pathlib.Path(FLAGS.runs, kept.stem).absolute()
-                result = run_to_file([*given, f"--seed={seed}"], kept, workdir, diverged_ok=True, quiet=True)
+                result = run_to_file([*given, f"--seed={seed}"], kept, workdir, quiet=True)
                 forget(workdir)
                 reached = result.get("diverged") or f"test {result['test_accuracy']:.4f}"
                 print(f"{kept.stem}: {reached}", flush=True)

@@ -134,18 +134,22 @@ def list_recipes():
 
 
 def measured(name, preset):
-    """Returns the mean test accuracy and time of a recipe's committed results, or the accuracy of a shorter run, as text."""
+    """Returns what the committed results of a recipe say: accuracy and time, that it diverged, or a shorter run's accuracy."""
 
     def committed(pattern, but=()):
         results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
         return [result for result in results if preset.gave(result, but)]
 
     results = committed(f"recipes/{name}-seed*.json")
+    diverged = [result["diverged"] for result in results if "diverged" in result]
+    if diverged:
+        return diverged[0]
     if results:
         accuracy, seconds = (statistics.mean(result[key] for result in results) for key in ("test_accuracy", "seconds"))
         device = hardware(results[0]["device"])
         return f"{100 * accuracy:.2f} % test accuracy, mean of {len(results)} seed(s), {seconds:.0f} s of training on {device}"
     shorter = committed("paper/*-seed?.json", SHORTER) if preset.recipe.max_steps else []
+    shorter = [result for result in shorter if "diverged" not in result]
     if shorter:
         longest = max(shorter, key=lambda result: result["steps"])
         accuracy, share = 100 * longest["test_accuracy"], f"{longest['steps']:,} of {preset.recipe.max_steps:,} steps"
