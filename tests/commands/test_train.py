@@ -111,6 +111,7 @@ def test_list_recipes(capsys, monkeypatch):
     mean = statistics.mean(json.loads(path.read_text())["test_accuracy"] for path in paths)
     assert f"measured: {100 * mean:.2f} % test accuracy, mean of {len(paths)} seed(s)" in shown["digits"][1]
     assert "; digits_l2: " in shown["digits"][1]
+    assert "; plain1004_digits_l2: the loss became nan at step 2 of 200" in shown["plain1004_digits"][1]
     part = json.loads((command.RESULTS / "paper" / "neighbour-depth44-factor0.0001-rate0.1-steps8000-seed0.json").read_text())
     expected = f"not yet at this length; {100 * part['test_accuracy']:.2f} % test accuracy after 8,000 of 64,000 steps"
     assert expected in shown["plain44_cifar10"][1] and "measured: not yet; " in shown["plain34_imagenet"][1]
