@@ -7,6 +7,7 @@ that of an arm to L2 in the same round; median and quartiles go to
 `results/backends/<backend>-plain<depth>-<size>-<batch>-<device>.json`.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -17,9 +18,8 @@ import time
 import keras
 import numpy as np
 from absl import app, flags
+from runs import ROOT, rounds, timing
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 FLAGS = flags.FLAGS
 
 flags.DEFINE_list("backends", ["jax", "torch"], "Which backends.")
@@ -47,25 +47,15 @@ def measure():
     for reference in ("neighbour", "anchor"):
         modulated = ortho_keras.modulate(net(penalty), reference=reference)
         arms[f"OrthonormalRegularizer and modulation by the {reference}"] = modulated
-    seconds, first = {name: [] for name in arms}, {}
-    for model in arms.values():
+    steps, first = {}, {}
+    for name, model in arms.items():
         model.compile(keras.optimizers.SGD(0.01, 0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    for number in range(FLAGS.rounds + 2):
-        for name in list(arms)[:: 1 if number % 2 else -1]:
-            started = time.perf_counter()
-            arms[name].train_on_batch(images, labels)
-            taken = time.perf_counter() - started
-            first.setdefault(name, taken)
-            if number > 1:  # the first rounds compile and warm up
-                seconds[name].append(taken)
-    return {
-        name: {
-            "first_step_seconds": round(first[name], 2),
-            "median_seconds": round(float(np.median(own)), 5),
-            "ratio_quartiles": [round(float(q), 3) for q in np.percentile(np.divide(own, seconds["L2"]), (25, 50, 75))],
-        }
-        for name, own in seconds.items()
-    }
+        steps[name] = functools.partial(model.train_on_batch, images, labels)
+        started = time.perf_counter()
+        steps[name]()
+        first[name] = round(time.perf_counter() - started, 2)
+    seconds = rounds(steps, FLAGS.rounds, warm_up=1)
+    return {name: {"first_step_seconds": first[name], **timing(own, seconds["L2"])} for name, own in seconds.items()}
 
 
 def main(_):

@@ -22,9 +22,9 @@ def cost_tables(results):
         "input pipeline": input_table,
         "photographs": photographs_table,
         "inference": inference_table,
-        "cost commands": command_table,
     }
-    return {marker: make(results) for marker, make in makers.items()}
+    commands = command_table(results, [marker.replace(" ", "_") for marker in makers])
+    return {marker: make(results) for marker, make in makers.items()} | {"cost commands": commands}
 
 
 def load(results, benchmark):
@@ -186,22 +186,10 @@ def inference_table(results):
     return table(["net", "images", "device", "latency, ms", "ratio (quartiles)", "peak activations, MiB"], rows)
 
 
-def command_table(results):
+def command_table(results, kinds):
     """The command, commit, hardware and versions behind each result file of the tables above."""
     rows = []
-    for kind in (
-        "step_time",
-        "memory",
-        "onednn",
-        "backends",
-        "lazy",
-        "scaling",
-        "orthogonality",
-        "loop",
-        "input_pipeline",
-        "photographs",
-        "inference",
-    ):
+    for kind in kinds:
         for stem, result in load(results, kind):
             versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
             machine = result.get("gpu") or f"{result['cpu_cores']} of {result['processor']}"

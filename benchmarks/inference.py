@@ -10,14 +10,13 @@ run one after the other and a tensor is dropped after its last use (an activatio
 import json
 import math
 import pathlib
-import time
 
 import keras
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
 from measured import device, write_result
-from runs import ROOT
+from runs import ROOT, ratio_quartiles, rounds
 
 from ortho_keras import ShiftedReLU, fold_batchnorm, plain_cnn, residual_cnn
 from ortho_keras.method.graphs import Graph
@@ -75,15 +74,8 @@ def _bytes(tensor):
 def latencies(models, batch, shape):
     """Returns `{name: seconds of each round}`."""
     images = tf.constant(np.random.default_rng(SEED).normal(size=(batch, *shape)).astype("float32"))
-    calls = {name: tf.function(lambda x, model=model: model(x, training=False)) for name, model in models.items()}
-    seconds = {name: [] for name in models}
-    for number in range(FLAGS.rounds + 5):
-        for name in list(models)[:: 1 if number % 2 else -1]:
-            started = time.perf_counter()
-            calls[name](images).numpy()
-            if number >= 5:  # the first rounds trace and warm up
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+    graphs = {name: tf.function(lambda x, model=model: model(x, training=False)) for name, model in models.items()}
+    return rounds({name: lambda graph=graph: graph(images).numpy() for name, graph in graphs.items()}, FLAGS.rounds, warm_up=5)
 
 
 def main(_):
@@ -92,15 +84,14 @@ def main(_):
     rows = []
     for batch in map(int, FLAGS.batches):
         seconds = latencies(models, batch, shape)
-        base = np.array(seconds[next(iter(models))])
+        base = seconds[next(iter(models))]
         for name, model in models.items():
-            ratios = np.percentile(np.array(seconds[name]) / base, (25, 50, 75))
             rows.append(
                 {
                     "batch": batch,
                     "arm": name,
                     "median_milliseconds": round(1000 * float(np.median(seconds[name])), 3),
-                    "ratio_quartiles": [round(float(ratio), 3) for ratio in ratios],
+                    "ratio_quartiles": ratio_quartiles(seconds[name], base),
                     "peak_activation_bytes": batch * peak_bytes(model),
                     "parameters": model.count_params(),
                 }

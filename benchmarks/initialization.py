@@ -8,14 +8,16 @@ One batch of 128 training images, `signal_report` on nets at their initial weigh
 
 import importlib.metadata
 import json
+import shlex
 import statistics
+import sys
 
 import keras
 from absl import app, flags
 from runs import ROOT, commit
 
 import ortho_keras
-from ortho_keras.method.files import whole_file
+from ortho_keras.method.files import write_json
 from ortho_keras.trainer.data import load_data
 
 FLAGS = flags.FLAGS
@@ -67,10 +69,10 @@ def main(_):
                 row |= {name: statistics.geometric_mean(run[name] for run in runs) for name in runs[0]}
                 kept["rows"].append({**row, "commit": commit()})
                 versions = {"tensorflow": importlib.metadata.version("tensorflow"), "keras": keras.__version__}
-                kept |= {"command": "python benchmarks/initialization.py", "versions": versions}
+                given = [flag for flag in sys.argv[1:] if not flag.startswith("--data_dir=")]
+                kept |= {"command": shlex.join(["python", "benchmarks/initialization.py", *given]), "versions": versions}
                 print(dataset, depth, net, {name: f"{row[name]:.3g}" for name in runs[0]}, flush=True)
-                with whole_file(PATH) as own:
-                    own.write_text(json.dumps(kept, indent=1) + "\n")
+                write_json(PATH, kept)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import tensorflow as tf
 from absl import app, flags
 from arms import SEED, plain_net, training_step
 from measured import write_result
-from runs import ROOT
+from runs import ROOT, ratio_quartiles
 
 from ortho_keras import OrthonormalRegularizer
 from ortho_keras.trainer.data import BatchSettings, MemorySplit, load_data, training_batches
@@ -88,7 +88,7 @@ def main(_):
         figures[name] = {
             "pipeline_images_per_second": round(float(np.median(pipeline)), 2),
             "step_images_per_second": round(float(np.median(trained)), 2),
-            "ratio_quartiles": [round(float(q), 2) for q in np.percentile(pipeline / trained, (25, 50, 75))],
+            "ratio_quartiles": ratio_quartiles(pipeline, trained),
         }
         print(name, figures[name], flush=True)
     path = pathlib.Path(FLAGS.results, f"plain{FLAGS.depth}-cores{cpu_cores()}.json")

@@ -20,7 +20,7 @@ import numpy as np
 from absl import app, flags
 from arms import SEED, residual, training_step
 from measured import device, write_result
-from runs import ROOT
+from runs import ROOT, timing
 
 from ortho_keras import OrthonormalRegularizer, plain_cnn, plain_imagenet
 from ortho_keras.trainer.data import BatchSettings, load_data, training_batches
@@ -62,14 +62,9 @@ def main(_):
             seconds[name].append((time.perf_counter() - started) / TURN)
             if not np.isfinite(loss):
                 sys.exit(f"{name}: the loss became {loss} by step {TURN * (turn + 1)}")
-    base, arms = np.array(seconds["L2"][1:]), {}  # graphs are traced in the first turn
-    for name, own in seconds.items():
-        ratios = np.percentile(np.array(own[1:]) / base, (25, 50, 75))
-        arms[name] = {
-            "median_seconds": round(float(np.median(own[1:])), 5),
-            "ratio_quartiles": [round(float(ratio), 3) for ratio in ratios],
-            "residual": round(residual(models[name]), 5),
-        }
+    arms = {}
+    for name, own in seconds.items():  # graphs are traced in the first turn
+        arms[name] = {**timing(own[1:], seconds["L2"][1:]), "residual": round(residual(models[name]), 5)}
         print(name, arms[name], flush=True)
     path = pathlib.Path(FLAGS.results, f"{FLAGS.net}-{size}-{batch_size}-{device()}.json")
     share = round(arithmetic_share(models["L2"], batch_size), 4)

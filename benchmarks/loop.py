@@ -17,7 +17,7 @@ import tensorflow as tf
 from absl import app, flags
 from arms import SEED
 from measured import device, write_result
-from runs import ROOT
+from runs import ROOT, ratio_quartiles
 
 from ortho_keras.trainer.build import compiled_model
 from ortho_keras.trainer.data import BatchSettings, ImageData, MemorySplit, training_batches
@@ -59,7 +59,7 @@ def main(_):
     rng = np.random.default_rng(SEED)
     pixels = rng.integers(256, size=(FLAGS.images, FLAGS.image_size, FLAGS.image_size, 3), dtype=np.uint8)
     split = MemorySplit(pixels, rng.integers(10, size=FLAGS.images))
-    data = ImageData(split, None, split, [str(label) for label in range(10)], ((127.0,) * 3, (5400.0,) * 3))
+    data = ImageData(split, None, split, [str(label) for label in range(10)])
     (model, steps), (in_a_graph, _), (fitted, _) = (compiled_model(recipe, data) for _ in range(3))
     settings, per_epoch = BatchSettings(FLAGS.batch_size, seed=SEED), steps // epochs
     in_a_graph.optimizer.build(in_a_graph.trainable_variables)
@@ -76,10 +76,10 @@ def main(_):
         own = np.array([row["seconds"] for row in trainer.run()])[2:]
     figures = {}
     for name, seconds in rivals.seconds.items():
-        ratios = np.percentile(np.array(seconds[2:]) / own, (25, 50, 75))
+        ratios = ratio_quartiles(seconds[2:], own)
         figures[name] = {
             "loop_images_per_second": round(per_epoch * FLAGS.batch_size / float(np.median(own)), 1),
-            "ratio_quartiles": [round(float(ratio), 3) for ratio in ratios],
+            "ratio_quartiles": ratios,
         }
         print(f"over {name}: {ratios[1]:.3f} ({ratios[0]:.3f} to {ratios[2]:.3f})")
     kind = f"plain{FLAGS.depth}-{FLAGS.image_size}-{FLAGS.batch_size}-{device()}.json"

@@ -4,7 +4,7 @@ python benchmarks/memory.py --depth=44 --repeats=5
 
 Peak memory is the largest resident size of the whole process (`ru_maxrss`). Larger tensors are mapped and unmapped one by one
 (glibc's MALLOC_MMAP_THRESHOLD_), or holes in the heap would make more spread than the arms do. The peaks of `--repeats`
-processes, and the ratio of medians, go to `results/memory/plain<depth>-<size>-<batch>-<precision>-<device>.json`.
+processes, and the ratio of medians, go to `results/memory/<net>-<size>-<batch>-<precision>-<device>.json`.
 """
 
 import os
@@ -20,7 +20,7 @@ from absl import app, flags
 from arms import ARMS, modulation_arms, penalty_arms, training_step
 from measured import device, gpu_name, write_result
 from runs import ROOT
-from step_time import data, net
+from step_time import data, kind, net
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "memory"
@@ -59,10 +59,8 @@ def main(_):
     figures = {
         name: {"peak_bytes": sorted(found), "ratio": round(float(np.median(found) / base), 3)} for name, found in peaks.items()
     }
-    path = pathlib.Path(
-        FLAGS.results, f"plain{FLAGS.depth}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-{device()}.json"
-    )
-    write_result(path, arms=figures)
+    name = f"{kind()}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-{device()}.json"
+    write_result(pathlib.Path(FLAGS.results, name), arms=figures)
     for name, arm in figures.items():
         print(f"{name}: {np.median(arm['peak_bytes']) / 2**20:.0f} MiB, {arm['ratio']:.3f} times {next(iter(peaks))}")
 

@@ -4,23 +4,22 @@ python benchmarks/onednn.py --depth=44 --precision=float32 --rounds=21
 
 TensorFlow reads `TF_ENABLE_ONEDNN_OPTS` once, so each arm is a process of its own; they take turns, one step at a time, in an
 order that alternates. The ratio is that of an arm to TensorFlow's choice in the same round; its median and quartiles go to
-`results/onednn/plain<depth>-<size>-<batch>-<precision>-cores<cores>.json`.
+`results/onednn/<net>-<size>-<batch>-<precision>-cores<cores>.json`.
 """
 
 import contextlib
+import functools
 import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import keras
-import numpy as np
 from absl import app, flags
 from arms import SEED, training_step
 from measured import write_result
-from runs import ROOT
-from step_time import data, net
+from runs import ROOT, rounds, timing
+from step_time import data, kind, net
 
 from ortho_keras import OrthonormalRegularizer
 from ortho_keras.trainer.runtime import cpu_cores
@@ -29,16 +28,15 @@ FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "onednn"
 ARMS = {"TensorFlow's choice": None, "TF_ENABLE_ONEDNN_OPTS=1": "1", "TF_ENABLE_ONEDNN_OPTS=0": "0"}
 
-flags.DEFINE_bool("serve", False, "Takes a step for each line read, prints its seconds, and writes nothing.")
+flags.DEFINE_bool("serve", False, "Takes a step for each line read, answers with a line, and writes nothing.")
 flags.FLAGS.set_default("results", str(RESULTS))
 
 
 def serve():
     step, batch = training_step(net()(OrthonormalRegularizer())), data()
     for _ in sys.stdin:
-        started = time.perf_counter()
         step(*batch)
-        print(time.perf_counter() - started, flush=True)
+        print(flush=True)
 
 
 def start(value):
@@ -50,13 +48,11 @@ def start(value):
 
 
 def take_step(process):
-    """Returns the seconds of one step of a process."""
+    """Has a process take one step."""
     process.stdin.write("\n")
     process.stdin.flush()
-    line = process.stdout.readline()
-    if not line:
+    if not process.stdout.readline():
         sys.exit(f"a process of {FLAGS.precision} steps ended with status {process.wait()} instead of answering")
-    return float(line)
 
 
 def main(_):
@@ -65,23 +61,12 @@ def main(_):
         return serve()
     with contextlib.ExitStack() as stack:
         processes = {name: stack.enter_context(start(value)) for name, value in ARMS.items()}
-        for _ in range(2):  # the first step traces, the second warms up
-            for process in processes.values():
-                take_step(process)
-        rounds = []
-        for number in range(FLAGS.rounds):
-            order = list(processes)[:: 1 if number % 2 else -1]
-            taken = {name: take_step(processes[name]) for name in order}
-            rounds.append([taken[name] for name in ARMS])
+        steps = {name: functools.partial(take_step, process) for name, process in processes.items()}
+        seconds = rounds(steps, FLAGS.rounds, warm_up=2)
         for process in processes.values():
             process.stdin.close()
-    seconds = np.array(rounds)
-    ratios = np.percentile(seconds / seconds[:, :1], (25, 50, 75), axis=0).T
-    figures = {
-        name: {"median_seconds": round(float(median), 5), "ratio_quartiles": [round(float(q), 3) for q in quartiles]}
-        for name, median, quartiles in zip(ARMS, np.median(seconds, axis=0), ratios, strict=True)
-    }
-    name = f"plain{FLAGS.depth}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-cores{cpu_cores()}.json"
+    figures = {name: timing(own, seconds[next(iter(ARMS))]) for name, own in seconds.items()}
+    name = f"{kind()}-{FLAGS.image_size}-{FLAGS.batch_size}-{FLAGS.precision}-cores{cpu_cores()}.json"
     write_result(pathlib.Path(FLAGS.results, name), rounds=FLAGS.rounds, seed=SEED, arms=figures)
     for name, arm in figures.items():
         low, median, high = arm["ratio_quartiles"]

@@ -11,12 +11,13 @@ import shlex
 import statistics
 import sys
 
-from ablation import ARMS, RUNGS, SEARCH_SEED, quality
+from ablation import ARMS, RUNGS, SEARCH_SEED
 from absl import app, flags
 from costs import cost_tables
 from paper_cells import Table
-from runs import ROOT, table
+from runs import ROOT, quality, table
 
+from ortho_keras.diagnosis.plots import new_figure, save
 from ortho_keras.trainer.recipe import Recipe
 from ortho_keras.trainer.recipes import RECIPES
 from ortho_keras.trainer.result import hardware
@@ -73,21 +74,20 @@ def spread(values):
     return f"{statistics.mean(values):.2f}{deviation} ({len(values)})"
 
 
-def test_cells(results):
-    """Accuracy on the test images, and by the mean logits of each and its mirror image, where all of the results have that."""
-    mirrored = [result.get("test_mirrored_accuracy") for result in results]
-    return spread([result["test_accuracy"] for result in results]), "" if None in mirrored else spread(mirrored)
+def mean_cell(results, name="test_accuracy"):
+    """`mean ± deviation (count)` of a value that all runs have which did not diverge; for test accuracy, how many diverged."""
+    values = [result.get(name) for result in results if "diverged" not in result]
+    cell = [] if None in values or not values else [spread(values)]
+    diverged = len(results) - len(values) if name == "test_accuracy" else 0
+    return " ".join([*cell, *([f"{diverged} diverged"] if diverged else [])])
 
 
 def recipes_table(runs):
     rows = []
     for name, results in runs.items():
-        depth, diverged = results[0]["recipe"]["depth"], [result["diverged"] for result in results if "diverged" in result]
-        if diverged:
-            rows.append([f"`{name}`", depth, f"diverged: {diverged[0]} ({len(diverged)})", "", ""])
-            continue
-        error = max(max(result["orthonormality_error"].values()) for result in results)
-        rows.append([f"`{name}`", depth, *test_cells(results), f"{error:.2g}"])
+        errors = [max(result["orthonormality_error"].values()) for result in results if "diverged" not in result]
+        cells = [mean_cell(results), mean_cell(results, "test_mirrored_accuracy"), f"{max(errors):.2g}" if errors else ""]
+        rows.append([f"`{name}`", results[0]["recipe"]["depth"], *cells])
     return table(["recipe", "layers", *TEST_HEADER, "largest \\|WᵀW − I\\|"], rows)
 
 
@@ -102,16 +102,8 @@ def trials_table():
         runs.setdefault((result["recipe_name"], flags), []).append(result)
     rows = []
     for (name, flags), results in sorted(runs.items(), key=lambda item: item[0][0]):
-        validation = [result["validation_accuracy"] for result in results]
-        rows.append(
-            [
-                f"`{name}`",
-                f"`{flags}`",
-                "" if None in validation else spread(validation),
-                *test_cells(results),
-                ", ".join(sorted({result["commit"][:10] for result in results})),
-            ]
-        )
+        accuracies = [mean_cell(results, f"{kind}_accuracy") for kind in ("validation", "test", "test_mirrored")]
+        rows.append([f"`{name}`", f"`{flags}`", *accuracies, ", ".join(sorted({result["commit"][:10] for result in results}))])
     header = ["recipe", "differs in", "validation accuracy, %", *TEST_HEADER, "commit"]
     return table(header, rows)
 
@@ -127,32 +119,27 @@ def conditions(runs):
     )
 
 
+def chosen(rates):
+    """Returns the best rate of an arm's search and that run's result, or `None` twice, and the results of the other seeds."""
+    searched = {rate: seeds[SEARCH_SEED] for rate, seeds in rates.items() if SEARCH_SEED in seeds}
+    best = max(searched, key=lambda rate: quality(searched[rate]), default=None)
+    return best, searched.get(best), [r for seed, r in sorted(rates.get(best, {}).items()) if seed != SEARCH_SEED]
+
+
 def ablation_table(runs, arms=tuple(ARMS)):
     """One row for each arm: what it reaches at each depth with the learning rate chosen for it there."""
-    depths = list(runs)
     rows = []
     for name in arms:
-        arm, cells = ARMS[name], []
-        for depth in depths:
-            rates = runs[depth].get(name, {})
-            searched = {rate: seeds[SEARCH_SEED] for rate, seeds in rates.items() if SEARCH_SEED in seeds}
-            best = max(searched, key=lambda rate: quality(searched[rate]), default=None)
-            finals = [r for seed, r in sorted(rates.get(best, {}).items()) if seed != SEARCH_SEED]
-            if not finals:
-                cells.append(
-                    f"(search only: validation {100 * quality(searched[best])[0]:.2f} at {best:g})" if searched else ""
-                )
-                continue
-            diverged = sum("diverged" in result for result in finals)
-            reached = (
-                spread([result["test_accuracy"] for result in finals if "diverged" not in result])
-                if len(finals) > diverged
-                else ""
-            )
-            cells.append(f"{reached}{f' {diverged} diverged' if diverged else ''} at {best:g}")
+        cells = []
+        for depth in runs:
+            best, search, finals = chosen(runs[depth].get(name, {}))
+            if finals:
+                cells.append(f"{mean_cell(finals)} at {best:g}")
+            else:
+                cells.append(f"(search only: validation {100 * quality(search)[0]:.2f} at {best:g})" if search else "")
         if any(cells):
-            rows.append([f"`{name}`", arm.about, arm.source, *cells])
-    return table(["arm", "what it is", "whose", *(f"{depth} layers" for depth in depths)], rows)
+            rows.append([f"`{name}`", ARMS[name].about, ARMS[name].source, *cells])
+    return table(["arm", "what it is", "whose", *(f"{depth} layers" for depth in runs)], rows)
 
 
 def ablation_conditions(rung, runs):
@@ -204,9 +191,7 @@ def search_tables():
             reached = []
             for kind in ("", "-full"):
                 runs = [json.loads(run.read_text()) for run in sorted(path.parent.glob(f"{path.stem}-{arm}{kind}-seed*.json"))]
-                finished = [run["test_accuracy"] for run in runs if "diverged" not in run]
-                lost = f" {len(runs) - len(finished)} diverged" if len(finished) < len(runs) else ""
-                reached.append((spread(finished) if finished else "") + lost)
+                reached.append(mean_cell(runs))
             rows.append([path.stem, number, what, f"{100 * trial['score']:.2f}", f"{trial['crossentropy']:.4f}", *reached])
         states = [trial["state"] for trial in report["trials"]]
         counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
@@ -224,28 +209,27 @@ def search_tables():
 
 def draw_recipes(runs):
     """Draws training and validation accuracy of `digits` and its control over the steps, each seed a line."""
-    figure, panels = new_figure((9, 3.6), 2)
+    figure, panels = new_panels(9, 3.6, 2)
     for axes, name, title in zip(panels, ("accuracy", "validation_accuracy"), ("training accuracy", "validation accuracy")):
         for recipe, color in (("digits", "tab:blue"), ("digits_l2", "tab:orange")):
-            for index, result in enumerate(runs.get(recipe, [])):
+            ended = [result for result in runs.get(recipe, []) if "diverged" not in result]
+            for index, result in enumerate(ended):
                 draw_line(axes, result, name, color, recipe if index == 0 else None)
         axes.set(title=title, xlabel="step", ylim=(0, 1.02))
     panels[0].legend(loc="lower right")
     figure.suptitle("44 layers without shortcuts on handwritten digits: our recipe, and its L2 baseline")
-    figure.savefig(RESULTS / "digits.png", dpi=110)
+    save(figure, RESULTS / "digits.png")
 
 
 def draw_ablation(rung, runs):
     """Draws the training accuracy of each arm over the steps, a panel for each depth, the chosen rate's seeds as lines."""
     from matplotlib import colormaps
 
-    figure, panels = new_figure((5.5 * len(runs) + 2, 4.5), len(runs))
+    figure, panels = new_panels(5.5 * len(runs) + 2, 4.5, len(runs))
     colors = dict(zip(ARMS, [*colormaps["tab20"].colors, *colormaps["tab20b"].colors], strict=False))
     for axes, (depth, arms) in zip(panels, runs.items()):
         for name in (name for name in ARMS if name in arms):
-            searched = {rate: seeds[SEARCH_SEED] for rate, seeds in arms[name].items() if SEARCH_SEED in seeds}
-            best = max(searched, key=lambda rate: quality(searched[rate]), default=None)
-            finals = [r for seed, r in arms[name].get(best, {}).items() if seed != SEARCH_SEED and "diverged" not in r]
+            finals = [result for result in chosen(arms[name])[2] if "diverged" not in result]
             for index, result in enumerate(finals):
                 draw_line(axes, result, "accuracy", colors[name], name if index == 0 else None)
         axes.set(title=f"{depth} layers", xlabel="step", ylim=(0, 1.02))
@@ -254,15 +238,11 @@ def draw_ablation(rung, runs):
     if not handles:
         return  # nothing but searches so far
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
-    figure.savefig(RESULTS / f"ablation_{rung}.png", dpi=110)
+    save(figure, RESULTS / f"ablation_{rung}.png")
 
 
-def new_figure(size, count):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+def new_panels(width, height, count):
+    figure = new_figure(width, height)
     panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
     for axes in panels:
         axes.grid(alpha=0.3)

@@ -5,7 +5,7 @@ import json
 import math
 import pathlib
 
-from runs import ROOT, table
+from runs import ROOT, quality, table
 
 from ortho_keras.trainer.recipes import RECIPES
 from ortho_keras.trainer.result import hardware
@@ -109,12 +109,6 @@ class Table:
 
     def best(self, cells):
         """The best of some cells by validation accuracy, then cross-entropy; `None` where a result is missing."""
-
-        def quality(result):
-            if "diverged" in result:
-                return 0.0, float("-inf")
-            return result["validation_accuracy"], -result["history"]["validation_crossentropy"][-1]
-
         results = {cell: self.result(cell) for cell in cells}
         if not results or None in results.values():
             return None

@@ -15,7 +15,7 @@ import tensorflow as tf
 from absl import app, flags
 from arms import SEED
 from measured import write_result
-from runs import ROOT
+from runs import ROOT, ratio_quartiles
 
 from ortho_keras.trainer.data import BatchSettings, evaluation_batches, load_data, training_batches
 from ortho_keras.trainer.runtime import cpu_cores
@@ -87,10 +87,9 @@ def main(_):
                 rates[way].append(rate(batches()))
     figures = {}
     for way, found in rates.items():
-        ratios = np.percentile(np.divide(found, rates[WHOLE]), (25, 50, 75))
         figures[way] = {
             "images_per_second": round(float(np.median(found))),
-            "ratio_quartiles": [round(float(ratio), 3) for ratio in ratios],
+            "ratio_quartiles": ratio_quartiles(found, rates[WHOLE]),
         }
         print(way, figures[way], flush=True)
     write_result(pathlib.Path(FLAGS.results, f"cores{cpu_cores()}.json"), ways=figures)

@@ -1,4 +1,4 @@
-"""What the scripts here share: a run of `train.py` in a process of its own, its result file, and tables."""
+"""What the scripts here share: a run of `train.py` in a process of its own with its result file, timings, and tables."""
 
 import json
 import os
@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # scripts here use the package beside them
 
-from ortho_keras.method.files import whole_file
+from ortho_keras.method.files import write_json
 
 KEPT = ("step", "crossentropy", "accuracy", "validation_crossentropy", "validation_accuracy", "penalty")
 
@@ -27,7 +29,7 @@ def commit():
 def run_to_file(flags, path, workdir, data_dir=None, cores=None, quiet=False):
     """Runs `train.py`, or takes up the run that is in `workdir`, and writes its result with command and commit to `path`.
 
-    A loss that is not finite is a result too: `{"diverged": message, "recipe": {...}}`.
+    A loss that is not finite is a result too: `{"diverged": message, "recipe_name": name, "recipe": {...}}`.
 
     Args:
         flags: List of flags that decide what the run computes; they are the command that the result file names.
@@ -47,7 +49,6 @@ def run_to_file(flags, path, workdir, data_dir=None, cores=None, quiet=False):
     places = [f"--workdir={workdir}", *([f"--data_dir={data_dir}"] if data_dir else [])]
     workdir.parent.mkdir(parents=True, exist_ok=True)
     log = workdir.with_name(f"{workdir.name}.log")
-    started = time.perf_counter()
     with open(log, "w") if quiet else open(os.devnull, "w") as file:
         done = subprocess.run(
             [sys.executable, ROOT / "train.py", *flags, *places],
@@ -60,18 +61,48 @@ def run_to_file(flags, path, workdir, data_dir=None, cores=None, quiet=False):
     if done.returncode == 0:
         result = json.loads((workdir / "result.json").read_text())
         history = json.loads((workdir / "history.json").read_text())
-        result["process_seconds"] = round(time.perf_counter() - started, 1)  # with building and evaluations; since a resumption
         result["history"] = {name: [row.get(name) for row in history] for name in KEPT}
     elif done.returncode == 1 and "the loss became" in message:
-        recipe = json.loads((workdir / "run.json").read_text())["recipe"]
-        result = {"diverged": message.removeprefix("train.py: ").partition(": try")[0], "recipe": recipe}
+        begun = json.loads((workdir / "run.json").read_text())
+        result = {"diverged": message.removeprefix("train.py: ").partition(": try")[0]}
+        result |= {name: begun[name] for name in ("recipe_name", "recipe")}
     else:
         raise RuntimeError(f"{shlex.join(command)} ended with status {done.returncode}: {message}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"command": shlex.join(["python", *command]), "commit": revision, **result}
-    with whole_file(path) as own:
-        own.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(path, {"command": shlex.join(["python", *command]), "commit": revision, **result})
     return result
+
+
+def rounds(steps, count, warm_up):
+    """Calls the functions `{name: step}` in turn, in an order that alternates; returns `{name: seconds of each round}`.
+
+    The first `warm_up` rounds trace, and do not count.
+    """
+    seconds = {name: [] for name in steps}
+    for number in range(count + warm_up):
+        for name in list(steps)[:: 1 if number % 2 else -1]:
+            started = time.perf_counter()
+            steps[name]()
+            if number >= warm_up:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio_quartiles(values, base):
+    """Returns the quartiles of each value over the base of its round."""
+    return [round(float(ratio), 3) for ratio in np.percentile(np.divide(values, base), (25, 50, 75))]
+
+
+def timing(seconds, base):
+    """Returns the figures of an arm: the median of its rounds, and the quartiles of each over the base of the same round."""
+    return {"median_seconds": round(float(np.median(seconds)), 5), "ratio_quartiles": ratio_quartiles(seconds, base)}
+
+
+def quality(result):
+    """What a search maximizes: validation accuracy, then the lower validation cross-entropy."""
+    if "diverged" in result:
+        return 0.0, float("-inf")
+    return result["validation_accuracy"], -result["history"]["validation_crossentropy"][-1]
 
 
 def table(header, rows):

@@ -7,6 +7,7 @@ round; its median and quartiles go to `results/step_time/<compare>-<net>-<size>-
 The first step is the one that traces the graph. Peak memory is of processes of their own: `memory.py`.
 """
 
+import functools
 import pathlib
 import time
 
@@ -16,7 +17,7 @@ import tensorflow as tf
 from absl import app, flags
 from arms import ARMS, SEED, plain_net, training_step, wide_net
 from measured import device, write_result
-from runs import ROOT
+from runs import ROOT, rounds, timing
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "results" / "step_time"
@@ -39,6 +40,11 @@ def net():
     return plain_net(FLAGS.depth, shape) if FLAGS.net == "plain" else wide_net(shape)
 
 
+def kind():
+    """The name of that net."""
+    return f"plain{FLAGS.depth}" if FLAGS.net == "plain" else "plain101_imagenet"
+
+
 def data():
     rng = np.random.default_rng(SEED)
     shape = (FLAGS.batch_size, FLAGS.image_size, FLAGS.image_size, 3)
@@ -50,31 +56,18 @@ def main(_):
     batch, arms = data(), ARMS[FLAGS.compare](net())
     if FLAGS.alone:
         arms.pop("OrthonormalDecay(every=1)")  # it has no penalty
-    steps, first, seconds = {}, {}, {name: [] for name in arms}
+    steps, first = {}, {}
     for name, make in arms.items():
-        steps[name] = training_step(*make(), FLAGS.alone, jit_compile=FLAGS.jit_compile)
+        steps[name] = functools.partial(training_step(*make(), FLAGS.alone, jit_compile=FLAGS.jit_compile), *batch)
         started = time.perf_counter()
-        steps[name](*batch)
-        first[name] = time.perf_counter() - started
-    for number in range(FLAGS.rounds + 1):
-        for name in list(arms)[:: 1 if number % 2 else -1]:
-            started = time.perf_counter()
-            steps[name](*batch)
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - started)
-    base = np.array(seconds[next(iter(arms))])
-    figures = {
-        name: {
-            "first_step_seconds": round(first[name], 2),
-            "median_seconds": round(float(np.median(values)), 5),
-            "ratio_quartiles": [round(float(q), 3) for q in np.percentile(np.array(values) / base, (25, 50, 75))],
-        }
-        for name, values in seconds.items()
-    }
-    kind = f"plain{FLAGS.depth}" if FLAGS.net == "plain" else "plain101_imagenet"
+        steps[name]()
+        first[name] = round(time.perf_counter() - started, 2)
+    seconds = rounds(steps, FLAGS.rounds, warm_up=1)
+    base = seconds[next(iter(arms))]
+    figures = {name: {"first_step_seconds": first[name], **timing(own, base)} for name, own in seconds.items()}
     compared = "penalties" if FLAGS.alone else FLAGS.compare
     precision = FLAGS.precision + "_xla" * FLAGS.jit_compile
-    name = f"{compared}-{kind}-{FLAGS.image_size}-{FLAGS.batch_size}-{precision}-{device()}.json"
+    name = f"{compared}-{kind()}-{FLAGS.image_size}-{FLAGS.batch_size}-{precision}-{device()}.json"
     path = pathlib.Path(FLAGS.results, name)
     write_result(path, rounds=FLAGS.rounds, seed=SEED, arms=figures)
     for name, arm in figures.items():
