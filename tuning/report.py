@@ -16,6 +16,7 @@ from ortho_keras.method.errors import InputError
 from ortho_keras.method.files import write_json
 from ortho_keras.trainer.recipe import Recipe
 from ortho_keras.trainer.recipes import RECIPES
+from tuning.space import SPACE, Range
 from tuning.trials import FAILED, FINISHED, HOPELESS, RUNNING, best_trial, read_search, read_trials
 
 LEAST_TRIALS = 8  # fewer give importances that are mostly chance
@@ -155,7 +156,7 @@ def draw(trials, names, path):
     finished = [trial.score for trial in trials if trial.state == FINISHED]
     edge = min(finished, default=0) - 0.05 * (np.ptp(finished or [0]) or 0.1)  # chance is far below
     for axes, name in zip(panels, names):
-        continuous = name in ("learning_rate", "factor")
+        continuous = isinstance(SPACE.get(name), Range)
         order = kinds([shown(trial, name) for trial in trials])
         for state, color, marker in ((FINISHED, "tab:blue", "o"), (HOPELESS, "tab:red", "v")):
             own = [trial for trial in trials if trial.state == state]

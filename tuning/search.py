@@ -78,10 +78,7 @@ def prepare_directory(directory, settings):
         if different:
             message = f"Received: {str(directory)!r}, which holds another: {'; '.join(different)}"
             raise InputError(f"--workdir must be empty or hold this very search. {message}")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--workdir must be a folder that can be made. Received: {str(directory)!r} ({error})") from error
+    directory.mkdir(parents=True, exist_ok=True)
     given = [FLAGS[flag] for flag in PASSED_ON if FLAGS[flag].value != FLAGS[flag].default]
     write_json(directory / SEARCH_FILE, {**settings, "train_flags": [flag.serialize() for flag in given]})
 

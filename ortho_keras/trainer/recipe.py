@@ -178,8 +178,6 @@ class Recipe:
             ValueError: If a value is unknown, or retired and not at its default.
         """
         kept = {name: value for name, value in values.items() if name not in RETIRED or value != RETIRED[name]}
-        if kept.get("augment") == "resized_crop":
-            kept.setdefault("storage", "disk")  # as before `storage` was a value of its own
         unknown = sorted(set(kept) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             shown = reprlib.repr({name: kept[name] for name in unknown})

@@ -25,7 +25,7 @@ from ortho_keras.diagnosis.signals import read_signals
 from ortho_keras.method.checks import require
 from ortho_keras.method.console import start_command
 from ortho_keras.method.errors import InputError, first_line
-from ortho_keras.method.files import check_file, read_json, whole_file
+from ortho_keras.method.files import check_file, expanded, read_json, whole_file
 from ortho_keras.method.loading import load_model
 from ortho_keras.trainer.optimizers import LearningRate
 from ortho_keras.trainer.recipe import STORED, Recipe
@@ -256,12 +256,14 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     start_command()
     try:
-        check_file("--output", pathlib.Path(given.output))
-        write_report(given.workdirs, given.output)
+        output = expanded(given.output)
+        check_file("--output", output)
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        write_report(given.workdirs, output)
     except (ImportError, ValueError) as error:
         print(f"ortho_keras.trainer.report: {error}", file=sys.stderr)
         return 2
-    print(given.output)
+    print(output)
     return 0
 
 

@@ -1,7 +1,5 @@
 """Where images come from: scikit-learn's digits, a folder, TFDS. A source is one subclass of `Source`."""
 
-import os
-import pathlib
 import random
 
 import numpy as np
@@ -9,6 +7,7 @@ import tensorflow as tf
 
 from ortho_keras.method.checks import require
 from ortho_keras.method.errors import InputError, first_line
+from ortho_keras.method.files import expanded
 from ortho_keras.trainer.data.crops import decoded_image, read_image
 from ortho_keras.trainer.data.disk import ImageFiles, ImageRecords, shown
 
@@ -67,7 +66,7 @@ class ImageFolder(Source, name="folder:"):
     def __init__(self, name, data_dir=None):
         super().__init__(name)
         path = name.removeprefix("folder:")
-        self.path = pathlib.Path(os.path.expanduser(path))
+        self.path = expanded(path)
         if not path or not self.path.is_dir():
             raise InputError(f"{self.flag} must be a folder that exists. Received: {path!r}")
         names = _splits([folder.name for folder in _folders(self.path)])
