@@ -6,7 +6,6 @@ writes digits.png (feature maps) and digits_filters.png.
 """
 
 import argparse
-import json
 import pathlib
 import sys
 
@@ -18,11 +17,13 @@ import ortho_train  # noqa: F401 - TensorFlow's settings as in train.py
 import keras
 import numpy as np
 
-from ortho_keras.diagnosis.features import compare_features, compare_filters
+from ortho_keras.diagnosis.features import plot_features, plot_filters
 from ortho_keras.method.errors import InputError
+from ortho_keras.method.files import expanded, read_json
 from ortho_keras.method.kernels import layer_kernels
 from ortho_keras.method.loading import load_model
 from ortho_keras.trainer.data import load_data
+from ortho_keras.trainer.recipe import STORED
 
 
 def parse_arguments(arguments):
@@ -43,28 +44,23 @@ def parse_arguments(arguments):
 
 def find_model(name):
     """Returns the path of a model's file."""
-    path = pathlib.Path(name).expanduser()
+    path = expanded(name)
     path = path / "final.keras" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"--models must be .keras files or folders that hold final.keras. Received: {name!r}")
     return path
 
 
-def read_json(path):
-    """Returns a run's file, an empty dict where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} must be a run's JSON file. Received: {error}") from error
+def held(model, file, name):
+    """Returns a value of a JSON file in a model's folder, or `None` where there is no such file."""
+    path = model.with_name(file)
+    return read_json(path, {name: STORED[name]}, f"{file} must be a run's")[name] if path.exists() else None
 
 
 def find_labels(paths, given):
     """Returns a label for each model, all different."""
     labels = given or [
-        read_json(path.parent / "result.json").get("recipe_name")
-        or (path.resolve().parent.name if path.name == "final.keras" else path.stem)
+        held(path, "result.json", "recipe_name") or (path.resolve().parent.name if path.name == "final.keras" else path.stem)
         for path in paths
     ]
     if not given:
@@ -78,7 +74,7 @@ def choose(flag, given, paths, default=None):
     """Returns a flag's value, or the one that the models' recipes share."""
     if given is not None:
         return given
-    found = {read_json(path.parent / "run.json").get("recipe", {}).get(flag) for path in paths} - {None}
+    found = {(held(path, "run.json", "recipe") or {}).get(flag) for path in paths} - {None}
     if len(found) > 1:
         raise InputError(f"--{flag} must be given where the models' own differ. Received: {', '.join(map(str, sorted(found)))}")
     if not found and default is None:
@@ -127,7 +123,7 @@ def draw(given):
     kernels.pop(None, None)
     if not kernels:
         raise InputError(f"--layers must be convolutions, or come after one, for the plot of filters. Received: {layers}")
-    output = pathlib.Path(given.output).expanduser()
+    output = expanded(given.output)
     filters_output = output.with_name(f"{output.stem}_filters.png")
     output.parent.mkdir(parents=True, exist_ok=True)
     images = test.images[: given.images]
@@ -135,8 +131,8 @@ def draw(given):
     for label, model in models.items():
         if model.output_shape[1:] == classes.shape:
             columns.append([f"{label}: {name}" for name in classes[model.predict(images, verbose=0).argmax(1)]])
-    compare_features(models, images, layers, output, titles=["\n".join(lines) for lines in zip(*columns)])
-    compare_filters(models, list(kernels), filters_output)
+    plot_features(models, images, layers, output, titles=["\n".join(lines) for lines in zip(*columns)])
+    plot_filters(models, list(kernels), filters_output)
     return output, filters_output
 
 

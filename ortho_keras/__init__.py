@@ -37,7 +37,7 @@ from ortho_keras.nets.shifted_relu import ShiftedReLU, error_growth, shift_for_d
 from ortho_keras.version import __version__
 
 if NAME == "tensorflow":
-    from ortho_keras.diagnosis.features import compare_features, compare_filters, plot_features, plot_filters
+    from ortho_keras.diagnosis.features import plot_features, plot_filters
     from ortho_keras.diagnosis.monitor import SignalMonitor
     from ortho_keras.diagnosis.signal_report import signal_report
     from ortho_keras.diagnosis.signals import LayerSignal, SignalReport
@@ -74,8 +74,6 @@ __all__ = [
     "SignalReport",
     "__version__",
     "check_design",
-    "compare_features",
-    "compare_filters",
     "error_growth",
     "find_preset",
     "fold_batchnorm",

@@ -76,6 +76,7 @@ def test_what_needs_tensorflow_says_so():
         ok.nothing  # noqa: B018
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("run", RUNS)
 def test_penalty_and_gradient_equal_the_oracle(run):
     rng = np.random.default_rng(2)
@@ -126,6 +127,7 @@ def test_related_penalties_equal_their_formulas_and_the_formulas_slopes(run):
         np.testing.assert_allclose(np.sum(as_array(gradient) * direction), slope, rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_kernels_have_float32_penalties(dtype):
     kernel = ops.cast(np.random.default_rng(7).normal(size=(60, 50)).astype("float32") * 90, dtype)  # squares overflow float16
@@ -137,9 +139,12 @@ def test_half_precision_kernels_have_float32_penalties(dtype):
 
 def test_initializers_draw_orthonormal_columns_in_every_type():
     for shape, layout in [
-        ((12, 40), "standard"),
-        ((3, 3, 16, 16), "standard"),
+        ((40, 12), "standard"),
+        ((12, 40), "standard"),  # wide: 12 + 12 + 12 + 4
+        ((3, 3, 64, 64), "standard"),
+        ((3, 2, 2, 4, 7), "standard"),
         ((4, 4, 8, 3), "transposed"),
+        ((3, 3, 5, 2), "depthwise"),
         ((8, 2, 4), (1, 2)),
     ]:
         kernel = ok.OrthonormalInitializer(1.7, seed=3, layout=layout)(shape)
@@ -172,9 +177,14 @@ def descend(rules, errors, run, dtype="float32"):
 def test_modulation_by_hand_and_by_the_oracle(run, reference):
     unit = np.array([0.2, 1.4])  # root of the moment: 1
     rules = [ok.ErrorModulation(2.0, 10.0, reference) for _ in range(5)]
-    by_hand = {"neighbour": [8, 5, 3, 10, 0.5], "anchor": [8, 5, 8, 10, 0.5]}[reference]
-    found = descend(rules, [magnitude * unit for magnitude in (8, 5, 3, 100, 0.05)], run)
+    by_hand = {
+        "neighbour": [8, 5, 3, 10, 0.5],  # 8/5 and 5/3 are in tolerance; 3/100 is clipped to 1/10, 10/0.05 to 10
+        "anchor": [8, 5, 8, 10, 0.5],  # 8/3 is out of tolerance; 8/100 and 8/0.05 are clipped
+    }[reference]
+    errors = np.outer([8, 5, 3, 100, 0.05], unit)
+    found = descend(rules, errors, run)
     np.testing.assert_allclose(found, np.outer(by_hand, unit), rtol=1e-6)
+    np.testing.assert_array_equal(found[:2], np.float32(errors[:2]))
     rng = np.random.default_rng(3)
     for magnitudes in (10.0 ** rng.uniform(-1, 1, 5), 10.0 ** rng.uniform(-6, 6, 5), [1e-30, 1e-20, 1.0, 1e20, 1e30]):
         errors, above, expected = np.float32(np.outer(magnitudes, unit)), None, []

@@ -16,14 +16,15 @@ from ortho_keras.method.kernels import as_matrices, layer_kernels
 MAP, PATCH, GAP, DPI, LARGEST, CHANNELS = 72, 36, 4, 144, 20_000, 4  # pixels, and the input channels drawn of each filter
 
 
-def plot_features(model, images, layers, path, maps=8, titles=None):
+def plot_features(models, images, layers, path, maps=8, titles=None):
     """Draws feature maps as a PNG file: a row for each image, with the image at the left and a cell for each layer.
 
-    The model runs in inference mode. Each map is scaled to its own range, from black to white; a constant map is grey, and
-    values that are not finite are red.
+    Several models are drawn side by side. A model runs in inference mode. Each map is scaled to its own range, from black
+    to white; a constant map is grey, and values that are not finite are red.
 
     Args:
-        model: A built Functional or Sequential model with one input, images `(batch, height, width, channels)`.
+        models: A built Functional or Sequential model with one input, images `(batch, height, width, channels)`, or a dict of
+            label to such models, which all have the layers.
         images: Array `(n, height, width, channels)`, n at least 1, 1 or 3 channels. uint8 images are shown as they are, others
             scaled to their own range.
         layers: List of names of the model's own layers (not those of a model inside it) with an output of rank 4. Of a layer
@@ -44,17 +45,7 @@ def plot_features(model, images, layers, path, maps=8, titles=None):
     Reference:
         The figures of Xie, Xiong, Pu 2017 ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)); the layout is ours.
     """
-    compare_features({getattr(model, "name", ""): model}, images, layers, path, maps, titles)
-
-
-def compare_features(models, images, layers, path, maps=8, titles=None):
-    """Draws several models' feature maps side by side.
-
-    Args:
-        models: Dict of label to model. Every model must have all of the layers.
-        images, layers, path, maps, titles: As in `plot_features`, which raises the same errors.
-    """
-    _check(models, "maps", maps)
+    models = _labelled(models, "maps", maps)
     images = np.asarray(images)
     shaped = images.ndim == 4 and images.size and images.shape[-1] in (1, 3)
     if not shaped or images.dtype.kind not in "iuf" or not np.isfinite(images).all():
@@ -76,14 +67,14 @@ def compare_features(models, images, layers, path, maps=8, titles=None):
     _draw(blocks, path)
 
 
-def plot_filters(model, layers, path, filters=16):
+def plot_filters(models, layers, path, filters=16):
     """Draws convolution kernels as a PNG file: a row for each layer, in it a column for each of its first filters.
 
     A filter with three input channels is one patch in color; of others the first four input channels are drawn in grey. All
     patches of a layer have one scale, symmetric around 0 (mid-grey), given in the title with the mean |cosine| of its filters.
 
     Args:
-        model: A built Keras model.
+        models: A built Keras model, or a dict of label to models, which are drawn side by side and all have the layers.
         layers: List of names of its Conv2D, Conv2DTranspose or DepthwiseConv2D layers; not those of a model inside it.
         path: Path of the file.
         filters: int, at least 1. The first `filters` of each layer are drawn; the title's cosine is over all of them.
@@ -96,17 +87,7 @@ def plot_filters(model, layers, path, filters=16):
 
     >>> plot_filters(ortho_keras.plain_cnn(44), ["stem_conv", "stage3_conv14"], "filters.png")
     """
-    compare_filters({getattr(model, "name", ""): model}, layers, path, filters)
-
-
-def compare_filters(models, layers, path, filters=16):
-    """Draws several models' kernels side by side.
-
-    Args:
-        models: Dict of label to model. Every model must have all of the layers.
-        layers, path, filters: As in `plot_filters`, which raises the same errors.
-    """
-    _check(models, "filters", filters)
+    models = _labelled(models, "filters", filters)
     found = {label: _named_layers(model, layers) for label, model in models.items()}
     _draw({label: [[_filters(layer, filters)] for layer in each] for label, each in found.items()}, path)
 
@@ -167,12 +148,15 @@ def _named_layers(model, names):
     return [known[name] for name in names]
 
 
-def _check(models, name, number):
-    if not isinstance(models, dict) or not models or not all(isinstance(label, str) for label in models):
-        raise ValueError(f"`models` must be a dict of label, a string, to model. Received: models={models!r}")
+def _labelled(models, name, number):
+    """Returns the models as a dict of label to model, checked, with the number of maps or filters."""
+    models = models if isinstance(models, dict) else {getattr(models, "name", ""): models}
+    if not models or not all(isinstance(label, str) for label in models):
+        raise ValueError(f"`models` must be a model, or a dict of label, a string, to model. Received: models={models!r}")
     for model in models.values():
         check_built(model)
     check_number(name, number, least=1, integer=True)
+    return models
 
 
 def _stretched(values):

@@ -19,7 +19,7 @@ import textwrap
 import keras
 import numpy as np
 
-from ortho_keras.diagnosis.features import compare_filters
+from ortho_keras.diagnosis.features import plot_filters
 from ortho_keras.diagnosis.plots import errors_by_step, new_figure, plot_confusion, plot_heat_map, save
 from ortho_keras.diagnosis.signals import read_signals
 from ortho_keras.method.checks import require
@@ -213,7 +213,7 @@ def _filters(runs):
             if not convolutions:
                 raise InputError(f"final.keras must be a convolutional network of train.py. Received: {str(run.model)!r}")
             names = list(dict.fromkeys((convolutions[0], convolutions[-1])))
-            pictures.append(_picture(f"{label}: filters of {' and '.join(names)}", compare_filters, {"": model}, names))
+            pictures.append(_picture(f"{label}: filters of {' and '.join(names)}", plot_filters, {"": model}, names))
     return pictures
 
 

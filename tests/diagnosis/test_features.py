@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from ortho_keras import compare_features, compare_filters, modulate, plain_cnn, plot_features, plot_filters
+from ortho_keras import modulate, plain_cnn, plot_features, plot_filters
 from ortho_keras.diagnosis import features
 from ortho_keras.diagnosis.features import CHANNELS, GAP, MAP, PATCH, layer_outputs
 from ortho_keras.trainer.data import load_data
@@ -97,14 +97,14 @@ def test_each_map_has_its_own_range(cells):
 
 def test_models_side_by_side_and_wide_images(cells):
     models = {"plain": conv_model([[[[1.0]]]]), "negative": conv_model([[[[-1.0]]]])}
-    drawn = cells(compare_features, models, np.repeat(IMAGES, 3, 0), ["conv"])
+    drawn = cells(plot_features, models, np.repeat(IMAGES, 3, 0), ["conv"])
     assert list(drawn) == ["", "plain", "negative"]
     for label, expected in (("plain", PATTERN), ("negative", 1 - PATTERN)):
         assert [[title for title, _ in row] for row in drawn[label]] == [["conv"], [""], [""]]
         for row in drawn[label]:
             np.testing.assert_array_equal(tiles(row[0][1], MAP, 4)[0, 0], grey(expected))
     long, titles = "a label that is longer than the maps are wide", ["zero", "one\nof two lines", "zero"]
-    drawn = cells(compare_features, {long: models["plain"], **models}, np.repeat(IMAGES, 3, 0), ["conv"], titles=titles)
+    drawn = cells(plot_features, {long: models["plain"], **models}, np.repeat(IMAGES, 3, 0), ["conv"], titles=titles)
     assert [title for ((title, _),) in drawn[""]] == titles and list(drawn) == ["", long, "plain", "negative"]
     drawn = cells(plot_features, conv_model([[[[1.0]]]], (4, 100)), np.random.default_rng(0).random((1, 4, 100, 1)), ["conv"])
     assert drawn[""][0][0][1].shape == (3, 72, 3)  # smaller than the image, its pixels averaged
@@ -113,7 +113,7 @@ def test_models_side_by_side_and_wide_images(cells):
 def test_filters_of_a_layer_have_one_scale(cells):
     kernel = np.random.default_rng(0).normal(size=(2, 2, 6, 5)) * [1, 1, 1, 0.5, 1]
     models = {"plain": conv_model(kernel), "negative": conv_model(-9 * kernel)}
-    drawn = cells(compare_filters, models, ["conv"], filters=4)
+    drawn = cells(plot_filters, models, ["conv"], filters=4)
     largest = np.abs(kernel[:, :, :CHANNELS, :4]).max()
     scaled = kernel[:, :, :CHANNELS, :4].transpose(2, 3, 0, 1) / largest  # a row for each input channel
     columns = kernel.reshape(24, 5) / np.linalg.norm(kernel.reshape(24, 5), axis=0)
@@ -165,7 +165,7 @@ WRONG = [
     ({"images": np.zeros((1, 4, 5, 1))}, r"`images` must fit .*'outer'.*\(1, 4, 5, 1\)"),
     ({"images": np.zeros((400, 4, 4, 1))}, "pixels a side"),
     ({"titles": ["one", "two"]}, "`titles` must have one string for each of the 1 images. Received: titles=.'one', 'two'.$"),
-    ({"model": "model"}, "`model` must be a built Keras model"),
+    ({"models": "model"}, "`model` must be a built Keras model"),
 ]
 
 
@@ -174,15 +174,15 @@ def test_wrong_arguments(tmp_path):
     stack = [inner, layers.Conv2D(2, 1, name="conv"), layers.GlobalAveragePooling2D(name="pool")]
     model = keras.Sequential([keras.Input((4, 4, 1)), *stack], name="outer")
     for changes, match in WRONG:
-        arguments = {"model": model, "images": np.zeros((1, 4, 4, 1)), "layers": ["conv"], **changes}
+        arguments = {"models": model, "images": np.zeros((1, 4, 4, 1)), "layers": ["conv"], **changes}
         with pytest.raises(ValueError, match=match):
             plot_features(path=tmp_path / "a.png", **arguments)
     for names, filters, match in ((["pool"], 16, "one kernel of rank 4.* Received: 'pool'"), (["conv"], 0, "`filters` must")):
         with pytest.raises(ValueError, match=match):
             plot_filters(model, names, tmp_path / "a.png", filters)
-    for models in ([], {44: model}):
-        with pytest.raises(ValueError, match="`models` must be a dict of label, a string, to model"):
-            compare_features(models, IMAGES, ["conv"], tmp_path / "b.png")
+    for models in ({}, {44: model}):
+        with pytest.raises(ValueError, match="`models` must be a model, or a dict of label, a string, to model"):
+            plot_features(models, IMAGES, ["conv"], tmp_path / "b.png")
     assert not list(tmp_path.iterdir())
 
     class Subclassed(keras.Model):  # has filters, but no graph
@@ -217,9 +217,9 @@ def test_command(tmp_path, monkeypatch, capsys):
         assert command.main((both, flag)) == 2
         message = capsys.readouterr().err
         assert message.startswith("features.py: ") and message.count("\n") == 1 and expected in message
-    titles, draw = [], command.compare_features
+    titles, draw = [], command.plot_features
     monkeypatch.setattr(
-        command, "compare_features", lambda *args, **kwargs: titles.extend(kwargs["titles"]) or draw(*args, **kwargs)
+        command, "plot_features", lambda *args, **kwargs: titles.extend(kwargs["titles"]) or draw(*args, **kwargs)
     )
     assert command.main([both, f"--output={tmp_path / 'new' / 'both.png'}"]) == 0
     test = load_data("digits", None, 8).test

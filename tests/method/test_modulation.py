@@ -70,21 +70,6 @@ def test_an_accelerator_selects_where_a_processor_branches(monkeypatch):
     assert_same_bits(gradients(traced, x, y, RUNS["graph"]), expected)
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_a_case_done_by_hand(run):
-    unit = np.array([0.2, 1.4], "float32")  # root of the moment: 1
-    errors = [8 * unit, 5 * unit, 3 * unit, 100 * unit, 0.05 * unit]
-    by_hand = {
-        "neighbour": [8, 5, 3, 10, 0.5],  # 8/5 and 5/3 are in tolerance; 3/100 is clipped to 1/10, 10/0.05 to 10
-        "anchor": [8, 5, 8, 10, 0.5],  # 8/3 is out of tolerance; 8/100 and 8/0.05 are clipped
-    }
-    for reference, magnitudes in by_hand.items():
-        rules = [ErrorModulation(2.0, 10.0, reference) for _ in errors]
-        found = descend(rules, errors, RUNS[run])
-        np.testing.assert_allclose(found, [magnitude * unit for magnitude in magnitudes], rtol=1e-6)
-        assert_same_bits(found[:2], errors[:2])
-
-
 @every_reference
 def test_exactly_at_the_tolerance_does_not_fire(reference):
     error = np.array([1, -1, 1, -1], "float32")

@@ -61,14 +61,6 @@ def test_the_decay_refuses_a_model_whose_learning_rate_it_cannot_know(compiled):
         model.fit(X, Y, batch_size=8, verbose=0, callbacks=[ortho_keras.OrthonormalDecay(1.0)])
 
 
-def test_accumulated_gradients_are_steps_of_the_optimizer():
-    model = net()
-    model.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=4), "mse")
-    before = ortho_keras.orthonormality_error(model.layers[0].kernel)
-    model.fit(X, Y, batch_size=8, epochs=16, verbose=0, callbacks=[ortho_keras.OrthonormalDecay(1.0, every=1)])
-    assert ortho_keras.orthonormality_error(model.layers[0].kernel) < before / 2
-
-
 @pytest.mark.parametrize(
     ("name", "make"),
     [
