@@ -111,6 +111,7 @@ def write_report(workdirs, path):
         ("Environment", _comparison([run.environment for run in runs.values()]), []),
     ]
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    pathlib.Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as part:
         part.write_text(template.render(runs=runs, sections=sections), encoding="utf-8")
 
@@ -258,7 +259,6 @@ def main(arguments=None):
     try:
         output = expanded(given.output)
         check_file("--output", output)
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
         write_report(given.workdirs, output)
     except (ImportError, ValueError) as error:
         print(f"ortho_keras.trainer.report: {error}", file=sys.stderr)

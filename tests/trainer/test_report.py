@@ -87,8 +87,8 @@ def test_two_runs_side_by_side(runs, tmp_path):
 
 
 def test_a_stopped_run_is_shown_as_far_as_it_came(runs, tmp_path):
-    assert main([str(runs / "stopped"), f"--output={tmp_path / 'report.html'}"]) == 0
-    page = Page(tmp_path / "report.html")
+    assert main([str(runs / "stopped"), f"--output={tmp_path / 'new' / 'report.html'}"]) == 0
+    page = Page(tmp_path / "new" / "report.html")
     assert page.headings == ["Result", "Curves", "Signal by layer and step", "Recipe", "Environment"]
     assert page.pictures == 5 * [PICTURE] and "stopped is not finished (2 of 3 epochs): " in page.text
     rows, history = page.rows, json.loads((runs / "method" / "history.json").read_text())
