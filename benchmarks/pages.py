@@ -102,9 +102,9 @@ def trials_table():
         runs.setdefault((result["recipe_name"], flags), []).append(result)
     rows = []
     for (name, flags), results in sorted(runs.items(), key=lambda item: item[0][0]):
-        accuracies = [mean_cell(results, f"{kind}_accuracy") for kind in ("validation", "test", "test_mirrored")]
+        accuracies = [mean_cell(results, f"{kind}_accuracy") for kind in ("validation", "test", "test_mirrored", "training")]
         rows.append([f"`{name}`", f"`{flags}`", *accuracies, ", ".join(sorted({result["commit"][:10] for result in results}))])
-    header = ["recipe", "differs in", "validation accuracy, %", *TEST_HEADER, "commit"]
+    header = ["recipe", "differs in", "validation accuracy, %", *TEST_HEADER, "training accuracy, %", "commit"]
     return table(header, rows)
 
 

@@ -167,8 +167,16 @@ def train(program):
         if value in given:
             say(f"{program}: --{value} has no effect with {ruler}", sys.stderr)
     machine = runtime.start(FLAGS.strategy, FLAGS.devices, FLAGS.jit_compile, FLAGS.deterministic, FLAGS.tf32)
-    saving = (FLAGS.keep_checkpoints, FLAGS.signal_every, FLAGS.checkpoint_minutes)
-    result = run(recipe, workdir, FLAGS.data_dir, name, machine, (), *saving)
+    result = run(
+        recipe,
+        workdir,
+        FLAGS.data_dir,
+        name,
+        machine,
+        keep_checkpoints=FLAGS.keep_checkpoints,
+        signal_every=FLAGS.signal_every,
+        checkpoint_minutes=FLAGS.checkpoint_minutes,
+    )
     if not machine.is_chief:
         return
     exported = deploy(workdir / "final.keras", FLAGS.export, result) if FLAGS.export else ""

@@ -102,12 +102,7 @@ def run(
             return finished
         data = _agreed(runtime, lambda: load_recipe_data(recipe, data_dir, runtime.replicas))
         log(f"computing on {runtime.describe()}")
-        log(
-            f"{recipe.dataset}: {len(data.train)} training, {len(data.validation or ())} validation and {len(data.test)} test "
-            f"images {data.image_shape}, {len(data.class_names)} classes"
-        )
-        for note in data.notes:
-            log(f"{recipe.dataset}: {note}")
+        _describe_data(recipe, data, log)
         if recipe.precision != "float32" and not runtime.jit_compile:  # XLA's convolutions are its own
             times = slowdown(recipe.precision.removeprefix("mixed_"))
             if times > SLOW:
@@ -120,13 +115,7 @@ def run(
             _agreed(runtime, lambda: _load_weights(model, recipe.initial_weights))
             log(f"training begins with the weights of {recipe.initial_weights}, at the recipe's own learning rate")
         _agreed(runtime, lambda: _begin(workdir, recipe, data.fingerprint, lock) if runtime.is_chief else None)
-        layers = sum(1 for layer in model.layers if layer_kernels(layer))
-        log(f"{model.name}: {layers} layers, {model.count_params():,} parameters, {total_steps} steps of {recipe.batch_size}")
-        if recipe.rate_depth not in (0, recipe.depth):
-            scaled = f"--rate_depth / --depth = {recipe.rate_depth} / {recipe.depth}"
-            log(f"the learning rate is --learning_rate={recipe.learning_rate} times {scaled}: {recipe.peak_learning_rate:.4g}")
-        if recipe.warmup_steps >= total_steps:
-            log(f"--warmup_steps={recipe.warmup_steps} is no less than the run: the learning rate does not reach its highest")
+        _describe_training(recipe, model, total_steps, log)
         callbacks = list(callbacks)
         if recipe.modulation != "off" and recipe.modulation_steps:
             callbacks.append(ModulationSwitch(recipe.modulation_steps))
@@ -135,8 +124,19 @@ def run(
         title = f"{name or recipe.network} (depth {recipe.depth}, seed {recipe.seed})"
         with stop_requests() as stop:
             trainer = Trainer(
-                *(model, recipe, data, workdir, total_steps, runtime, callbacks, keep_checkpoints),
-                *(log, title, stop, build_seconds, checkpoint_minutes),
+                model,
+                recipe,
+                data,
+                workdir,
+                total_steps,
+                runtime,
+                callbacks,
+                keep_checkpoints=keep_checkpoints,
+                log=log,
+                title=title,
+                stop=stop,
+                build_seconds=build_seconds,
+                checkpoint_minutes=checkpoint_minutes,
             )
             begun = trainer.restore()
             if recipe.initial_weights and resumes and begun is None:  # no checkpoint is intact
@@ -160,6 +160,25 @@ def run(
             result |= {"best_epoch": best[1][0]["epoch"], "best_validation_accuracy": best[1][0]["validation_accuracy"]}
         write_json(workdir / "result.json", result)
         return result
+
+
+def _describe_data(recipe, data, log):
+    log(
+        f"{recipe.dataset}: {len(data.train)} training, {len(data.validation or ())} validation and {len(data.test)} test "
+        f"images {data.image_shape}, {len(data.class_names)} classes"
+    )
+    for note in data.notes:
+        log(f"{recipe.dataset}: {note}")
+
+
+def _describe_training(recipe, model, total_steps, log):
+    layers = sum(1 for layer in model.layers if layer_kernels(layer))
+    log(f"{model.name}: {layers} layers, {model.count_params():,} parameters, {total_steps} steps of {recipe.batch_size}")
+    if recipe.rate_depth not in (0, recipe.depth):
+        scaled = f"--rate_depth / --depth = {recipe.rate_depth} / {recipe.depth}"
+        log(f"the learning rate is --learning_rate={recipe.learning_rate} times {scaled}: {recipe.peak_learning_rate:.4g}")
+    if recipe.warmup_steps >= total_steps:
+        log(f"--warmup_steps={recipe.warmup_steps} is no less than the run: the learning rate does not reach its highest")
 
 
 def load_recipe_data(recipe, data_dir=None, replicas=1):
