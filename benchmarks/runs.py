@@ -63,9 +63,9 @@ def run_to_file(flags, path, workdir, data_dir=None, cores=None, quiet=False):
         history = json.loads((workdir / "history.json").read_text())
         result["history"] = {name: [row.get(name) for row in history] for name in KEPT}
     elif done.returncode == 1 and "the loss became" in message:
-        begun = json.loads((workdir / "run.json").read_text())
-        result = {"diverged": message.removeprefix("train.py: ").partition(": try")[0]}
-        result |= {name: begun[name] for name in ("recipe_name", "recipe")}
+        (name,) = (flag.removeprefix("--recipe=") for flag in flags if flag.startswith("--recipe="))
+        recipe = json.loads((workdir / "run.json").read_text())["recipe"]
+        result = {"diverged": message.removeprefix("train.py: ").partition(": try")[0], "recipe_name": name, "recipe": recipe}
     else:
         raise RuntimeError(f"{shlex.join(command)} ended with status {done.returncode}: {message}")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import keras
+import numpy as np
 import pytest
 from absl.testing import flagsaver
 from command_lines import ROOT, script
@@ -83,7 +84,9 @@ def test_the_ablation_searches_a_rate_runs_the_seeds_and_makes_a_table(tmp_path,
     run()
     names = [f"he_l2-depth8-rate{rate}-seed{seed}" for rate, seed in (("1e30", 100), ("0.03", 100), ("0.03", 0))]
     diverged, searched, final = (tmp_path / "results" / "smoke" / f"{name}.json" for name in names)
-    assert "the loss became" in json.loads(diverged.read_text())["diverged"]
+    lost = json.loads(diverged.read_text())
+    assert lost["diverged"].startswith("the loss became ") and lost["recipe"]["learning_rate"] == 1e30
+    assert lost["recipe_name"] == "digits"
     result = json.loads(final.read_text())
     values = {"initializer": "he_normal", "regularizer": "l2", "learning_rate": 0.03, "seed": 0}
     assert values.items() <= result["recipe"].items()
@@ -131,7 +134,29 @@ def test_onednn_serves_a_step_for_each_line(monkeypatch, capsys):
     with script(monkeypatch, "benchmarks/onednn.py", *ONE, "--serve") as module:
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
         module.main(None)
-    assert len([float(line) for line in capsys.readouterr().out.splitlines()]) == 2
+    assert capsys.readouterr().out == "\n\n"
+
+
+@pytest.mark.parametrize("reference", ["neighbour", "anchor"])
+def test_the_straightforward_modulation_trains_the_same_weights_by_other_operations(monkeypatch, reference):
+    rng = np.random.default_rng(0)
+    batch, name = (rng.normal(size=(4, 8, 8, 3)).astype("float32"), np.arange(4)), f"modulation by the {reference}"
+    with script(monkeypatch, "benchmarks/arms.py") as arms:
+        found = arms.modulation_arms(arms.plain_net(14, (8, 8, 3)))
+        weights, wide = [], []
+        for arm in (f"OrthonormalRegularizer and {name}", f"OrthonormalRegularizer and {name}, straightforward"):
+            model, _ = found[arm]()
+            for layer in model.layers:
+                if isinstance(layer, keras.layers.Conv2D):
+                    layer.kernel.assign(layer.kernel * 3)  # the errors of neighbours differ
+            step = arms.training_step(model)
+            step(*batch)
+            operations = step.trace(*batch).graph.get_operations()
+            wide.append(sum(op.type == "L2Loss" and op.inputs[0].dtype == "float64" for op in operations))
+            weights.append(model.get_weights())
+    assert wide == [0, 14]
+    for mine, theirs in zip(*weights):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_the_measurements_of_a_gpu_run_at_small_sizes_on_a_processor(tmp_path, monkeypatch, in_process):
@@ -241,8 +266,10 @@ def test_a_trial_is_a_real_run_kept_apart_from_the_recipe_with_what_was_changed(
     result = json.loads(path.read_text())
     changed = " ".join(f"--{value}" for value in values)
     assert result["command"] == f"python train.py --recipe=digits {changed} --seed=3" and result["steps"] == 20
+    lost = {"diverged": "the loss became nan at step 2 of 20", "recipe": result["recipe"] | {"seed": 4}}
+    path.with_name("lost.json").write_text(json.dumps({name: result[name] for name in ("commit", "recipe_name")} | lost))
     with script(monkeypatch, "benchmarks/pages.py") as pages:
         pages.RESULTS = tmp_path
         row = [cell.strip() for cell in pages.trials_table().splitlines()[-1].strip("|").split("|")]
-    shares = [f"{100 * result[name]:.2f} (1)" for name in ("validation_accuracy", "test_accuracy")]
-    assert row == ["`digits`", f"`{changed}`", *shares, "", result["commit"][:10]]
+    validation, test, training = (f"{100 * result[f'{name}_accuracy']:.2f} (1)" for name in ("validation", "test", "training"))
+    assert row == ["`digits`", f"`{changed}`", validation, f"{test} 1 diverged", "", training, result["commit"][:10]]
