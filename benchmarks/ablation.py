@@ -2,7 +2,7 @@
 
 python benchmarks/ablation.py --rung=digits --depths=20,44,110 --jobs=2
 
-Goes on where it was stopped: a run whose result file is there is not run again. An arm differs from the others in the
+Resumes where it was stopped: a run whose result file is there is not run again. An arm differs from the others in the
 values named below and in nothing else: data, steps, schedule, seeds are the rung's. The learning rate (multiplied by 44 /
 depth) is that of `--rates` which reaches the highest validation accuracy with the search's seed, which the reported seeds
 do not contain; test images play no part in the choice.

@@ -1,4 +1,4 @@
-"""What no shortcut saves at inference: the plain net against its residual twin, both with BatchNormalization folded.
+"""Latency and memory of a plain network and its residual counterpart, both with BatchNormalization folded.
 
 python benchmarks/inference.py --depth=44 --batches=1,64 --rounds=200
 

@@ -3,7 +3,7 @@
 python benchmarks/initialization.py --data_dir=PATH
 
 One batch of 128 training images, `signal_report` on nets at their initial weights, three seeds each. Writes
-`results/initialization.json`; goes on where it was stopped.
+`results/initialization.json`; resumes where it was stopped.
 """
 
 import importlib.metadata

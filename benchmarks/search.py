@@ -1,9 +1,9 @@
-"""Searches recipes by `tuning.search`, then holds each best trial against the recipe itself over seeds that no trial saw.
+"""Searches recipes by `tuning.search`, then compares each best trial with the recipe itself over seeds that no trial saw.
 
 python benchmarks/search.py --searches=plain44,plain110 --seeds=1,2,3
 python benchmarks/search.py --searches=plain110 --full      the same comparison in as many epochs as the recipe has
 
-Goes on where it was stopped. What is found becomes a file for each search, and one for each run at a fresh seed.
+Resumes where it was stopped. What is found becomes a file for each search, and one for each run at a fresh seed.
 """
 
 import json
