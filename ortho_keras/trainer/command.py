@@ -141,13 +141,14 @@ def measured(name, preset):
         return [result for result in results if preset.gave(result, but)]
 
     results = committed(f"recipes/{name}-seed*.json")
-    diverged = [result["diverged"] for result in results if "diverged" in result]
-    if diverged:
-        return diverged[0]
-    if results:
-        accuracy, seconds = (statistics.mean(result[key] for result in results) for key in ("test_accuracy", "seconds"))
-        device = hardware(results[0]["device"])
-        return f"{100 * accuracy:.2f} % test accuracy, mean of {len(results)} seed(s), {seconds:.0f} s of training on {device}"
+    ended = [result for result in results if "diverged" not in result]
+    lost = [result["diverged"] for result in results if "diverged" in result]
+    if ended:
+        accuracy, seconds = (statistics.mean(result[key] for result in ended) for key in ("test_accuracy", "seconds"))
+        figures = f"{100 * accuracy:.2f} % test accuracy, mean of {len(ended)} seed(s), {seconds:.0f} s of training"
+        return f"{figures} on {hardware(ended[0]['device'])}{f', {len(lost)} diverged' if lost else ''}"
+    if lost:
+        return lost[0]
     shorter = committed("paper/*-seed?.json", SHORTER) if preset.recipe.max_steps else []
     shorter = [result for result in shorter if "diverged" not in result]
     if shorter:

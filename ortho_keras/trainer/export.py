@@ -63,7 +63,7 @@ def deploy(path, output, result=None):
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     try:
         _write(deployed, output)
-        if result:
+        if result and result.get("class_names"):  # a run of an earlier version has none
             write_json(output.with_suffix(DESCRIBED), {key: result[key] for key in DESCRIPTION})
     except (OSError, RuntimeError, tf.errors.OpError) as error:  # a full disk
         expected = "--export must be on a disk with space for the model"

@@ -4,8 +4,17 @@ import keras
 import numpy as np
 import pytest
 import references
+import tensorflow as tf
 
 from ortho_keras import DeltaOrthonormalInitializer, DiracInitializer, OrthonormalInitializer, plain_cnn, signal_report
+
+
+@pytest.mark.parametrize("initializer", [OrthonormalInitializer, DeltaOrthonormalInitializer, DiracInitializer])
+def test_every_float_dtype(initializer):
+    for dtype, rounding in {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-5, "float64": 1e-12}.items():
+        kernel = initializer(seed=1)((3, 3, 8, 8), dtype=dtype)
+        assert kernel.dtype == dtype
+        assert references.largest_deviation(tf.cast(kernel, "float64"), "standard") <= rounding
 
 
 def test_same_seed_same_kernel_and_none_draws_anew():

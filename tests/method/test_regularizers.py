@@ -11,6 +11,26 @@ from chains import dense_chain
 from ortho_keras import OrthonormalRegularizer, modulate, orthonormality_error, orthonormalize
 
 
+@pytest.mark.gpu
+def test_value_and_gradient_equal_the_oracle():
+    rng = np.random.default_rng(2)
+    for _ in range(40):
+        shape = tuple(rng.integers(1, 6, size=rng.integers(2, 6)))  # tall and wide
+        axes = [int(axis) for axis in rng.permutation(len(shape))[: rng.integers(1, len(shape))]]
+        layouts = ["standard", "transposed", *["depthwise"][: len(shape) - 2], tuple(axes)]
+        layout = layouts[rng.integers(len(layouts))]
+        kernel = rng.normal(size=shape).astype("float32")
+        variable = tf.Variable(kernel)
+        with tf.GradientTape() as tape:
+            penalty = OrthonormalRegularizer(0.37, layout)(variable)
+        expected, gradient = references.penalty_and_gradient(kernel, layout, 0.37)
+        assert penalty.shape == () and penalty.dtype == tf.float32
+        np.testing.assert_allclose(penalty, expected, rtol=1e-5, atol=1e-6, err_msg=f"{shape} {layout}")
+        scale = np.abs(gradient).max()
+        found = tape.gradient(penalty, variable)
+        np.testing.assert_allclose(found, gradient, rtol=1e-5, atol=1e-5 * scale, err_msg=f"{shape} {layout}")
+
+
 def test_cases_done_by_hand():
     assert float(OrthonormalRegularizer(3.0)(tf.eye(33))) == 0
     assert float(OrthonormalRegularizer(3.0)(2 * tf.eye(33))) == 3 / 2 * 9 * 33

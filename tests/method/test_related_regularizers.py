@@ -143,6 +143,18 @@ def test_groups_are_convolutions_of_their_own():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_equal_finite_differences(variant):
+    regularizer = variant(0.5, **({"iterations": 3000} if variant is SRIPRegularizer else {}))
+    variable = tf.Variable(random_kernel((2, 2, 3, 5), seed=3))
+    with tf.GradientTape() as tape:
+        penalty = regularizer(variable)
+    gradient = tape.gradient(penalty, variable).numpy()
+    direction = np.random.default_rng(4).normal(size=variable.shape)
+    ahead, behind = (float(regularizer(tf.constant(variable.numpy() + s * 1e-6 * direction))) for s in (1, -1))
+    np.testing.assert_allclose((ahead - behind) / 2e-6, np.sum(gradient * direction), rtol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_precision_and_graphs(variant):
     for dtype in ("float16", "bfloat16", "float32", "float64"):
         kernel = tf.cast(random_kernel((3, 3, 2, 4)), dtype)
