@@ -40,7 +40,6 @@ class Arm:
 _BASE = {
     "network": "plain",
     "initializer": "orthonormal",
-    "stem_initializer": "same",
     "relu_shift": 0.0,
     "regularizer": "orthonormal",
     "factor": 0.01,

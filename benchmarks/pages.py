@@ -4,7 +4,6 @@ python benchmarks/pages.py            writes them
 python benchmarks/pages.py --check    ends with status 1 if a page does not say what the result files say
 """
 
-import dataclasses
 import json
 import re
 import shlex
@@ -18,7 +17,6 @@ from paper_cells import Table
 from runs import ROOT, quality, table
 
 from ortho_keras.diagnosis.plots import new_figure, save
-from ortho_keras.trainer.recipe import Recipe
 from ortho_keras.trainer.recipes import RECIPES
 from ortho_keras.trainer.result import hardware
 
@@ -95,8 +93,7 @@ def trials_table():
     """One row for each trial: a recipe, the values in which the trial differs from it as it is now, and what came out."""
     runs = {}
     for path, result in result_files("trials"):
-        ran = dataclasses.replace(Recipe.from_json(result["recipe"]), seed=0)  # as every preset's
-        flags = " ".join(RECIPES[result["recipe_name"]].changes(ran))
+        flags = " ".join(RECIPES[result["recipe_name"]].changes(result["recipe"] | {"seed": 0}))  # as every preset's
         if not flags:
             sys.exit(f"{path.relative_to(ROOT)} is of the recipe's own values: it belongs in results/recipes")
         runs.setdefault((result["recipe_name"], flags), []).append(result)

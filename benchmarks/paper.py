@@ -62,7 +62,7 @@ def train(cell, path, runs, data_dir):
     recipe = cell.recipe("mixed_bfloat16" if slowdown("bfloat16") < 1 else "float32")
     workdir = pathlib.Path(runs, cell.name).absolute()
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    command = ["python", "train.py", f"--recipe={BASE}", *RECIPES[BASE].changes(recipe)]
+    command = ["python", "train.py", f"--recipe={BASE}", *RECIPES[BASE].changes(recipe.to_json())]
     origin = {"command": " ".join(command), "commit": commit(), "arm": cell.arm}
     with open(workdir.with_name(f"{cell.name}.log"), "a") as log:
         try:

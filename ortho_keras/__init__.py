@@ -32,7 +32,6 @@ from ortho_keras.nets.batchnorm import BatchNormalizationEstimator, FusedBatchNo
 from ortho_keras.nets.fold import fold_batchnorm
 from ortho_keras.nets.growth import grow
 from ortho_keras.nets.networks import plain_cnn, plain_imagenet, residual_cnn, residual_imagenet
-from ortho_keras.nets.patch_pca import PatchPCAInitializer
 from ortho_keras.nets.shifted_relu import ShiftedReLU, error_growth, shift_for_depth
 from ortho_keras.version import __version__
 
@@ -66,7 +65,6 @@ __all__ = [
     "OrthonormalInitializer",
     "OrthonormalRegularizer",
     "OrthonormalizeReport",
-    "PatchPCAInitializer",
     "Recipe",
     "SRIPRegularizer",
     "ShiftedReLU",

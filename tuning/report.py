@@ -62,7 +62,7 @@ def report(directory):
 def command(name, recipe, train_flags=()):
     """Returns the `train.py` command of a recipe: a preset, `name` if there is one, and the values in which it differs."""
     name = name if name in RECIPES else next(iter(RECIPES))
-    return shlex.join(["python", "train.py", f"--recipe={name}", *RECIPES[name].changes(recipe), *train_flags])
+    return shlex.join(["python", "train.py", f"--recipe={name}", *RECIPES[name].changes(recipe.to_json()), *train_flags])
 
 
 def shown(trial, name):

@@ -24,13 +24,12 @@ NAMED_INITIALIZERS = {
 class LayerBuilder:
     """Makes the layers of one network. The arguments are those of `plain_cnn`."""
 
-    def __init__(self, depth, regularizer, initializer, stem_initializer, relu_shift, bn_synchronized, seed):
+    def __init__(self, depth, regularizer, initializer, relu_shift, bn_synchronized, seed):
         named = regularizer == "orthonormal"
         self.regularizer = OrthonormalRegularizer() if named else keras.regularizers.get(regularizer)
         if isinstance(initializer, str) and initializer in NAMED_INITIALIZERS:
             initializer = NAMED_INITIALIZERS[initializer]()
         self.initializer = keras.initializers.get("glorot_uniform" if initializer is None else initializer)
-        self.stem_initializer = keras.initializers.get(stem_initializer) or self.initializer
         self.relu_shift = shift_for_depth(depth) if relu_shift == "auto" else check_number("relu_shift", relu_shift, least=0)
         self.synchronized = bn_synchronized
         self.seed = None if seed is None else check_number("seed", seed, least=0, integer=True)
@@ -51,10 +50,10 @@ class LayerBuilder:
 
     def stem(self, x, filters, size, strides):
         """The first convolution, BatchNormalization and activation."""
-        x = self.convolution(x, filters, size, strides, "stem_conv", self.stem_initializer)
+        x = self.convolution(x, filters, size, strides, "stem_conv")
         return self.relu(x, "stem_conv_relu")
 
-    def convolution(self, x, filters, size, strides, name, initializer=None):
+    def convolution(self, x, filters, size, strides, name):
         """A convolution of `size` by `size` pixels and its BatchNormalization."""
         x = keras.layers.Conv2D(
             filters,
@@ -63,7 +62,7 @@ class LayerBuilder:
             padding="same",
             data_format=CHANNELS,
             use_bias=False,  # BatchNormalization's beta takes its place
-            kernel_initializer=self.next_initializer(initializer or self.initializer),
+            kernel_initializer=self.next_initializer(self.initializer),
             kernel_regularizer=self.regularizer,
             name=name,
         )(x)

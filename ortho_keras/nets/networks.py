@@ -21,7 +21,6 @@ def plain_cnn(
     width=16,
     regularizer="orthonormal",
     initializer="orthonormal",
-    stem_initializer=None,
     relu_shift=0.0,
     bn_synchronized=False,
     seed=None,
@@ -43,8 +42,6 @@ def plain_cnn(
             `keras.regularizers.get` takes, `None` for no penalty. All layers share one object.
         initializer: `"orthonormal"`, `"delta_orthonormal"`, `"dirac"`, or anything that `keras.initializers.get` takes;
             `None` is Keras's default. Each layer gets a copy with its own seed.
-        stem_initializer: Initializer of the first convolution: anything that `keras.initializers.get` takes, such as a
-            `PatchPCAInitializer` (ours). `None` is `initializer`.
         relu_shift: float, at least 0, or `"auto"`. The activations are `max(x, -relu_shift)`, see `ShiftedReLU` (ours).
             0 is the paper's ReLU; `"auto"` is `shift_for_depth(depth)`.
         bn_synchronized: bool. Whether BatchNormalization's statistics are those of all replicas of a `tf.distribute` strategy.
@@ -67,7 +64,7 @@ def plain_cnn(
         He et al. 2016 ([arXiv:1512.03385](https://arxiv.org/abs/1512.03385)), section 4.2; Xie, Xiong, Pu 2017
         ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)).
     """
-    settings = regularizer, initializer, stem_initializer, relu_shift, bn_synchronized, seed
+    settings = regularizer, initializer, relu_shift, bn_synchronized, seed
     return _build("cifar", False, depth, input_shape, num_classes, width, settings, preprocessing, name)
 
 
@@ -78,7 +75,6 @@ def residual_cnn(
     width=16,
     regularizer="orthonormal",
     initializer="orthonormal",
-    stem_initializer=None,
     relu_shift=0.0,
     bn_synchronized=False,
     seed=None,
@@ -92,7 +88,7 @@ def residual_cnn(
 
     Args:
         depth, input_shape, num_classes, width: As in `plain_cnn`.
-        regularizer, initializer, stem_initializer, relu_shift, bn_synchronized, seed, preprocessing: As in `plain_cnn`.
+        regularizer, initializer, relu_shift, bn_synchronized, seed, preprocessing: As in `plain_cnn`.
         name: String. Defaults to `residual<depth>`.
 
     Returns:
@@ -104,7 +100,7 @@ def residual_cnn(
     Reference:
         He et al. 2016 ([arXiv:1512.03385](https://arxiv.org/abs/1512.03385)), section 4.2, option A.
     """
-    settings = regularizer, initializer, stem_initializer, relu_shift, bn_synchronized, seed
+    settings = regularizer, initializer, relu_shift, bn_synchronized, seed
     return _build("cifar", True, depth, input_shape, num_classes, width, settings, preprocessing, name)
 
 
@@ -115,7 +111,6 @@ def plain_imagenet(
     width=64,
     regularizer="orthonormal",
     initializer="orthonormal",
-    stem_initializer=None,
     relu_shift=0.0,
     bn_synchronized=False,
     seed=None,
@@ -135,7 +130,7 @@ def plain_imagenet(
         input_shape: Tuple `(height, width, channels)`; height and width may be `None`.
         num_classes: int, at least 2.
         width: int, at least 1. Filters of the stem and the first stage.
-        regularizer, initializer, stem_initializer, relu_shift, bn_synchronized, seed, preprocessing: As in `plain_cnn`.
+        regularizer, initializer, relu_shift, bn_synchronized, seed, preprocessing: As in `plain_cnn`.
         name: String. Defaults to `plain<depth>_imagenet`.
 
     Returns:
@@ -149,7 +144,7 @@ def plain_imagenet(
         ([arXiv:1703.01827](https://arxiv.org/abs/1703.01827)) train plain networks of 34, 44 and 101 layers; how their 44 are
         spread over the stages is not published.
     """
-    settings = regularizer, initializer, stem_initializer, relu_shift, bn_synchronized, seed
+    settings = regularizer, initializer, relu_shift, bn_synchronized, seed
     return _build("imagenet", False, depth, input_shape, num_classes, width, settings, preprocessing, name)
 
 
@@ -160,7 +155,6 @@ def residual_imagenet(
     width=64,
     regularizer="orthonormal",
     initializer="orthonormal",
-    stem_initializer=None,
     relu_shift=0.0,
     bn_synchronized=False,
     seed=None,
@@ -175,7 +169,7 @@ def residual_imagenet(
 
     Args:
         depth, input_shape, num_classes, width: As in `plain_imagenet`.
-        regularizer, initializer, stem_initializer, relu_shift, bn_synchronized, seed, preprocessing: As in `plain_cnn`.
+        regularizer, initializer, relu_shift, bn_synchronized, seed, preprocessing: As in `plain_cnn`.
         name: String. Defaults to `residual<depth>_imagenet`.
 
     Returns:
@@ -187,7 +181,7 @@ def residual_imagenet(
     Reference:
         He et al. 2016 ([arXiv:1512.03385](https://arxiv.org/abs/1512.03385)), Table 1, option B.
     """
-    settings = regularizer, initializer, stem_initializer, relu_shift, bn_synchronized, seed
+    settings = regularizer, initializer, relu_shift, bn_synchronized, seed
     return _build("imagenet", True, depth, input_shape, num_classes, width, settings, preprocessing, name)
 
 

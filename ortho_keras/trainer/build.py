@@ -1,19 +1,13 @@
 """What a recipe describes as a Keras model: its network and its optimizer."""
 
-import math
-
 import keras
-import numpy as np
 
 from ortho_keras.method.chain import modulate
-from ortho_keras.method.errors import InputError
 from ortho_keras.method.orthonormalize import orthonormalize
 from ortho_keras.method.regularizers import REGULARIZERS
 from ortho_keras.nets.networks import plain_cnn, plain_imagenet, residual_cnn, residual_imagenet
-from ortho_keras.nets.patch_pca import PatchPCAInitializer
 from ortho_keras.trainer.optimizers import AllReplicaLossScaleOptimizer, LearningRate, Muon
 
-STEM_PIXELS = 5000 * 32 * 32  # whose patches are enough for their principal components
 BUILDERS = {
     ("cifar", "plain"): plain_cnn,
     ("cifar", "residual"): residual_cnn,
@@ -28,14 +22,6 @@ def build_model(recipe, data, replicated=False):
     `replicated` says that there is more than one replica, so that there is something to synchronize.
     """
     mean, variance = data.channel_statistics
-    stem_initializer = None
-    if recipe.stem_initializer == "pca":
-        images, _ = data.train.sample(max(1, STEM_PIXELS // math.prod(data.image_shape[:2])))
-        try:
-            scaled, side = (images - np.array(mean)) / np.sqrt(variance), 7 if recipe.family == "imagenet" else 3
-            stem_initializer = PatchPCAInitializer.from_images(scaled, side)
-        except ValueError as error:
-            raise InputError(f"--stem_initializer=pca must have images with patches that differ: {error}") from error
     model = BUILDERS[recipe.family, recipe.network](
         recipe.depth,
         input_shape=data.image_shape,
@@ -44,7 +30,6 @@ def build_model(recipe, data, replicated=False):
         # Keras's L2(x) is x * ||W||^2; weight decay of strength `factor` is factor / 2 * ||W||^2.
         regularizer=keras.regularizers.L2(recipe.factor / 2) if recipe.regularizer == "l2" else None,
         initializer=recipe.initializer,
-        stem_initializer=stem_initializer,
         relu_shift="auto" if recipe.relu_shift < 0 else recipe.relu_shift,
         bn_synchronized=replicated and recipe.bn_sync,
         seed=recipe.seed,

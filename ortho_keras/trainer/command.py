@@ -129,7 +129,7 @@ def list_recipes():
         say(f"{name}: {preset.about}")
         if reached:
             say(f"    {'; '.join(reached)}")
-        say(f"    differs from the defaults in {' '.join(Preset(Recipe(), '').changes(preset.recipe))}")
+        say(f"    differs from the defaults in {' '.join(Preset(Recipe(), '').changes(preset.recipe.to_json()))}")
     say("NAME_l2 is a recipe's baseline, with the same data and steps: He initialization, L2 and SGD.")
 
 

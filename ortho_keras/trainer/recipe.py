@@ -38,7 +38,7 @@ STORED = {
 }
 
 # Values of earlier versions: a stored recipe that has one of them at its default is the same recipe without it.
-RETIRED = {"bn_shift": 0.0, "mirror_symmetry": False, "widening_initializer": "same"}
+RETIRED = {"bn_shift": 0.0, "mirror_symmetry": False, "widening_initializer": "same", "stem_initializer": "same"}
 
 
 def _field(default, help, choices=None, **limits):
@@ -74,7 +74,6 @@ class Recipe:
     grow_epoch: int = _field(0, "epochs of training with start_depth layers", least=0)
     width: int = _field(16, "filters of the first stage, doubled at each later stage (imagenet in He et al.: 64)", least=1)
     initializer: str = _field("orthonormal", "initializer of the kernels (dirac: identity where it fits, ours)", INITIALIZERS)
-    stem_initializer: str = _field("same", "initializer of the first convolution: same, or patch PCA (ours)", ("same", "pca"))
     initial_weights: str = _field("", "a .keras file of the same network, such as another run's, for its weights")
     relu_shift: float = _field(0.0, "activation max(x, -relu_shift) (ours; 0: ReLU; -1: chosen by depth)", least=-1)
     regularizer: str = _field("orthonormal", "penalty on every kernel", collections.ChainMap({"none": None}, FACTORED))

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 
 from ortho_keras.method.errors import InputError
-from ortho_keras.trainer.recipe import Recipe
+from ortho_keras.trainer.recipe import RETIRED, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +23,13 @@ class Preset:
         recipe = Recipe.from_json(result["recipe"])
         return recipe == dataclasses.replace(self.recipe, **{name: getattr(recipe, name) for name in ("seed", *but)})
 
-    def changes(self, recipe):
-        """Returns the flags of `train.py` that turn this recipe into another: `["--depth=20", "--nobn_sync"]`, say."""
-        own, flags = self.recipe.to_json(), []
-        for name, value in recipe.to_json().items():
+    def changes(self, values):
+        """Returns the flags of `train.py` that turn this recipe into another: `["--depth=20", "--nobn_sync"]`, say.
+
+        `values` is the other's `to_json()`, or that of an earlier version, whose retired values count where they were used.
+        """
+        flags, defaults, own = [], RETIRED | Recipe().to_json(), RETIRED | self.recipe.to_json()
+        for name, value in (defaults | values).items():
             if value != own[name]:
                 flags.append(f"--{'' if value else 'no'}{name}" if isinstance(value, bool) else f"--{name}={value}")
         return flags
@@ -107,7 +110,7 @@ def _residual(base, plain, paper="", **changes):
 
 def _baseline(name, preset):
     """The same data, steps, seed and schedule with He initialization and L2 instead of the method."""
-    changes = dict(initializer="he_normal", stem_initializer="same", relu_shift=0.0, regularizer="l2", factor=1e-4)
+    changes = dict(initializer="he_normal", relu_shift=0.0, regularizer="l2", factor=1e-4)
     changes |= dict(modulation="off", tolerance=2.0, start_depth=0, grow_epoch=0)
     if preset.recipe.optimizer == "muon":
         changes |= dict(optimizer="sgd", learning_rate=0.1, rate_depth=0)
@@ -131,7 +134,6 @@ _PRESETS = {
         "44 layers in 30 epochs (the paper's: 164), 22 of them with 20 layers: identities, shifted ReLU (ours) and Muon",
         _PAPER_44,
         initializer="dirac",
-        stem_initializer="pca",
         relu_shift=1.0,
         start_depth=20,
         grow_epoch=22,
@@ -172,7 +174,6 @@ _PRESETS = {
         image_size=64,
         width=16,
         initializer="dirac",
-        stem_initializer="pca",
         relu_shift=1.0,
         factor=1e-2,
         schedule="cosine",

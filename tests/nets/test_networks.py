@@ -226,7 +226,7 @@ def test_arguments_out_of_range(build):
     for argument, value in ((argument, value) for argument, values in wrong.items() for value in values):
         with pytest.raises(ValueError, match=f"`{argument}` must be .*Received: {argument}="):
             build(20 if cifar else 34, **{argument: value})
-    for argument in ("regularizer", "initializer", "stem_initializer"):
+    for argument in ("regularizer", "initializer"):
         with pytest.raises(ValueError, match="upright"):
             build(20 if cifar else 34, **{argument: "upright"})
 

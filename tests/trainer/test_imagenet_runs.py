@@ -45,14 +45,6 @@ def test_the_nets_of_all_recipes(photographs, name):
     assert np.isfinite(model(data.test.sample(2)[0].astype("float32"), training=True)).all()
 
 
-def test_patch_pca_in_the_first_convolution(photographs):
-    recipe = small("plain34_imagenet", photographs[0], stem_initializer="pca", width=8)
-    kernel = build_model(recipe, load_recipe_data(recipe)).get_layer("stem_conv").kernel.numpy()
-    assert kernel.shape == (7, 7, 3, 8)
-    matrix = kernel.reshape(-1, 8)
-    np.testing.assert_allclose(matrix.T @ matrix, np.eye(8), atol=1e-5)
-
-
 def test_a_run_on_photographs_reports_top_five_and_skipped_images(photographs, tmp_path):
     root, broken = photographs
     recipe, lines = small("plain34_imagenet", root, family="cifar", depth=8, learning_rate=0.01), []
