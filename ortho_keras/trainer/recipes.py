@@ -208,5 +208,5 @@ def find_preset(name):
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, 1)
         hint = f"; did you mean {near[0]}?" if near else "."
-        raise InputError(f"--recipe must be a name that --list_recipes prints{hint} Received: {name!r}")
+        raise InputError(f"A recipe must be one that --list_recipes prints{hint} Received: {name!r}")
     return RECIPES[name]

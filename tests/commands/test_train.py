@@ -60,7 +60,7 @@ def test_the_name_of_a_run_is_one_that_a_file_system_takes():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--recipe=plain44_cifar1"], ["--recipe must be", "did you mean plain44_cifar10?", "'plain44_cifar1'"]),
+        (["--recipe=plain44_cifar1"], ["A recipe must be", "did you mean plain44_cifar10?", "'plain44_cifar1'"]),
         (["--list_recipes=digit"], ["did you mean digits?", "'digit'"]),
         (["--dataset=no_such_data"], ["--dataset must be digits, folder:PATH or", "'no_such_data'"]),
         (["--optimizer=newton"], ["flag --optimizer=newton: value should be one of <sgd|"]),

@@ -7,6 +7,7 @@ import pytest
 import ortho_keras
 from ortho_keras import ErrorModulation, fold_batchnorm, modulate, plain_cnn, residual_cnn
 
+pytestmark = pytest.mark.every_backend
 L = keras.layers
 
 
@@ -124,6 +125,7 @@ def test_what_cannot_be_folded_stays(body, left):
     check(keras.Model(inputs, body(inputs)), noise(6, 6, 3), normalizations=left)
 
 
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="IntegerLookup is of TensorFlow alone")
 def test_state_that_is_no_weight_is_copied():
     words = np.array([[5], [7], [9], [5]])
     scale, index = L.Normalization(), L.IntegerLookup()

@@ -160,7 +160,7 @@ def test_every_number_and_choice_is_held_to_its_range():
 
 
 def test_unknown_recipe():
-    with pytest.raises(InputError, match="--recipe must be .*; did you mean digits.* Received: 'digit'"):
+    with pytest.raises(InputError, match="A recipe must be .*; did you mean digits.* Received: 'digit'"):
         find_preset("digit")
 
 
