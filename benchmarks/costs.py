@@ -48,15 +48,23 @@ def step_time_parts(stem):
 
 
 def step_time_table(results):
-    rows = []
+    """A table for each comparison: a line for each arm and a column for each net, precision and device."""
+    comparisons = {}
     for stem, result in load(results, "step_time"):
         compared, net, size, batch, precision, _ = step_time_parts(stem)
-        for name, arm in result["arms"].items():
-            trained = f"{net}'s penalties alone" if compared == "penalties" else f"{net}, {size} pixels, batch {batch}"
-            place = [trained, precision, where(result)]
-            figures = [f"{1000 * arm['median_seconds']:.3g}", quartiles(arm["ratio_quartiles"]), arm["first_step_seconds"]]
-            rows.append([name, *place, *figures])
-    return table(["arm", "net", "precision", "device", "step, ms", "ratio (quartiles)", "first step, s"], rows)
+        alone = compared == "penalties"
+        trained = f"{net}'s penalties alone" if alone else f"{net}, {size} pixels, batch {batch}"
+        column = f"{trained}, {precision}, {where(result)}"
+        baseline, *_ = arms = result["arms"]
+        for name, arm in arms.items():
+            cell = f"{1000 * arm['median_seconds']:.3g} ms" if name == baseline else quartiles(arm["ratio_quartiles"])
+            comparisons.setdefault("regularizers" if alone else compared, {}).setdefault(name, {})[column] = cell
+    tables = []
+    for arms in comparisons.values():
+        columns = list(dict.fromkeys(column for cells in arms.values() for column in cells))
+        rows = [[name, *(cells.get(column, "") for column in columns)] for name, cells in arms.items()]
+        tables.append(table(["arm", *columns], rows))
+    return "\n\n".join(tables)
 
 
 def summary_table(results):
