@@ -31,8 +31,6 @@ except AssertionError:  # TensorFlow's own, on the floatx in that file
 
 from absl import app, logging
 
-from ortho_keras.trainer import command
-
 start_command()
 logging.set_verbosity(logging.WARNING)
 tf.get_logger().setLevel("WARNING")
@@ -40,6 +38,8 @@ tf.get_logger().setLevel("WARNING")
 
 def main():
     """Runs the command line of this process."""
+    from ortho_keras.trainer import command  # it defines train.py's flags, which other scripts do not have
+
     script = sys.modules["__main__"]
     script.__doc__ = script.__doc__ or command.__doc__  # which `--help` begins with
     command.show_flags_in_help()
